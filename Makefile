@@ -1,0 +1,43 @@
+# make demo   install, train a tiny model on drawn scenes, evaluate it, show predictions   (HEAD=upernet for the other head)
+# make test   install, lint, test                                                          (make test-slow: the long ones too)
+# make op     build the deformable-attention op ahead of time
+PYTHON ?= python3
+HEAD ?= mask2former
+PROCESSES = 2
+THREADS = $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$(( n > $(PROCESSES) ? n / $(PROCESSES) : 1 )))
+BIN = .venv/bin
+
+.PHONY: demo test test-slow lint op clean
+
+demo: .venv/installed
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --nproc_per_node=$(PROCESSES) train.py --data toy --size tiny --head $(HEAD) --device cpu
+	$(BIN)/python evaluate.py
+	$(BIN)/python evaluate.py --ms
+	$(BIN)/python predict.py data/toy/images/val_000*.jpg --out runs/demo-pictures
+	@echo "Look at the overlays in runs/demo-pictures; the curves: $(BIN)/tensorboard --logdir runs"
+
+test: .venv/installed-dev lint
+	$(BIN)/python -m pytest
+
+test-slow: .venv/installed-dev
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+
+op: .venv/installed
+	$(BIN)/python msda_cuda/build.py
+
+# An interrupted installation leaves no stamp, so that the next call completes it.
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.11"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -r requirements.txt
+	touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(BIN)/python -m pip install -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv runs data/toy

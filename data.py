@@ -1,0 +1,562 @@
+"""From files on disk to batches of crops: data sets, paired transforms, the training stream, test-time images.
+
+Read: open_dataset -> SegmentationDataset -> train_transform -> positions -> training_loader -> normalize for training;
+single_scale_image and multi_scale_images for the test. The command line (`python data.py --help`) makes and checks data
+sets; its work is done in toy.py and prepare.py.
+
+Shapes: H, W height and width of an image, w side of the training window, B batch, K classes.
+Images are RGB uint8 (H, W, 3); labels are uint8 (H, W) with the class index 0..K-1, or 255 where there is none.
+"""
+
+import itertools
+import json
+import math
+import signal
+import struct
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+IGNORE = 255
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, in grey levels, RGB
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".JPG", ".JPEG", ".PNG")
+TEST_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+CONTEXT_CLASSES = Path(__file__).with_name("pascal_context.json")
+
+
+class DataError(ValueError):
+    """A fault of the data that the user can mend; the message is one line: what, where, and how to mend it."""
+
+
+# ---------------------------------------------------------------------------------------------------- data sets
+
+
+class DatasetInfo(NamedTuple):
+    """What the classes are called and how they are drawn. `ignore_index` is the value of "no class" in the files."""
+
+    name: str
+    classes: tuple[str, ...]
+    palette: np.ndarray  # uint8 (K, 3)
+    ignore_index: int = IGNORE
+
+
+class Layout(NamedTuple):
+    """Where a data set keeps its files, below its root."""
+
+    images: str
+    labels: str
+    splits: str
+    first_class: int  # value of class 0 in the label files; smaller values mean "no class"
+
+
+PLAIN_FOLDER = Layout("images", "labels", ".", first_class=0)
+PASCAL_CONTEXT = Layout("JPEGImages", "SegmentationClassContext", "ImageSets/SegmentationContext", first_class=1)
+
+
+class SegmentationDataset:
+    """Pairs of an image and its labels, read from disk when asked for and checked then.
+
+    Raises DataError for a split that is absent, empty, or names files that do not exist.
+    """
+
+    def __init__(self, root: Path, split: str, info: DatasetInfo, layout: Layout) -> None:
+        self.root, self.split, self.info, self.layout = root, split, info, layout
+        split_file = root / layout.splits / f"{split}.txt"
+        self.names = read_split(split_file)
+        self.image_paths = [find_image(root / layout.images, name, split_file) for name in self.names]
+        absent = [name for name in self.names if not self._label_path(name).is_file()]
+        if absent:
+            more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
+            raise DataError(f"{split_file} names '{absent[0]}'{more}, but {self._label_path(absent[0])} is no file: "
+                            "add the label image or remove the name")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def _label_path(self, name: str) -> Path:
+        return self.root / self.layout.labels / f"{name}.png"
+
+    def label_path(self, i: int) -> Path:
+        """The file that labels(i) reads."""
+        return self._label_path(self.names[i])
+
+    def image(self, i: int) -> np.ndarray:
+        """RGB uint8 (H, W, 3), upright (EXIF rotation applied). Raises DataError for a file that cannot be read."""
+        return read_image(self.image_paths[i])
+
+    def labels(self, i: int) -> np.ndarray:
+        """Class index or 255, uint8 (H, W). Raises DataError for an unreadable file, a foreign value, a wrong size."""
+        path, num_classes, first = self.label_path(i), len(self.info.classes), self.layout.first_class
+        values = read_labels(path)
+        ignored = (values < first) | (values == self.info.ignore_index)
+        foreign = values[~ignored & (values >= num_classes + first)]
+        if foreign.size:
+            raise DataError(f"{path}: label value {foreign[0]} is no class; the {num_classes} classes are "
+                            f"{first}..{num_classes + first - 1} and {self.info.ignore_index} is ignored")
+        size = image_size(self.image_paths[i])
+        if values.shape != size:
+            raise DataError(f"{self.image_paths[i]} is {size[1]}x{size[0]} pixels but {path} is "
+                            f"{values.shape[1]}x{values.shape[0]}: an image and its labels must be of one size")
+        return np.where(ignored, IGNORE, values - first).astype(np.uint8)
+
+
+def open_dataset(root: str | Path, split: str) -> SegmentationDataset:
+    """Open the "train" or "val" split of a plain folder (dataset.json) or a VOC2010 tree with Pascal Context labels.
+
+    The root "toy" is the built-in toy data set, drawn on first use into data/toy. Raises DataError with the remedy.
+    """
+    if str(root) == "toy":
+        from toy import make_toy
+
+        root = make_toy()
+    root = Path(root)
+    if (root / "dataset.json").is_file():
+        return SegmentationDataset(root, split, read_info(root / "dataset.json"), PLAIN_FOLDER)
+    if (root / PASCAL_CONTEXT.labels).is_dir():
+        return SegmentationDataset(root, split, context_info(), PASCAL_CONTEXT)
+    if (root / PASCAL_CONTEXT.images).is_dir():
+        raise DataError(f"{root} holds VOC images but no Pascal Context labels: get trainval_merged.json and run "
+                        f"`python data.py prepare-context --voc {root} --json trainval_merged.json`")
+    if root.is_dir():
+        raise DataError(f"{root} is no plain folder (no dataset.json) and no VOC2010 tree (no JPEGImages/): "
+                        "make one of your images and labels, see `python data.py from-folders --help`")
+    raise DataError(f"no data at {root}: for Pascal Context unpack VOC2010 there, get trainval_merged.json and run "
+                    f"`python data.py prepare-context --voc {root} --json trainval_merged.json`; "
+                    "for a first try without downloads use `--data toy`")
+
+
+def context_info() -> DatasetInfo:
+    """The 59 classes of Pascal Context (Mottaghi et al., 2014) in the order of their original ids."""
+    classes = json.loads(CONTEXT_CLASSES.read_text())["classes"]
+    palette = np.array([c["color"] for c in classes], np.uint8)
+    return DatasetInfo("Pascal Context 59", tuple(c["name"] for c in classes), palette)
+
+
+def read_info(path: Path) -> DatasetInfo:
+    """Read and check dataset.json: {"classes": [...], "palette": [[r, g, b], ...], "ignore_index": 255, "name": ...}.
+
+    Only the classes must be there. Raises DataError with the line or the field that is wrong.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}: mend the JSON") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({one_line(error)}): save it as UTF-8 text") from None
+    classes = fields.get("classes") if isinstance(fields, dict) else None
+    if not isinstance(classes, list) or not all(isinstance(name, str) and name for name in classes):
+        raise DataError(f'{path}: "classes" must be a list of class names')
+    if not 1 <= len(classes) <= IGNORE or len(set(classes)) < len(classes):
+        raise DataError(f'{path}: "classes" must hold 1 to {IGNORE} different names, not {len(classes)} with '
+                        f"{len(classes) - len(set(classes))} repeated")
+    ignore_index = fields.get("ignore_index", IGNORE)
+    if type(ignore_index) is not int or not len(classes) <= ignore_index <= 255:
+        raise DataError(f'{path}: "ignore_index" is {ignore_index!r} but must be one of {len(classes)}..255, no class')
+    palette = _checked_palette(fields.get("palette", default_palette(len(classes)).tolist()), len(classes), path)
+    return DatasetInfo(str(fields.get("name", path.parent.name)), tuple(classes), palette, ignore_index)
+
+
+def _checked_palette(palette: object, num_classes: int, path: Path) -> np.ndarray:
+    try:
+        colours = np.array(palette, dtype=np.int64)
+    except (TypeError, ValueError, OverflowError):
+        colours = np.empty(0)
+    if colours.shape != (num_classes, 3) or colours.min() < 0 or colours.max() > 255:
+        raise DataError(f'{path}: "palette" must hold a [red, green, blue] of 0..255 for each of {num_classes} classes')
+    return colours.astype(np.uint8)
+
+
+def default_palette(num_classes: int) -> np.ndarray:
+    """Distinct colours, uint8 (K, 3): hues near a golden angle apart, with saturation and brightness in turn."""
+    k = np.arange(num_classes)
+    hsv = np.stack([k * 113 % 180, 150 + k % 3 * 50, 240 - k % 2 * 80 - k // 180 * 30], axis=-1).astype(np.uint8)
+    return hsv_to_rgb(hsv[None])[0]
+
+
+def read_split(path: Path) -> list[str]:
+    """The names in a split file, one a line, extension or not. Raises DataError if absent, empty or leading outside."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({one_line(error)}): put the image names there, one a line") from None
+    names = [line.strip() for line in lines if line.strip()]
+    names = [str(Path(name).with_suffix("")) if name.endswith(EXTENSIONS) else name for name in names]
+    if not names:
+        raise DataError(f"{path} is empty: write the names of the images there, one a line, or choose another split")
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise DataError(f"{path} names '{name}', which leads out of the data folder: use names below images/")
+    return names
+
+
+def find_image(folder: Path, name: str, split_file: Path) -> Path:
+    """The image file of that name, whatever its extension. Raises DataError if there is none."""
+    for extension in EXTENSIONS:
+        path = folder / f"{name}{extension}"
+        if path.is_file():
+            return path
+    raise DataError(f"{split_file} names '{name}', but {folder} has no {name}.jpg (nor {', '.join(EXTENSIONS[1:7])}): "
+                    "add the image or remove the name")
+
+
+# ------------------------------------------------------------------------------------------------ reading files
+
+# What Pillow raises for a broken file. The bomb is a picture beyond Pillow's limit of 179 million pixels, which stays.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message without line breaks."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split())
+
+
+def unreadable(path: Path, error: BaseException) -> DataError:
+    """The DataError for a file that Pillow cannot read."""
+    return DataError(f"{path}: not a readable image ({one_line(error)}): replace it or take its name out of the split")
+
+
+def read_image(path: Path) -> np.ndarray:
+    """RGB uint8 (H, W, 3) of any picture, like OpenCV's IMREAD_COLOR: upright, alpha dropped, 16 bits cut to 8."""
+    try:
+        with Image.open(path) as picture:
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I"):  # 16-bit gray; Pillow would clip it to white
+                picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
+            return np.array(picture.convert("RGB"))
+    except UNREADABLE as error:
+        raise unreadable(path, error) from None
+
+
+def read_labels(path: Path) -> np.ndarray:
+    """The values of a label image, int32 (H, W); never rotated. Raises DataError for a picture that holds colours."""
+    try:
+        with Image.open(path) as picture:
+            if picture.mode in ("L", "P", "1") or picture.mode.startswith("I"):
+                return np.array(picture).astype(np.int32)
+            mode = picture.mode
+    except UNREADABLE as error:
+        raise unreadable(path, error) from None
+    raise DataError(f"{path} has mode {mode}, but labels must be one value a pixel (modes L, P or I): "
+                    "convert colour-coded labels with `python data.py from-folders`")
+
+
+def label_picture(labels: np.ndarray, palette: np.ndarray) -> Image.Image:
+    """A picture whose values are the labels (H, W), with a palette (K, 3) for the eye."""
+    colours = np.zeros((256, 3), np.uint8)  # all 256: with 16 or fewer Pillow writes 4 bits, and 255 becomes 15
+    colours[:len(palette)] = palette
+    picture = Image.fromarray(labels)
+    picture.putpalette(colours.tobytes())
+    return picture
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) of the upright image, from the file's header alone."""
+    try:
+        with Image.open(path) as picture:
+            width, height = picture.size
+            rotated = picture.getexif().get(0x0112, 1) >= 5  # orientations 5..8 swap the sides
+    except UNREADABLE as error:
+        raise unreadable(path, error) from None
+    return (width, height) if rotated else (height, width)
+
+
+# ------------------------------------------------------------------------------------------------------- resize
+
+
+def base_size(window: int) -> int:
+    """The side that ratio 1 stands for: 520 for the released models' window of 480, in proportion for others."""
+    return round(window * 520 / 480)
+
+
+def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """(height, width) times scale, rounded half up, at least 1."""
+    height, width = (max(1, int(side * scale + 0.5)) for side in size)
+    return height, width
+
+
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bilinear without antialias, to one grey level of OpenCV's. Pillow's antialiases: about half a point of mIoU."""
+    if image.shape[:2] == size:
+        return image
+    planes = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]  # (H, W, 3) -> (1, 3, H, W)
+    planes = F.interpolate(planes, size, mode="bilinear", align_corners=False)
+    return planes[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def resize_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Nearest as OpenCV's INTER_NEAREST: floor(x * scale) in float64; torch's float32 is a pixel off at times."""
+    rows, columns = (np.minimum((np.arange(new) * (1 / (new / old))).astype(np.int64), old - 1)
+                     for new, old in zip(size, labels.shape, strict=True))
+    return labels.take(columns, axis=1).take(rows, axis=0)
+
+
+def single_scale_image(image: np.ndarray, window: int) -> np.ndarray:
+    """The single-scale test image: short side to 520 (long at most 4096), then both sides up to a multiple of 32.
+
+    The numbers are for a window of 480. Two resizes in a row, as in the official test. The short side never falls under
+    the window (only beyond 1:8 would it), because the model sees windows of exactly that size.
+    """
+    short, long = sorted(image.shape[:2])
+    scale = min(base_size(window) / short, int(4096 * window / 480) / long)
+    scale = max(scale, window / short)
+    height, width = scaled_size(image.shape[:2], scale)
+    image = resize(image, (height, width))
+    return resize(image, (math.ceil(height / 32) * 32, math.ceil(width / 32) * 32))
+
+
+def multi_scale_images(image: np.ndarray, window: int) -> list[np.ndarray]:
+    """The six multi-scale test images: short side to max(480, 520 r) for a window of 480, in no multiple of 32.
+
+    The first two are one size, hence one object twice: the official average counts that view twice.
+    """
+    sides = [max(window, int(base_size(window) * ratio)) for ratio in TEST_RATIOS]
+    size = image.shape[:2]
+    images = {side: resize(image, scaled_size(size, side / min(size))) for side in dict.fromkeys(sides)}
+    return [images[side] for side in sides]
+
+
+# --------------------------------------------------------------------------------------------- training transform
+
+
+def train_transform(image: np.ndarray, labels: np.ndarray, window: int,
+                    rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """Resize, crop, mirror, distort the colours; then pad to (w, w) with 0 / 255.
+
+    Returns image, labels and the (height, width) before padding, with which `normalize` makes the padding 0 *after*
+    normalisation.
+    """
+    long_side = int(base_size(window) * rng.uniform(0.5, 2.0))
+    size = scaled_size(labels.shape, long_side / max(labels.shape))
+    image, labels = resize(image, size), resize_labels(labels, size)
+    crop = choose_crop(labels, window, rng)
+    image, labels = image[crop], labels[crop]
+    if rng.random() < 0.5:
+        image, labels = image[:, ::-1], labels[:, ::-1]
+    image = distort(image, Distortion.draw(rng))
+    height, width = labels.shape
+    padded_image = np.zeros((window, window, 3), np.uint8)
+    padded_labels = np.full((window, window), IGNORE, np.uint8)
+    padded_image[:height, :width], padded_labels[:height, :width] = image, labels
+    return padded_image, padded_labels, (height, width)
+
+
+def choose_crop(labels: np.ndarray, window: int, rng: np.random.Generator) -> tuple[slice, slice]:
+    """A random window; drawn anew, up to 10 times, while one class fills 75 % or more of its labelled pixels."""
+    limits = [max(side - window, 0) + 1 for side in labels.shape]
+    for _ in range(11):
+        top, left = (int(rng.integers(limit)) for limit in limits)
+        crop = np.s_[top:top + window, left:left + window]
+        areas = np.bincount(labels[crop].ravel(), minlength=256)[:IGNORE]
+        if 0 < areas.max() < 0.75 * areas.sum() or limits == [1, 1]:
+            break
+    return crop
+
+
+class Distortion(NamedTuple):
+    """Parameters of the photometric distortion; None leaves a step out."""
+
+    brightness: float | None  # added, in grey levels
+    contrast: float | None  # factor
+    saturation: float | None  # factor
+    hue: int | None  # added, in units of 2 degrees
+    contrast_first: bool  # contrast before saturation and hue, or after
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> "Distortion":
+        """Each step with probability 1/2."""
+        brightness, contrast, saturation = rng.uniform(-32, 32), *rng.uniform(0.5, 1.5, 2)
+        values = (brightness, contrast, saturation, int(rng.integers(-18, 18)))
+        return cls(*(value if rng.random() < 0.5 else None for value in values), contrast_first=rng.random() < 0.5)
+
+
+def distort(image: np.ndarray, by: Distortion) -> np.ndarray:
+    """Photometric distortion (SSD, Liu et al., 2016), clipped and truncated to uint8 after each step."""
+    if by.brightness is not None:
+        image = _linear(image, 1, by.brightness)
+    if by.contrast is not None and by.contrast_first:
+        image = _linear(image, by.contrast, 0)
+    if by.saturation is not None:
+        hsv = rgb_to_hsv(image)
+        hsv[..., 1] = _linear(hsv[..., 1], by.saturation, 0)
+        image = hsv_to_rgb(hsv)
+    if by.hue is not None:  # not merged with the step before: the official code goes through uint8 RGB in between
+        hsv = rgb_to_hsv(image)
+        hsv[..., 0] = (hsv[..., 0].astype(np.int16) + by.hue) % 180
+        image = hsv_to_rgb(hsv)
+    if by.contrast is not None and not by.contrast_first:
+        image = _linear(image, by.contrast, 0)
+    return image
+
+
+def _linear(values: np.ndarray, factor: float, offset: float) -> np.ndarray:
+    """uint8 -> uint8: values * factor + offset, clipped and truncated. A table of the 256 answers is quickest."""
+    table = np.arange(256, dtype=np.float32) * np.float32(factor) + np.float32(offset)
+    return table.clip(0, 255).astype(np.uint8).take(values)
+
+
+def _hsv_tables() -> tuple[np.ndarray, np.ndarray]:
+    """(12-bit) fixed-point 255 / value and 30 / chroma, OpenCV's tables for uint8 RGB -> HSV; entry 0 is 0."""
+    n = np.arange(256).clip(1)
+    saturation, hue = np.rint((255 << 12) / n), np.rint((180 << 12) / (6 * n))
+    saturation[0] = hue[0] = 0
+    return saturation.astype(np.int32), hue.astype(np.int32)
+
+
+def _rgb_share_table() -> np.ndarray:
+    """float32 (3, 180 * 256): the share of the value that R, G, B keep at (hue, saturation).
+
+    The share is 1 - saturation * weight, with a weight of 0, 1 or linear in the hue, by sectors of 60 degrees. In
+    float32 with the product not rounded, as in OpenCV: the result is truncated, so a last bit here is a grey level.
+    """
+    position = np.arange(180, dtype=np.float32) * np.float32(6 / 180)
+    sector = position.astype(np.int64)
+    falling = position - sector.astype(np.float32)  # 0 at the start of a sector, 1 at its end
+    rising, zero, one = 1 - falling, np.zeros_like(falling), np.ones_like(falling)
+    weights = np.stack([np.choose(sector, [zero, falling, one, one, rising, zero]),
+                        np.choose(sector, [rising, zero, zero, falling, one, one]),
+                        np.choose(sector, [one, one, rising, zero, zero, falling])])  # (3, 180)
+    saturation = np.arange(256, dtype=np.float32) * np.float32(1 / 255)
+    return (1 - weights[:, :, None].astype(np.float64) * saturation).astype(np.float32).reshape(3, -1)
+
+
+SATURATION_TABLE, HUE_TABLE = _hsv_tables()
+RGB_SHARE_TABLE = _rgb_share_table()
+
+
+def rgb_to_hsv(image: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 3): hue 0..179 (2 degrees a step), saturation, value 0..255; bit for bit OpenCV's COLOR_RGB2HSV."""
+    red, green, blue = (np.ascontiguousarray(image[..., c]) for c in range(3))
+    value = np.maximum(np.maximum(red, green), blue)
+    chroma = value - np.minimum(np.minimum(red, green), blue)
+    red_is_value, green_is_value = value == red, value == green
+    red, green, blue, wide = (plane.astype(np.int16) for plane in (red, green, blue, chroma))
+    sixth = np.where(green_is_value, blue - red + 2 * wide, red - green + 4 * wide)
+    sixth = np.where(red_is_value, green - blue, sixth)  # the hue in 60 degrees, times chroma
+    hue = (sixth * HUE_TABLE.take(chroma) + (1 << 11)) >> 12
+    hsv = np.empty_like(image)
+    hsv[..., 0] = hue + 180 * (hue < 0)
+    hsv[..., 1] = (chroma * SATURATION_TABLE.take(value) + (1 << 11)) >> 12
+    hsv[..., 2] = value
+    return hsv
+
+
+def hsv_to_rgb(hsv: np.ndarray) -> np.ndarray:
+    """The way back, uint8 (H, W, 3), as OpenCV's COLOR_HSV2RGB."""
+    place = hsv[..., 0].astype(np.int64) * 256 + hsv[..., 1]
+    value = hsv[..., 2] * np.float32(1 / 255)
+    rest = hsv.shape[1] // 32 * 32  # OpenCV's vector code truncates 32 pixels at a time; it rounds the rest of a row
+    image = np.empty_like(hsv)
+    for c, share in enumerate(RGB_SHARE_TABLE):
+        channel = value * share.take(place) * 255
+        channel[:, rest:] = np.rint(channel[:, rest:])
+        image[..., c] = channel
+    return image
+
+
+# ------------------------------------------------------------------------------------ the stream and the loader
+
+
+class Batch(NamedTuple):
+    """What the loader yields; labels become long and images float on the device (`normalize`)."""
+
+    images: Tensor  # uint8 (B, 3, w, w)
+    labels: Tensor  # uint8 (B, w, w), 255 = ignore
+    extents: Tensor  # int64 (B, 2), (height, width) before padding
+    names: list[str]
+
+
+def normalize(images: Tensor, extents: Tensor | None = None) -> Tensor:
+    """uint8 (B, 3, H, W) -> float32 with ImageNet's mean and std, on the images' device and without waiting for it.
+
+    With extents (B, 2), what lies outside (height, width) becomes 0: the official order is normalise, *then* pad.
+    """
+    result = images.float()
+    for channel, mean, std in zip(result.unbind(1), MEAN, STD, strict=True):  # Python numbers: no copy to the device
+        channel.sub_(mean).div_(std)
+    if extents is None:
+        return result
+    height, width = extents.to(images.device, non_blocking=True)[:, :, None].unbind(1)  # (B, 1) each
+    rows = torch.arange(images.shape[2], device=images.device) < height
+    columns = torch.arange(images.shape[3], device=images.device) < width
+    return result.mul_((rows[:, :, None] & columns[:, None, :])[:, None])
+
+
+def positions(start_iteration: int, rank: int, world: int, batch: int, accumulation: int) -> Iterator[list[int]]:
+    """This rank's micro-batches of global stream positions, without end, from an iteration on.
+
+    Iteration i takes the positions i*G .. (i+1)*G - 1, G = world * batch * accumulation. Each rank has a contiguous
+    slice, cut into `accumulation` lists of `batch`: the global batch is the same whatever the layout.
+    """
+    share = batch * accumulation
+    for iteration in itertools.count(start_iteration):
+        first = (iteration * world + rank) * share
+        for start in range(first, first + share, batch):
+            yield list(range(start, start + batch))
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch, 1)).permutation(length)  # the 1: samples have (seed, position)
+
+
+class _Crops(Dataset):
+    """Maps a list of stream positions to a Batch. A fault of the data is returned, for the main process to raise."""
+
+    def __init__(self, dataset: SegmentationDataset, window: int, seed: int) -> None:
+        self.dataset, self.window, self.seed = dataset, window, seed
+
+    def sample(self, position: int) -> tuple[np.ndarray, np.ndarray, tuple[int, int], str]:
+        """The training sample at a position of the stream: a function of (seed, position) alone."""
+        epoch, place = divmod(position, len(self.dataset))
+        i = int(_permutation(self.seed, epoch, len(self.dataset))[place])
+        rng = np.random.default_rng((self.seed, position))
+        return *train_transform(self.dataset.image(i), self.dataset.labels(i), self.window, rng), self.dataset.names[i]
+
+    def __getitem__(self, batch: list[int]) -> Batch | DataError:
+        try:
+            images, labels, extents, names = zip(*map(self.sample, batch), strict=True)
+        except DataError as error:
+            return error
+        images = torch.from_numpy(np.stack([image.transpose(2, 0, 1) for image in images]))  # (w, w, 3) -> (3, w, w)
+        return Batch(images, torch.from_numpy(np.stack(labels)), torch.tensor(extents), list(names))
+
+
+def leave_interrupt_to_parent(_: int = 0) -> None:
+    """Start of a worker process: Ctrl-C is for the main process, which ends its workers without their tracebacks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def training_loader(dataset: SegmentationDataset, window: int, *, seed: int, positions: Iterable[list[int]],
+                    workers: int) -> Iterator[Batch]:
+    """Batches of training crops, one for each list of stream positions.
+
+    The sample at a position depends on (seed, position) alone: the same for any number of workers (0: in this process)
+    and ranks, and after a resume. Position p is item p mod N of the permutation of epoch p div N, N = len(dataset).
+    A fault in a worker is raised here, as its DataError.
+    """
+    loader = DataLoader(_Crops(dataset, window, seed), sampler=positions, batch_size=None, num_workers=workers,
+                        collate_fn=_as_it_is, worker_init_fn=leave_interrupt_to_parent,
+                        pin_memory=torch.cuda.is_available())
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
+
+
+def _as_it_is(batch: Batch | DataError) -> Batch | DataError:
+    return batch  # _Crops has made the batch; a function of the module, so that workers can be spawned
+
+
+if __name__ == "__main__":
+    from prepare import main
+
+    main()

@@ -1,0 +1,248 @@
+"""Labels as pictures: colours, overlays, legends, error maps and sheets of pictures.
+
+Everything here is NumPy and Pillow on uint8, so that training, prediction and the report draw alike.
+
+Read: colorize -> overlay -> error_map -> legend -> with_legend -> side_by_side -> contact_sheet.
+
+Shapes: H, W height and width in pixels; K classes. Images and pictures are uint8 (H, W, 3) RGB, a palette is uint8
+(K, 3), labels are integers (H, W) with a class index 0 ... K - 1 or `ignore_index` in every pixel.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+Picture = np.ndarray | Image.Image
+
+PAPER, INK, FAINT_INK = (255, 255, 255), (28, 28, 30), (140, 140, 145)
+HATCH_LIGHT, HATCH_DARK = (205, 205, 208), (138, 138, 142)
+RIGHT, WRONG = (225, 228, 232), (214, 40, 57)
+
+
+# ---------------------------------------------------------------------------------------------------- labels
+
+
+def colorize(labels: np.ndarray, palette: np.ndarray, ignore_index: int = 255) -> np.ndarray:
+    """The label map in its classes' colours, ignored pixels hatched in gray.
+
+    Args:
+        labels: (H, W) class indices or `ignore_index`.
+        palette: (K, 3) uint8 colours.
+    Returns:
+        uint8 (H, W, 3).
+    Raises:
+        IndexError: a label has no colour in the palette.
+    """
+    ignored = labels == ignore_index
+    picture = np.asarray(palette, np.uint8)[np.where(ignored, 0, labels)]
+    picture[ignored] = hatch(labels.shape)[ignored]
+    return picture
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, palette: np.ndarray, opacity: float = 0.6,
+            ignore_index: int = 255) -> np.ndarray:  # fmt: skip
+    """The photograph under its labels: colours at `opacity`, class borders drawn, ignored pixels hatched.
+
+    Where the photograph's brightness varies, the colour's does too, so texture stays visible beneath the labels.
+    Returns uint8 (H, W, 3).
+    """
+    colors = Image.fromarray(colorize(labels, palette, ignore_index))
+    picture = np.array(Image.blend(Image.fromarray(image), colors, opacity))  # uint8 throughout, for large pictures
+    picture[boundaries(labels, thickness=line_width(labels.shape))] = 255
+    return picture
+
+
+def error_map(labels: np.ndarray, prediction: np.ndarray, ignore_index: int = 255) -> np.ndarray:
+    """Where the prediction fails: light gray right, red wrong, hatched not judged; the labels' borders in dark gray."""
+    picture = np.where((labels == prediction)[..., None], np.uint8(RIGHT), np.uint8(WRONG))
+    edge = boundaries(labels, thickness=line_width(labels.shape))
+    picture[edge] = (picture[edge] * 0.55).astype(np.uint8)
+    ignored = labels == ignore_index
+    picture[ignored] = hatch(labels.shape)[ignored]
+    return picture
+
+
+def boundaries(labels: np.ndarray, thickness: int = 1) -> np.ndarray:
+    """bool (H, W): pixels whose right or lower neighbour carries another label, widened to `thickness` pixels."""
+    edge = np.zeros(labels.shape, bool)
+    edge[:, :-1] |= labels[:, :-1] != labels[:, 1:]
+    edge[:-1] |= labels[:-1] != labels[1:]
+    for _ in range(thickness - 1):  # each pass adds the pixels to the right and below
+        wider = edge.copy()
+        wider[:, 1:] |= edge[:, :-1]
+        wider[1:] |= edge[:-1]
+        edge = wider
+    return edge
+
+
+def hatch(shape: tuple[int, int]) -> np.ndarray:
+    """uint8 (H, W, 3): diagonal stripes in two grays, which no palette colour can be mistaken for."""
+    height, width = shape
+    stripe = 3 * line_width(shape)
+    dark = (np.arange(height)[:, None] + np.arange(width)) // stripe % 2 == 0
+    return np.where(dark[..., None], np.uint8(HATCH_DARK), np.uint8(HATCH_LIGHT))
+
+
+def line_width(shape: tuple[int, int]) -> int:
+    """Pixels of a line that stays thin but visible when a picture of this (H, W) is shown at screen size."""
+    return max(1, round(max(shape) / 700))
+
+
+def save_labels(labels: np.ndarray, path: Path, palette: np.ndarray | None = None) -> None:
+    """Write labels (H, W) as a PNG whose values are the labels: uint8 with a palette that shows them in colour, or
+    plain gray uint8 or uint16. The file appears whole or not at all; its folder is made."""
+    picture = Image.fromarray(labels)
+    if palette is not None:
+        # All 256 colours: with 16 or fewer Pillow writes 4 bits a pixel, and 255 becomes 15.
+        colours = np.full((256, 3), HATCH_LIGHT, np.uint8)
+        colours[: len(palette)] = palette
+        picture.putpalette(colours.tobytes())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    picture.save(partial, "PNG")
+    partial.replace(path)
+
+
+# --------------------------------------------------------------------------------------------------- legends
+
+
+def legend(classes: Sequence[str], palette: np.ndarray, width: int, present: Sequence[int] | None = None,
+           shares: Sequence[float] | None = None, ignored: bool = False) -> Image.Image:  # fmt: skip
+    """Swatches and names in as many columns as fit `width` pixels.
+
+    Args:
+        classes: the K names.
+        present: the class indices to list, in this order; None lists all K.
+        shares: the fraction of the picture that each listed class covers, printed behind its name.
+        ignored: add a hatched swatch for the pixels without a class.
+    """
+    present = range(len(classes)) if present is None else present
+    size = text_size(width)
+    font = ImageFont.load_default(size)
+    entries = [(classes[k], tuple(int(v) for v in palette[k])) for k in present]
+    notes = ["" if shares is None else percent(share) for share in shares or [0] * len(entries)]
+    if ignored:
+        entries, notes = [*entries, ("ignored", None)], [*notes, ""]
+    indent, gap = round(1.9 * size), round(1.2 * size)
+    note_width = max((font.getlength(note) for note in notes), default=0) + (size // 2 if shares else 0)
+    longest = max((font.getlength(name) for name, _ in entries), default=0)
+    column = min(width - gap, round(indent + longest + note_width + gap))
+    columns = max(1, (width - gap) // max(column, 1))
+    rows = -(-len(entries) // columns)
+    line = round(1.65 * size)
+    picture = Image.new("RGB", (width, rows * line + gap), PAPER)
+    pen = ImageDraw.Draw(picture)
+    for position, ((name, color), note) in enumerate(zip(entries, notes, strict=True)):
+        x = gap + position // rows * column  # read down the columns, as in a book's index
+        y = gap // 2 + position % rows * line
+        name = shorten(name, font, column - indent - note_width - gap / 2)
+        draw_swatch(picture, (x, y + (line - size) // 2, size), color)
+        pen.text((x + indent - size * 0.4, y + line / 2), name, INK, font, anchor="lm")
+        pen.text((x + indent + font.getlength(name), y + line / 2), note, FAINT_INK, font, anchor="lm")
+    return picture
+
+
+def draw_swatch(picture: Image.Image, box: tuple[int, int, int], color: tuple[int, int, int] | None) -> None:
+    """A filled square with a thin outline at (x, y, side) of the picture; no colour means hatched."""
+    x, y, side = box
+    if color is None:
+        picture.paste(Image.fromarray(hatch((side, side))), (x, y))
+    pen = ImageDraw.Draw(picture)
+    pen.rectangle((x, y, x + side - 1, y + side - 1), fill=color, outline=FAINT_INK)
+
+
+def with_legend(picture: Picture, labels: np.ndarray, classes: Sequence[str], palette: np.ndarray,
+                ignore_index: int = 255) -> Image.Image:  # fmt: skip
+    """The picture with a legend below it: the classes found in `labels`, largest area first, and their shares."""
+    picture = to_image(picture)
+    areas = np.bincount(labels[labels != ignore_index].ravel(), minlength=len(classes))
+    present = [int(k) for k in np.argsort(-areas, kind="stable") if areas[k]]
+    shares = [areas[k] / labels.size for k in present]
+    key = legend(classes, palette, max(picture.width, 240), present, shares, bool((labels == ignore_index).any()))
+    return stack([picture, key])
+
+
+# ------------------------------------------------------------------------------------------ several pictures
+
+
+def side_by_side(pictures: Sequence[Picture], captions: Sequence[str] = ()) -> Image.Image:
+    """Pictures in one row at the height of the tallest, each with its caption above."""
+    return contact_sheet([pictures], captions)
+
+
+def with_caption(picture: Picture, caption: str) -> Image.Image:
+    """The picture with a line of text above it."""
+    picture = to_image(picture)
+    font = ImageFont.load_default(text_size(picture.width))
+    line = Image.new("RGB", (picture.width, round(1.7 * font.size)), PAPER)
+    ImageDraw.Draw(line).text((2, line.height / 2), shorten(caption, font, picture.width - 4), INK, font, anchor="lm")
+    return stack([line, picture])
+
+
+def contact_sheet(rows: Sequence[Sequence[Picture]], captions: Sequence[str] = (), gap: int = 6) -> Image.Image:
+    """Rows of pictures, every row at one height and all of them in line with the first; captions head the columns.
+
+    Pictures are scaled, keeping their aspect, into cells of the first row's sizes. Missing ones leave a blank.
+    """
+    rows = [[to_image(picture) for picture in row] for row in rows]
+    height = max(picture.height for picture in rows[0])
+    widths = [round(picture.width * height / picture.height) for picture in rows[0]]
+    font = ImageFont.load_default(text_size(max(max(widths), sum(widths) // 2)))
+    head = round(1.9 * font.size) if captions else 0
+    size = (sum(widths) + gap * (len(widths) + 1), head + len(rows) * (height + gap) + gap)
+    sheet = Image.new("RGB", size, PAPER)
+    lefts = [gap + sum(widths[:i]) + gap * i for i in range(len(widths))]
+    for left, width, caption in zip(lefts, widths, captions, strict=False):
+        text = shorten(caption, font, width)
+        ImageDraw.Draw(sheet).text((left, gap + head / 2), text, INK, font, anchor="lm")
+    for index, row in enumerate(rows):
+        for left, width, picture in zip(lefts, widths, row, strict=False):
+            sheet.paste(fit(picture, (width, height)), (left, head + gap + index * (height + gap)))
+    return sheet
+
+
+def stack(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures below one another, the left edges in line."""
+    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), PAPER)
+    top = 0
+    for picture in pictures:
+        sheet.paste(picture, (0, top))
+        top += picture.height
+    return sheet
+
+
+def fit(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The picture scaled into (width, height) with its aspect kept, on paper."""
+    scale = min(size[0] / picture.width, size[1] / picture.height)
+    inner = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    cell = Image.new("RGB", size, PAPER)
+    cell.paste(picture if inner == picture.size else picture.resize(inner, Image.Resampling.LANCZOS))
+    return cell
+
+
+def to_image(picture: Picture) -> Image.Image:
+    """A Pillow RGB image of a uint8 (H, W, 3) array, or of an image."""
+    return picture.convert("RGB") if isinstance(picture, Image.Image) else Image.fromarray(picture)
+
+
+def text_size(width: int) -> int:
+    """Font size in pixels that reads well on a picture of this width."""
+    return max(12, min(40, round(width / 38)))
+
+
+def percent(share: float) -> str:
+    """A fraction as a short percentage: '34 %', '0.4 %', '< 0.1 %'."""
+    if 0 < share < 0.0005:
+        return "< 0.1 %"
+    return f"{100 * share:.0f} %" if share >= 0.01 or share == 0 else f"{100 * share:.1f} %"
+
+
+def shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """The text, cut with dots where it is longer than `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."

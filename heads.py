@@ -1,0 +1,508 @@
+"""Two segmentation heads on four feature maps, and their losses.
+
+Read for UperNet: UperNet -> FCN -> upernet_losses.
+Read for Mask2Former: PixelDecoder -> DecoderLayer -> Mask2Former -> semantic_scores -> match -> mask2former_losses.
+
+Both heads take the adapter's maps (f4, f8, f16, f32), (B, D, H/s, W/s) at stride s. Modules only predict; matching and
+losses are free functions of predictions and labels.
+
+Shapes: B batch, C head width, K classes, Q queries, P points, Y decoder outputs (before the first layer and after each),
+S tokens of three levels, M matched masks. Labels are (B, H, W) with 255 = ignore.
+"""
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from msda_cuda import MSDeformAttn, reference_points
+
+IGNORE = 255
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear, (B, C, h, w) -> (B, C, *size), the one way in which this code resizes feature and score maps."""
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """float16 and bfloat16 to float32; float32 and float64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# ------------------------------------------------------------------------------------------------------------ UperNet
+
+
+class ConvNormReLU(nn.Sequential):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
+        super().__init__(
+            nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        )
+        nn.init.kaiming_normal_(self[0].weight, mode="fan_out", nonlinearity="relu")
+
+
+def classifier(channels: int, num_classes: int) -> nn.Conv2d:
+    layer = nn.Conv2d(channels, num_classes, 1)
+    nn.init.normal_(layer.weight, std=0.01)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class UperNet(nn.Module):
+    """Pyramid pooling on the coarsest map, a feature pyramid over the rest, all fused at stride 4 (Xiao et al., ECCV 2018)."""
+
+    POOL_SIZES = (1, 2, 3, 6)
+
+    def __init__(self, dim: int, channels: int, num_classes: int, dropout: float):
+        super().__init__()
+        self.pools = nn.ModuleList(ConvNormReLU(dim, channels, 1) for _ in self.POOL_SIZES)
+        self.bottleneck = ConvNormReLU(dim + len(self.POOL_SIZES) * channels, channels, 3)
+        self.laterals = nn.ModuleList(ConvNormReLU(dim, channels, 1) for _ in range(3))
+        self.outputs = nn.ModuleList(ConvNormReLU(channels, channels, 3) for _ in range(3))
+        self.fuse = ConvNormReLU(4 * channels, channels, 3)
+        self.dropout = nn.Dropout2d(dropout)
+        self.classifier = classifier(channels, num_classes)
+
+    def pyramid_pooling(self, f32: Tensor) -> Tensor:
+        pooled = [conv(F.adaptive_avg_pool2d(f32, size)) for conv, size in zip(self.pools, self.POOL_SIZES, strict=True)]
+        return self.bottleneck(torch.cat([f32, *(resize(p, f32.shape[2:]) for p in pooled)], dim=1))
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Four maps -> logits (B, K, H/4, W/4)."""
+        *finer, f32 = features
+        top = self.pyramid_pooling(f32)
+        levels = [lateral(f) for lateral, f in zip(self.laterals, finer, strict=True)] + [top]
+        for i in (2, 1, 0):  # top-down: each level receives the coarser one
+            levels[i] = levels[i] + resize(levels[i + 1], levels[i].shape[2:])
+        levels = [conv(level) for conv, level in zip(self.outputs, levels[:3], strict=True)] + [top]
+        fused = self.fuse(torch.cat([resize(level, levels[0].shape[2:]) for level in levels], dim=1))
+        return self.classifier(self.dropout(fused))
+
+
+class FCN(nn.Module):
+    """One 3x3 convolution and a classifier on f16: the auxiliary head that only training uses."""
+
+    def __init__(self, dim: int, channels: int, num_classes: int, dropout: float):
+        super().__init__()
+        self.conv = ConvNormReLU(dim, channels, 3)
+        self.dropout = nn.Dropout2d(dropout)
+        self.classifier = classifier(channels, num_classes)
+
+    def forward(self, f16: Tensor) -> Tensor:
+        """(B, D, H/16, W/16) -> logits (B, K, H/16, W/16)."""
+        return self.classifier(self.dropout(self.conv(f16)))
+
+
+def pixel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of up-sampled logits, averaged over *all* pixels of (B, H, W) labels."""
+    logits = resize(full_precision(logits), labels.shape[1:])
+    # As in the released runs, ignored pixels add nothing to the sum but do count in the denominator.
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") / labels.numel()
+
+
+def upernet_losses(logits: Tensor, auxiliary_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Losses by name; the auxiliary head weighs 0.4."""
+    return {"pixel": pixel_cross_entropy(logits, labels), "auxiliary": 0.4 * pixel_cross_entropy(auxiliary_logits, labels)}
+
+
+# -------------------------------------------------------------------------------------------------------- Mask2Former
+
+
+class Prediction(NamedTuple):
+    """What Q queries say after one decoder layer."""
+
+    class_logits: Tensor  # (B, Q, K + 1), the last class is "no object"
+    mask_logits: Tensor  # (B, Q, H/4, W/4)
+
+
+def sine_positions(h: int, w: int, channels: int, like: Tensor) -> Tensor:
+    """Sine position encoding of an h x w grid, (h*w, channels): half the channels for y, half for x (DETR, appendix A.4).
+
+    Coordinates run from 1/h to 1 (not from pixel centres), times 2 pi; the temperature is 10,000.
+    """
+    def encode(n: int) -> Tensor:
+        position = torch.arange(1, n + 1, device=like.device, dtype=dtype) / (n + 1e-6) * (2 * math.pi)
+        pairs = torch.arange(channels // 4, device=like.device, dtype=dtype)
+        angles = position[:, None] / 10000 ** (pairs * 4 / channels)
+        return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)  # sin and cos alternate: (n, channels / 2)
+
+    dtype = torch.float32  # as in the released code, whatever the model's precision
+    y = encode(h)[:, None].expand(h, w, -1)
+    x = encode(w)[None, :].expand(h, w, -1)
+    return torch.cat([y, x], dim=2).flatten(0, 1).to(like.dtype)
+
+
+class FeedForward(nn.Sequential):
+    def __init__(self, channels: int, hidden: int):
+        super().__init__(nn.Linear(channels, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, channels))
+
+
+class PixelDecoderLayer(nn.Module):
+    """Deformable self-attention over three levels, then feed-forward; both post-norm (Zhu et al., ICLR 2021)."""
+
+    def __init__(self, channels: int, hidden: int, num_heads: int):
+        super().__init__()
+        self.attention = MSDeformAttn(channels, num_heads, num_levels=3, num_points=4)
+        self.norm1 = nn.LayerNorm(channels)
+        self.ffn = FeedForward(channels, hidden)
+        self.norm2 = nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor, positions: Tensor, points: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        x = self.norm1(x + self.attention(x + positions, points, x, grids))
+        return self.norm2(x + self.ffn(x))
+
+
+class PixelDecoder(nn.Module):
+    """A deformable-attention encoder over f32, f16 and f8, and one feature-pyramid step to stride 4 (Mask2Former, 3.2.2)."""
+
+    def __init__(self, dim: int, channels: int, hidden: int, num_layers: int, num_heads: int):
+        super().__init__()
+        self.inputs = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(dim, channels, 1), nn.GroupNorm(32, channels)) for _ in range(3)
+        )
+        self.level_embed = nn.Parameter(torch.empty(3, channels))
+        self.layers = nn.ModuleList(PixelDecoderLayer(channels, hidden, num_heads) for _ in range(num_layers))
+        self.lateral = nn.Sequential(nn.Conv2d(dim, channels, 1, bias=False), nn.GroupNorm(32, channels))
+        self.output = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.GroupNorm(32, channels), nn.ReLU(inplace=True)
+        )
+        self.mask_features = nn.Conv2d(channels, channels, 1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.level_embed)
+        for conv, _ in self.inputs:
+            nn.init.xavier_uniform_(conv.weight)
+            nn.init.zeros_(conv.bias)
+        for conv in (self.lateral[0], self.output[0], self.mask_features):
+            nn.init.kaiming_uniform_(conv.weight, a=1)  # "caffe2 xavier": the fan-in alone
+        nn.init.zeros_(self.mask_features.bias)
+        xavier_normal_matrices(self.layers)
+        for layer in self.layers:
+            layer.attention.reset_parameters()
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Four maps -> mask features (B, C, H/4, W/4) and memory [(B, C, h, w)] at strides 32, 16, 8."""
+        f4, *coarser = features
+        maps = [project(f) for project, f in zip(self.inputs, reversed(coarser), strict=True)]  # low resolution first
+        grids = [(m.shape[2], m.shape[3]) for m in maps]
+        x = torch.cat([m.flatten(2) for m in maps], dim=2).transpose(1, 2)  # (B, C, S) -> (B, S, C)
+        positions = torch.cat([
+            sine_positions(h, w, x.shape[2], like=x) + embed for (h, w), embed in zip(grids, self.level_embed, strict=True)
+        ])
+        points = reference_points(grids, like=x)
+        for layer in self.layers:
+            x = layer(x, positions, points, grids)
+        levels = x.transpose(1, 2).split([h * w for h, w in grids], dim=2)
+        memory = [level.unflatten(2, grid) for level, grid in zip(levels, grids, strict=True)]
+        finest = self.output(self.lateral(f4) + resize(memory[-1], f4.shape[2:]))
+        return self.mask_features(finest), memory
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose keys may be masked; `in_proj` stacks the query, key and value projections."""
+
+    def __init__(self, channels: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.in_proj = nn.Linear(channels, 3 * channels)
+        self.out_proj = nn.Linear(channels, channels)
+        nn.init.zeros_(self.in_proj.bias)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attend: Tensor | None = None) -> Tensor:
+        """query (B, Q, C), key and value (B, S, C), attend (B, Q, S) true where a query may look -> (B, Q, C)."""
+        projections = zip((query, key, value), self.in_proj.weight.chunk(3), self.in_proj.bias.chunk(3), strict=True)
+        q, k, v = (F.linear(x, w, b).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x, w, b in projections)
+        mask = None if attend is None else attend[:, None]  # one mask for all heads
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out_proj(x.transpose(1, 2).flatten(2))  # (B, heads, Q, c) -> (B, Q, C)
+
+
+class DecoderLayer(nn.Module):
+    """Masked cross-attention first, then self-attention, then feed-forward; all post-norm (Mask2Former, 3.2.1)."""
+
+    def __init__(self, channels: int, hidden: int, num_heads: int):
+        super().__init__()
+        self.cross_attention = Attention(channels, num_heads)
+        self.norm1 = nn.LayerNorm(channels)
+        self.self_attention = Attention(channels, num_heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.ffn = FeedForward(channels, hidden)
+        self.norm3 = nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor, query_embed: Tensor, memory: Tensor, positions: Tensor, attend: Tensor) -> Tensor:
+        """x, query_embed (B, Q, C); memory, positions (B, S, C), (S, C); attend (B, Q, S) -> (B, Q, C)."""
+        x = self.norm1(x + self.cross_attention(x + query_embed, memory + positions, memory, attend))
+        x = self.norm2(x + self.self_attention(x + query_embed, x + query_embed, x))
+        return self.norm3(x + self.ffn(x))
+
+
+class Mask2Former(nn.Module):
+    """Queries that look where they last saw their mask (Cheng et al., CVPR 2022)."""
+
+    def __init__(self, dim: int, channels: int, num_classes: int, num_queries: int, num_heads: int, decoder_layers: int,
+                 decoder_ffn: int, encoder_layers: int, encoder_ffn: int):
+        super().__init__()
+        self.pixel_decoder = PixelDecoder(dim, channels, encoder_ffn, encoder_layers, num_heads)
+        self.query_feat = nn.Parameter(torch.empty(num_queries, channels))
+        self.query_embed = nn.Parameter(torch.empty(num_queries, channels))
+        self.level_embed = nn.Parameter(torch.empty(3, channels))
+        self.layers = nn.ModuleList(DecoderLayer(channels, decoder_ffn, num_heads) for _ in range(decoder_layers))
+        self.norm = nn.LayerNorm(channels)
+        self.class_embed = nn.Linear(channels, num_classes + 1)
+        self.mask_embed = nn.Sequential(
+            nn.Linear(channels, channels), nn.ReLU(inplace=True),
+            nn.Linear(channels, channels), nn.ReLU(inplace=True),
+            nn.Linear(channels, channels),
+        )
+        xavier_normal_matrices(self.layers)
+        for embedding in (self.query_feat, self.query_embed, self.level_embed):
+            nn.init.normal_(embedding)
+
+    def forward(self, features: Sequence[Tensor], every_layer: bool) -> list[Prediction]:
+        """Four maps -> the last prediction, or with `every_layer` those before the first layer and after each."""
+        mask_features, memory_maps = self.pixel_decoder(features)
+        memory = [m.flatten(2).transpose(1, 2) + e for m, e in zip(memory_maps, self.level_embed, strict=True)]
+        positions = [sine_positions(m.shape[2], m.shape[3], m.shape[1], like=m) for m in memory_maps]
+        # Masks are linear in the mask features: resizing these once a level spares resizing Q masks in every layer.
+        level_features = [resize(mask_features.detach(), m.shape[2:]).flatten(2) for m in memory_maps]
+
+        x = self.query_feat.expand(len(mask_features), -1, -1)
+        query_embed = self.query_embed.expand_as(x)
+        predictions = []
+        for i, layer in enumerate([*self.layers, None]):
+            normed = self.norm(x)
+            mask_embed = self.mask_embed(normed)
+            if every_layer or layer is None:
+                masks = torch.einsum("bqc,bchw->bqhw", mask_embed, mask_features)
+                predictions.append(Prediction(self.class_embed(normed), masks))
+            if layer is not None:
+                level = i % 3
+                attend = where_to_look(mask_embed.detach(), level_features[level])
+                x = layer(x, query_embed, memory[level], positions[level], attend)
+        return predictions
+
+
+def where_to_look(mask_embed: Tensor, level_features: Tensor) -> Tensor:
+    """(B, Q, C), (B, C, S) -> bool (B, Q, S): the pixels in a query's mask, or all where its mask is empty."""
+    attend = mask_embed @ level_features >= 0  # sigmoid >= 0.5
+    return attend | ~attend.any(dim=2, keepdim=True)  # a row with nothing to attend to would softmax to NaN
+
+
+def xavier_normal_matrices(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            nn.init.xavier_normal_(parameter)
+
+
+def semantic_scores(prediction: Prediction) -> Tensor:
+    """Queries -> (B, K, H/4, W/4): class probabilities weigh mask probabilities, "no object" left out (section 3.4)."""
+    classes = full_precision(prediction.class_logits).softmax(dim=2)[..., :-1]
+    masks = full_precision(prediction.mask_logits).sigmoid()
+    return torch.einsum("bqk,bqhw->bkhw", classes, masks)
+
+
+# ------------------------------------------------------------------------------------------- Mask2Former: what to learn
+
+CLASS_WEIGHT, MASK_WEIGHT, DICE_WEIGHT = 2.0, 5.0, 5.0  # in the matching cost and in the loss
+NO_OBJECT_WEIGHT = 0.1
+OVERSAMPLE, IMPORTANT = 3, 0.75  # PointRend's sampling: of 3 P candidates, the most uncertain make 75 % of the P points
+
+
+class LossUnits(NamedTuple):
+    """What the losses of some images are divided by. The official runs have two images on each device, so a *pair* of
+    images is the unit; `loss_units` works it out for any layout of devices, batches and accumulation."""
+
+    class_weight: Tensor  # (B,) the summed class weights of each image's pair
+    masks: Tensor  # () target masks in a pair, averaged over the global batch, at least 1
+    pairs: float  # pairs of images in this call
+
+
+def mask_counts(labels: Tensor, num_classes: int) -> Tensor:
+    """Number of classes present in each image, (B, H, W) -> (B,)."""
+    return classes_present(labels, num_classes).sum(dim=1)
+
+
+def classes_present(labels: Tensor, num_classes: int) -> Tensor:
+    """(B, H, W) -> bool (B, K), without waiting for the device."""
+    present = torch.zeros(len(labels), IGNORE + 1, dtype=torch.bool, device=labels.device)
+    return present.scatter_(1, labels.flatten(1).long(), True)[:, :num_classes]
+
+
+def loss_units(counts: Tensor, mine: slice, num_queries: int) -> LossUnits:
+    """Units for the images `mine` of a global batch.
+
+    Averaged over calls of equal size, losses in these units are the official ones: a class loss divided by the class
+    weights of each pair, mask losses divided by the mean number of masks of a pair.
+
+    Args:
+        counts: (N,) target masks of every image of the global batch, in order; images 2i and 2i + 1 are a pair.
+        mine: the images that the call holds.
+    """
+    matched = counts.clamp(max=num_queries)
+    pair = torch.arange(len(counts), device=counts.device) // 2
+    num_pairs = (len(counts) + 1) // 2
+    weight = matched + NO_OBJECT_WEIGHT * (num_queries - matched).double()
+    pair_weight = weight.new_zeros(num_pairs).index_add_(0, pair, weight)
+    masks = (matched.sum() / num_pairs).clamp(min=1)
+    return LossUnits(pair_weight[pair][mine], masks, len(counts[mine]) / len(counts) * num_pairs)
+
+
+def corners(points: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
+    """The four pixels around each point and their bilinear weights; pixels outside get weight 0.
+
+    points (..., 2) as (x, y) in [0, 1] over an h x w image -> flat indices (..., 4) and weights (..., 4).
+    """
+    def two_nearest(position: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        lower = position.floor()
+        index = torch.stack([lower, lower + 1], dim=-1).long()
+        weight = torch.stack([lower + 1 - position, position - lower], dim=-1)
+        return index.clamp(0, size - 1), weight * ((index >= 0) & (index < size))
+
+    x, weight_x = two_nearest(points[..., 0] * w - 0.5, w)  # (..., 2)
+    y, weight_y = two_nearest(points[..., 1] * h - 0.5, h)
+    index = y[..., :, None] * w + x[..., None, :]  # (..., 2, 2)
+    weight = weight_y[..., :, None] * weight_x[..., None, :]
+    return index.flatten(-2), weight.flatten(-2)
+
+
+def sample(maps: Tensor, points: Tensor) -> Tensor:
+    """Bilinear values of (N, C, h, w) maps at (N, P, 2) points in [0, 1] -> (N, C, P); outside is 0."""
+    return F.grid_sample(maps, 2 * points[:, :, None] - 1, align_corners=False)[..., 0]
+
+
+def sample_targets(labels: Tensor, points: Tensor, num_classes: int) -> Tensor:
+    """Every class's binary mask at some points, without building masks: (B, H, W), (Y, B, P, 2) -> (Y, B, K, P)."""
+    index, weight = corners(points, *labels.shape[1:])  # (Y, B, P, 4)
+    label = labels.flatten(1).expand(len(points), -1, -1).gather(2, index.flatten(2)).view_as(index)
+    targets = weight.new_zeros(*points.shape[:3], IGNORE + 1).scatter_add_(3, label, weight)
+    return targets[..., :num_classes].transpose(2, 3)
+
+
+def sample_class_targets(labels: Tensor, image: Tensor, category: Tensor, points: Tensor) -> Tensor:
+    """The binary masks of chosen classes of chosen images: image, category (M,), points (M, P, 2) -> (M, P)."""
+    h, w = labels.shape[1:]
+    index, weight = corners(points, h, w)
+    label = labels.flatten()[image[:, None, None] * (h * w) + index]
+    return (weight * (label == category[:, None, None])).sum(dim=2)
+
+
+@torch.no_grad()
+def matching_costs(class_logits: Tensor, mask_logits: Tensor, labels: Tensor, num_points: int) -> Tensor:
+    """Cost of each query for each class's mask, (Y, B, Q, K), at fresh random points of every output and image.
+
+    Cross-entropy and dice against *all* K binary masks are one matrix product, absent classes included: cheaper than
+    going image by image. As in the released code ignored pixels are negatives of every mask.
+    """
+    num_queries, num_classes = class_logits.shape[2], class_logits.shape[3] - 1
+    points = torch.rand(*mask_logits.shape[:2], num_points, 2, device=mask_logits.device, dtype=mask_logits.dtype)
+    logits = sample(mask_logits.flatten(0, 1), points.flatten(0, 1)).view(*mask_logits.shape[:3], num_points)
+    targets = sample_targets(labels, points, num_classes)  # (Y, B, K, P)
+    probabilities = logits.sigmoid()
+    overlap = torch.cat([logits, probabilities], dim=2) @ targets.transpose(2, 3)  # (Y, B, 2Q, K)
+    # softplus(-x) t + softplus(x) (1 - t) = softplus(x) - x t
+    mask_cost = (F.softplus(logits).sum(dim=3, keepdim=True) - overlap[:, :, :num_queries]) / num_points
+    area = probabilities.sum(dim=3)[..., :, None] + targets.sum(dim=3)[..., None, :]
+    dice_cost = 1 - (2 * overlap[:, :, num_queries:] + 1) / (area + 1)
+    class_cost = -class_logits.softmax(dim=3)[..., :-1]
+    return CLASS_WEIGHT * class_cost + MASK_WEIGHT * mask_cost + DICE_WEIGHT * dice_cost
+
+
+class Matches(NamedTuple):
+    """Matched pairs over all outputs and images, each field (M,): decoder output, image, query, class."""
+
+    output: Tensor
+    image: Tensor
+    query: Tensor
+    category: Tensor
+
+
+def match(costs: Tensor, present: Tensor) -> Matches:
+    """Hungarian matching of queries to the classes present: costs (Y, B, Q, K), present bool (B, K).
+
+    One copy to the host for all outputs and images, one copy back.
+    """
+    flags = present.to(costs.dtype)[None, :, None].expand(len(costs), -1, 1, -1)
+    host = torch.cat([costs, flags], dim=2).cpu()
+    costs_host = host[:, :, :-1].nan_to_num(nan=1e6, posinf=1e6, neginf=-1e6).numpy()  # SciPy refuses non-finite costs
+    rows = []
+    for image in range(costs.shape[1]):
+        categories = host[0, image, -1].nonzero()[:, 0].numpy()
+        for output in range(costs.shape[0]):
+            queries, columns = linear_sum_assignment(costs_host[output, image][:, categories])
+            rows += [(output, image, q, categories[c]) for q, c in zip(queries, columns, strict=True)]
+    return Matches(*torch.tensor(rows, dtype=torch.long).view(-1, 4).t().contiguous().to(costs.device).unbind())
+
+
+@torch.no_grad()
+def uncertain_points(masks: Tensor, num_points: int) -> Tensor:
+    """Points for the mask losses of (M, 1, h, w) logits -> (M, P, 2): mostly near logit 0, the rest anywhere (PointRend)."""
+    candidates = torch.rand(len(masks), OVERSAMPLE * num_points, 2, device=masks.device, dtype=masks.dtype)
+    num_important = int(IMPORTANT * num_points)
+    nearest = sample(masks, candidates)[:, 0].abs().topk(num_important, dim=1, largest=False).indices
+    important = candidates.gather(1, nearest[..., None].expand(-1, -1, 2))
+    anywhere = torch.rand(len(masks), num_points - num_important, 2, device=masks.device, dtype=masks.dtype)
+    return torch.cat([important, anywhere], dim=1)
+
+
+def class_losses(class_logits: Tensor, matches: Matches, units: LossUnits) -> Tensor:
+    """Weighted cross-entropy of every query, unmatched ones learning "no object": (Y, B, Q, K + 1) -> (Y,)."""
+    no_object = class_logits.shape[3] - 1
+    target = torch.full(class_logits.shape[:3], no_object, device=class_logits.device)
+    target[matches.output, matches.image, matches.query] = matches.category
+    weight = class_logits.new_ones(no_object + 1)
+    weight[no_object] = NO_OBJECT_WEIGHT
+    per_query = F.cross_entropy(class_logits.flatten(0, 2), target.flatten(), weight, reduction="none").view_as(target)
+    return (per_query.sum(dim=2) / units.class_weight.to(per_query.dtype)).sum(dim=1) / units.pairs
+
+
+def mask_losses(mask_logits: Tensor, labels: Tensor, matches: Matches, units: LossUnits,
+                num_points: int) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and dice losses of the matched masks at sampled points: (Y, B, Q, h, w) -> two of (Y,)."""
+    if len(matches.query) == 0:  # no target at all: the loss is 0, but still reaches every parameter, as DDP demands
+        zero = 0 * mask_logits.sum(dim=(1, 2, 3, 4))
+        return zero, zero
+    masks = mask_logits[matches.output, matches.image, matches.query][:, None]  # (M, 1, h, w)
+    points = uncertain_points(masks, num_points)
+    logits = sample(masks, points)[:, 0]  # (M, P)
+    targets = sample_class_targets(labels, matches.image, matches.category, points)
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1)
+    probabilities = logits.sigmoid()
+    overlap, area = (probabilities * targets).sum(dim=1), probabilities.sum(dim=1) + targets.sum(dim=1)
+    dice = 1 - (2 * overlap + 1) / (area + 1)  # first powers in the denominator, 1 added to both
+    total = cross_entropy.new_zeros(len(mask_logits))
+    scale = (units.masks * units.pairs).to(total.dtype)
+    return total.index_add(0, matches.output, cross_entropy) / scale, total.index_add(0, matches.output, dice) / scale
+
+
+def mask2former_losses(predictions: Sequence[Prediction], labels: Tensor, num_points: int,
+                       units: LossUnits | None = None) -> dict[str, Tensor]:
+    """Class, mask and dice losses of every decoder output, weighted, by name: "class/0" is that before the first layer.
+
+    Args:
+        predictions: the head's outputs with `every_layer`.
+        labels: long (B, H, W), 255 = ignore. Every class present makes one target mask.
+        num_points: P, points at which masks are compared (12,544 in the released models).
+        units: what to divide by; by default that of these images alone.
+    """
+    with torch.autocast(labels.device.type, enabled=False):  # matching and losses stay in float32
+        class_logits = full_precision(torch.stack([p.class_logits for p in predictions]))  # (Y, B, Q, K + 1)
+        mask_logits = full_precision(torch.stack([p.mask_logits for p in predictions]))  # (Y, B, Q, h, w)
+        num_queries, num_classes = class_logits.shape[2], class_logits.shape[3] - 1
+        if units is None:
+            units = loss_units(mask_counts(labels, num_classes), slice(None), num_queries)
+        costs = matching_costs(class_logits, mask_logits, labels, num_points)
+        matches = match(costs, classes_present(labels, num_classes))
+        mask, dice = mask_losses(mask_logits, labels, matches, units, num_points)
+        terms = {
+            "class": CLASS_WEIGHT * class_losses(class_logits, matches, units),
+            "mask": MASK_WEIGHT * mask,
+            "dice": DICE_WEIGHT * dice,
+        }
+    return {f"{name}/{i}": value[i] for name, value in terms.items() for i in range(len(predictions))}

@@ -1,0 +1,128 @@
+"""One function, two ways: the native operator where it can be had, PyTorch's grid_sample elsewhere.
+
+Read: ms_deform_attn -> active_path -> native -> register.
+
+`MSDA=auto` (default) builds or loads the operator at the first call and falls back with one warning; `MSDA=native`
+raises instead; `MSDA=torch` never tries.
+"""
+
+import functools
+import os
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import build
+from .reference import Shapes, ms_deform_attn_torch
+
+
+class Native(NamedTuple):
+    """The loaded operator: for which kinds of device, from which file, and why not for the others."""
+
+    devices: tuple[str, ...]
+    library: str
+    reason: str
+
+
+def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+    """Multi-scale deformable attention (Deformable DETR, equation 3).
+
+    value (B, S, M, D), shapes [(h, w), ...] with S = sum of h * w, locations (B, Q, M, L, P, 2) as (x, y) with [0, 1]
+    spanning each map, weights (B, Q, M, L, P) -> (B, Q, M*D) in value's type. Points off a map read zeros. Sums,
+    locations and weights are float32, or float64 where value is. Raises ValueError where sizes do not fit.
+    """
+    check(value, shapes, locations, weights)
+    checking = value.is_cuda and value.dtype == torch.float64  # for gradcheck; the GPU kernels have no need of it
+    if checking or active_path(value.device.type) == "torch":
+        return ms_deform_attn_torch(value, shapes, locations, weights)
+    precise = torch.promote_types(value.dtype, torch.float32)
+    flat = [side for shape in shapes for side in shape]
+    return torch.ops.msda.forward(value, flat, locations.to(precise), weights.to(precise))
+
+
+def check(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> None:
+    """Raise ValueError unless the four arguments fit each other."""
+    (B, S, M, _), L = value.shape, len(shapes)
+    positions = sum(h * w for h, w in shapes)
+    if positions != S:
+        raise ValueError(f"ms_deform_attn: levels {list(shapes)} hold {positions} positions, value has {S}")
+    Q, P = locations.shape[1], locations.shape[4]
+    if locations.shape != (B, Q, M, L, P, 2) or weights.shape != (B, Q, M, L, P):
+        raise ValueError(
+            f"ms_deform_attn: locations {tuple(locations.shape)} and weights {tuple(weights.shape)} "
+            f"do not fit value {tuple(value.shape)} and {L} levels"
+        )
+
+
+@torch.compiler.assume_constant_result  # so that torch.compile asks once, and never traces a build
+def active_path(device_type: str) -> str:
+    """"native" or "torch", for tensors on "cpu", "cuda", ...; the first call may build. Raises build.BuildError."""
+    return choose_path(device_type)
+
+
+@functools.cache
+def choose_path(device_type: str) -> str:
+    """The choice behind `active_path`, made (and warned about) once."""
+    operator = native()
+    if device_type in operator.devices:
+        return "native"
+    choice = os.environ.get("MSDA", "auto")
+    if choice == "native":
+        raise build.BuildError(f"MSDA=native, but there is no operator for {device_type}: {operator.reason}")
+    if choice == "auto":
+        warnings.warn(f"deformable attention on {device_type} runs without its native operator, several times slower: "
+                      f"{operator.reason} (MSDA=torch silences this)", stacklevel=4)
+    return "torch"
+
+
+@functools.cache
+def native() -> Native:
+    """Load the operator, building it if need be. Raises ValueError for an unknown MSDA."""
+    choice = os.environ.get("MSDA", "auto")
+    if choice not in ("auto", "native", "torch"):
+        raise ValueError(f"MSDA={choice} is unknown; choose auto, native or torch")
+    if choice == "torch":
+        return Native((), "", "MSDA=torch")
+    try:
+        path = build.library()
+        torch.ops.load_library(path)
+    except (build.BuildError, OSError) as error:
+        return Native((), "", str(error))
+    register()
+    has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("msda::forward", "CUDA")
+    return Native(("cpu", "meta", *(["cuda"] if has_cuda else [])), str(path), build.plan().no_cuda)
+
+
+@functools.cache
+def register() -> None:
+    """What PyTorch must know beyond the kernels: shapes without data, and derivatives."""
+    torch.library.register_fake("msda::forward", forward_fake)
+    torch.library.register_fake("msda::backward", backward_fake)
+    torch.library.register_autograd("msda::forward", forward_derivative, setup_context=keep)
+    torch.library.register_autograd("msda::backward", no_second_derivative, setup_context=lambda *_, **__: None)
+
+
+def forward_fake(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
+    return value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
+
+
+def backward_fake(grad: Tensor, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (value, locations, weights))
+
+
+def keep(ctx, inputs, output) -> None:
+    """Only the inputs are kept for the backward pass: the samples, L * P times larger, are read again."""
+    value, ctx.shapes, locations, weights = inputs
+    ctx.save_for_backward(value, locations, weights)
+
+
+def forward_derivative(ctx, grad: Tensor):
+    value, locations, weights = ctx.saved_tensors
+    to_value, to_locations, to_weights = torch.ops.msda.backward(grad, value, ctx.shapes, locations, weights)
+    return to_value, None, to_locations, to_weights
+
+
+def no_second_derivative(ctx, *grads):
+    raise NotImplementedError("ms_deform_attn: second derivatives are not implemented (nor are grid_sample's)")

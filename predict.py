@@ -1,0 +1,287 @@
+"""Your own pictures in; overlays with a legend and label images out.
+
+    python predict.py photo.jpg                        the newest run's best checkpoint; results in predictions/
+    python predict.py holiday/ --checkpoint best.pt --out coloured --ms
+    python predict.py photo.jpg --explain              the queries behind the answer, and where one attention looks
+
+As a library: `labels = Predictor("best.pt")("photo.jpg")`.
+
+Read: Predictor -> write_results -> find_pictures -> main; explain (query_sheet, sampling_picture) last.
+
+Shapes: K classes, Q queries, w side of the window, H, W size of the picture; labels are uint8 (H, W), class indices.
+A picture of any size is seen at the scale of the test; memory is that of its scores at this scale, about
+4 K w^2 x aspect ratio bytes, and of strips of at most 512 MiB at its own size (4 K H W bytes for --probabilities).
+"""
+
+import argparse
+import glob
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import draw
+import evaluate
+import weights
+from heads import resize
+
+CELL = 320  # side in pixels of a picture in an explanation
+LEVEL_COLORS = np.uint8([[255, 196, 0], [0, 190, 255], [255, 70, 150]])  # strides 8, 16, 32
+
+
+class PredictError(ValueError):
+    """A request that cannot be met: one line that says what, where and how to mend it."""
+
+
+class Predictor:
+    """A trained model that takes pictures: `Predictor("best.pt")(picture) -> labels`.
+
+    Args:
+        checkpoint: our own or a released checkpoint.
+        device: "cpu", "cuda", "mps"; None takes CUDA if there is one.
+        multi_scale: average over six scales and their mirror images: slower, a little better.
+        amp: run the model in this type (torch.bfloat16) where that is safe.
+    Attributes:
+        classes: the K class names; palette: uint8 (K, 3), their colours.
+    Raises:
+        WeightsError: the file is no checkpoint of a segmenter.
+    """
+
+    def __init__(self, checkpoint: str | Path, device: str | None = None, multi_scale: bool = False,
+                 window_batch: int | None = None, amp: torch.dtype | None = None):  # fmt: skip
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model, facts = weights.load_model(checkpoint)
+        self.model = model.to(self.device).eval()
+        self.classes, self.palette = names_and_colors(facts, model.config.num_classes)
+        self.multi_scale, self.amp = multi_scale, amp
+        self.window_batch = window_batch or evaluate.automatic_window_batch(self.model, self.device)
+
+    def __call__(self, picture: str | Path | Image.Image | np.ndarray) -> np.ndarray:
+        """Class index of every pixel, uint8 (H, W), of a file, a Pillow image or a uint8 (H, W, 3) array."""
+        with self.autocast():
+            results = evaluate.predictions(self.model, [as_array(picture)], multi_scale=self.multi_scale,
+                                           device=self.device, window_batch=self.window_batch)  # fmt: skip
+            return next(results).cpu().numpy()
+
+    def probabilities(self, picture: str | Path | Image.Image | np.ndarray) -> np.ndarray:
+        """float32 (K, H, W), the probability of each class at each pixel; they sum to 1 over the classes."""
+        image = as_array(picture)
+        with self.autocast():
+            views = evaluate.make_views(image, self.model.config.window, self.multi_scale, self.device)
+            return evaluate.predict(self.model, views, image.shape[:2], self.window_batch).cpu().numpy()
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
+
+
+def names_and_colors(facts: dict, num_classes: int) -> tuple[list[str], np.ndarray]:
+    """Class names and palette of a checkpoint; a released one tells neither and is for Pascal Context's 59 classes."""
+    if facts.get("classes"):
+        return list(facts["classes"]), np.uint8(facts["palette"])
+    info = data.context_info()
+    if len(info.classes) == num_classes:
+        return list(info.classes), info.palette
+    return [f"class {k}" for k in range(num_classes)], data.default_palette(num_classes)
+
+
+def as_array(picture: str | Path | Image.Image | np.ndarray) -> np.ndarray:
+    """RGB uint8 (H, W, 3). Files are turned upright by their EXIF tag; gray, alpha, CMYK and 16 bits are converted."""
+    if isinstance(picture, str | Path):
+        return data.read_image(Path(picture))
+    return np.array(picture.convert("RGB")) if isinstance(picture, Image.Image) else picture
+
+
+def write_results(predictor: Predictor, picture: Path, stem: Path, opacity: float, probabilities: bool) -> None:
+    """Write `stem`_overlay.jpg and `stem`_labels.png, on request `stem`_probabilities.npz (float16)."""
+    image = data.read_image(picture)
+    if probabilities:
+        volume = predictor.probabilities(image)
+        labels = volume.argmax(0).astype(np.uint8)
+        np.savez_compressed(f"{stem}_probabilities.npz", probabilities=np.float16(volume), classes=predictor.classes)
+    else:
+        labels = predictor(image)
+    overlay = draw.overlay(image, labels, predictor.palette, opacity, ignore_index=-1)  # a prediction ignores nothing
+    draw.with_legend(overlay, labels, predictor.classes, predictor.palette, -1).save(f"{stem}_overlay.jpg", quality=92)
+    draw.save_labels(labels, Path(f"{stem}_labels.png"), predictor.palette)
+
+
+def find_pictures(arguments: Sequence[str]) -> list[Path]:
+    """The picture files that are meant by files, folders (all pictures in them, by name) and quoted globs."""
+    pictures: list[Path] = []
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            found = [file for file in sorted(path.iterdir()) if file.name.endswith(data.EXTENSIONS)]
+        else:
+            found = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(argument, recursive=True))]
+        if not found:
+            raise PredictError(f"no picture at {argument}: name a file, a folder of pictures or a glob in quotes")
+        pictures += found
+    return list(dict.fromkeys(pictures))
+
+
+def stems(pictures: Sequence[Path], out: Path) -> list[Path]:
+    """Where each picture's results go: out/NAME, or its whole path spelled out if another has this name."""
+    names = [picture.stem for picture in pictures]
+    return [
+        out / (name if names.count(name) == 1 else "_".join(part for part in picture.parts if part not in ("/", "..")))
+        for name, picture in zip(names, pictures, strict=True)
+    ]
+
+
+# --------------------------------------------------------------------------------- what the model does, in pictures
+
+
+@torch.no_grad()
+def explain(predictor: Predictor, image: np.ndarray, number: int = 12) -> Image.Image:
+    """What Mask2Former answers for the central window of a picture, query by query, and where one attention looks.
+
+    Above: the `number` queries with the highest score, which is the probability of their class times the mean
+    probability inside their mask. Below: the last injector, seen from the patch where each of the first queries is
+    surest: every dot is a place that it samples from the convolutional pyramid, larger the more weight it has.
+    """
+    model = predictor.model
+    window = central_window(image, model.config.window)
+    pixels = torch.from_numpy(window).permute(2, 0, 1)[None].to(predictor.device)  # (w, w, 3) -> (1, 3, w, w)
+    attention, record = model.adapter.interactions[-1].injector.attn, []
+    hook = attention.register_forward_hook(lambda module, inputs, _: record.append(sampling(module, *inputs)))
+    try:
+        prediction = model.head(model.features(data.normalize(pixels)), every_layer=False)[-1]
+    finally:
+        hook.remove()
+    masks = resize(prediction.mask_logits, (CELL, CELL))[0].sigmoid()
+    chance, category = prediction.class_logits[0].softmax(-1)[:, :-1].max(-1)  # the last class is "no object"
+    inside = masks > 0.5
+    score = chance * (masks * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
+    best = score.argsort(descending=True)[:number].tolist()
+    captions = [f"{predictor.classes[category[q]]} {score[q]:.2f} (query {q})" for q in best]
+    surest = torch.stack([masks[best[:4]].flatten(1).argmax(1) % CELL, masks[best[:4]].flatten(1).argmax(1) // CELL], 1)
+    points, weight = (values.cpu().numpy() for values in record[0])
+    return draw.stack(
+        [
+            query_sheet(central_window(image, CELL), masks[best].cpu().numpy(), captions),
+            sampling_picture(central_window(image, 4 * CELL), surest.cpu().numpy() / CELL, points, weight),
+        ]
+    )
+
+
+def central_window(image: np.ndarray, window: int) -> np.ndarray:
+    """The middle of the picture, (w, w, 3), when its short side is scaled to the window."""
+    scale = window / min(image.shape[:2])
+    height, width = (max(window, round(side * scale)) for side in image.shape[:2])
+    top, left = (height - window) // 2, (width - window) // 2
+    return data.resize(image, (height, width))[top : top + window, left : left + window]
+
+
+def sampling(attention: torch.nn.Module, query: Tensor, reference_points: Tensor, _: Tensor,
+             shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Where a deformable attention samples: places (Q, M, L, P, 2) as (x, y) in 0 ... 1, and weights (Q, M, L, P).
+
+    Each query's M heads look at P points in each of L levels; offsets are learned in pixels of their level.
+    """
+    split = (attention.num_heads, len(shapes), -1)
+    offsets = attention.sampling_offsets(query)[0].unflatten(-1, (*split, 2))
+    sizes = torch.tensor([(w, h) for h, w in shapes], device=query.device)
+    weight = attention.attention_weights(query)[0].unflatten(-1, (attention.num_heads, -1)).softmax(-1)
+    places = reference_points[:, None, None, None] + offsets / sizes[:, None]
+    return places, weight.unflatten(-1, split[1:])
+
+
+def query_sheet(picture: np.ndarray, masks: np.ndarray, captions: Sequence[str], columns: int = 4) -> Image.Image:
+    """The picture once for each query, dark where its mask (same height and width) says no, with a caption."""
+    cells = []
+    for mask, caption in zip(masks, captions, strict=True):
+        lit = (picture * (0.15 + 0.85 * mask[..., None])).astype(np.uint8)
+        lit[draw.boundaries(mask > 0.5)] = 255
+        cells.append(draw.with_caption(lit, caption))
+    return draw.contact_sheet([cells[i : i + columns] for i in range(0, len(cells), columns)])
+
+
+def sampling_picture(image: np.ndarray, places: np.ndarray, points: np.ndarray, weight: np.ndarray) -> Image.Image:
+    """The square picture with, for the patch at each place, a cross and the points that it samples.
+
+    Args:
+        places: (x, y) in 0 ... 1, one a row.
+        points, weight: what `sampling` returns for a square grid of Q patches.
+    """
+    side, grid = len(image), round(len(points) ** 0.5)
+    picture = draw.to_image((image * 0.6).astype(np.uint8))
+    pen = ImageDraw.Draw(picture, "RGBA")
+    for column, row in (places * grid).astype(int):
+        x, y = (column + 0.5) / grid * side, (row + 0.5) / grid * side
+        query = row * grid + column
+        for (head, level, point), share in np.ndenumerate(weight[query]):
+            a, b = points[query, head, level, point] * side
+            radius = 1.5 + 14 * share**0.5  # an area in proportion to the weight, and never invisible
+            pen.line((x, y, a, b), (255, 255, 255, 50), 1)
+            pen.ellipse((a - radius, b - radius, a + radius, b + radius), tuple(LEVEL_COLORS[level]), (20, 20, 20))
+        pen.line((x - 10, y, x + 10, y), (255, 255, 255), 4)
+        pen.line((x, y - 10, x, y + 10), (255, 255, 255), 4)
+    key = draw.legend(["samples at stride 8", "at stride 16", "at stride 32"], LEVEL_COLORS, side)
+    return draw.stack([picture, key])
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Segment pictures: an overlay with a legend and a label PNG for each.")
+    parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="a file, a folder or a quoted glob")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: the newest runs/*/best.pt")
+    parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="default: predictions/")
+    parser.add_argument("--ms", action="store_true", help="multi-scale and flip: slower, a little better")
+    parser.add_argument("--opacity", type=float, default=0.6, metavar="X", help="of the colours, 0 to 1 (0.6)")
+    parser.add_argument("--probabilities", action="store_true", help="write NAME_probabilities.npz too: (K, H, W)")
+    parser.add_argument("--explain", action="store_true", help="write NAME_explain.png too: queries and attention")
+    parser.add_argument("--window-batch", type=evaluate.positive, metavar="N", help="windows at once (by free memory)")
+    parser.add_argument("--device", help="cpu, cuda or mps; default: cuda if there is one")
+    parser.add_argument("--amp", action="store_true", help="run the model in bfloat16 where that is safe")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> list[str]:
+    """Predict all pictures; returns a line for each that could not be."""
+    pictures = find_pictures(options.pictures)
+    amp = torch.bfloat16 if options.amp else None
+    checkpoint = options.checkpoint or evaluate.newest_checkpoint()
+    predictor = Predictor(checkpoint, options.device, options.ms, options.window_batch, amp)
+    if options.explain and predictor.model.config.head != "mask2former":
+        raise PredictError("--explain shows the queries of Mask2Former, and this checkpoint has a UperNet head")
+    options.out.mkdir(parents=True, exist_ok=True)
+    failures = []
+    bar = tqdm(pictures, unit="picture", disable=None if len(pictures) > 1 else True)
+    for picture, stem in zip(bar, stems(pictures, options.out), strict=True):
+        try:
+            write_results(predictor, picture, stem, options.opacity, options.probabilities)
+            if options.explain:
+                explain(predictor, data.read_image(picture)).save(f"{stem}_explain.png")
+        except (ValueError, OSError) as error:
+            failures.append(str(error))
+    print(f"{len(pictures) - len(failures)} of {len(pictures)} pictures: overlays and labels in {options.out}/")
+    return failures
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0: all well; 1: some pictures could not be read, listed at the end; 2: nothing could be done."""
+    options = parse(arguments)
+    try:
+        failures = run(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,482 @@
+"""A run is processes that write a folder: config.json, log.jsonl, TensorBoard events, last.pt, previous.pt, best.pt.
+
+What of training is neither model nor loop. Read: join_processes -> open_run (folders) -> save, load_last, restore
+(checkpoints that survive a crash) -> StopSignal, stop_for_replay (ends) -> Stopwatch, Log (what process 0 writes down).
+"""
+
+import json
+import math
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from data import Batch, DatasetInfo
+from model import ModelConfig, Segmenter
+from weights import FORMAT, WeightsError, read_file
+
+RUNS = Path("runs")
+T = TypeVar("T")
+
+
+class RunError(ValueError):
+    """A run that cannot be started or continued; the message is one line: what, where, and how to mend it."""
+
+
+# ---------------------------------------------------------------------------------------------------------- processes
+
+
+class Process(NamedTuple):
+    """Which of how many processes this is, and its device."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+def join_processes(name: str | None) -> Process:
+    """This process's device and, under torchrun, its place among the others. Raises RunError for an unknown device."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if "RANK" in os.environ and device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(f"--device {name} cannot be used here ({str(error).splitlines()[0]})") from None
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        return Process(0, 1, device)
+    # Both at once: tensors on the host travel by gloo and need no device to be waited for.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return Process(dist.get_rank(), dist.get_world_size(), device)
+
+
+def on_first(process: Process, call: Callable[[], T]) -> T:
+    """What `call()` returns on process 0, given to all; what it raises for a user's fault, all raise."""
+    outcome: list = [None]
+    if process.rank == 0:
+        try:
+            outcome = [call()]
+        except ValueError as error:
+            outcome = [error]
+    if process.world > 1:
+        dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], ValueError):
+        raise outcome[0]
+    return outcome[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ folders
+
+
+def open_run(name: str, resume: str | None, unique: bool, process: Process) -> tuple[Path, dict | None]:
+    """The run's folder, and if it is resumed what its last checkpoint holds.
+
+    Args:
+        name: of a new run; with `unique` a taken name is an error, otherwise -2, -3 ... is appended.
+        resume: the run to resume, or None.
+
+    Raises:
+        RunError: no such run, a taken name, damaged checkpoints, or processes that do not see the same files.
+    """
+    folder = on_first(process, lambda: new_run(name, unique) if resume is None else find_run(resume))
+    state = None if resume is None else load_last(folder)
+    if process.world > 1:
+        seen: list[int | None] = [None] * process.world
+        dist.all_gather_object(seen, state and state["iteration"])
+        if len(set(seen)) > 1:
+            raise RunError(f"{folder}: process 0 finds iteration {seen[0]} there, process {process.rank} finds "
+                           f"{seen[process.rank]}: runs/ must lie on a file system that all nodes share")
+    return folder, state
+
+
+def new_run(name: str, unique: bool) -> Path:
+    """A folder for a new run, not yet made."""
+    folder, number = RUNS / name, 1
+    while (folder / "config.json").exists():
+        if unique:
+            raise RunError(f"{folder} exists: continue it with --resume {name}, or choose another --name")
+        number += 1
+        folder = RUNS / f"{name}-{number}"
+    return folder
+
+
+def find_run(name: str) -> Path:
+    """The run of that name or path; "" is the newest one. Raises RunError if there is none."""
+    if name:
+        candidates = [folder for folder in (Path(name), RUNS / name) if (folder / "config.json").is_file()]
+    else:
+        candidates = runs_like("*")
+    if not candidates:
+        raise RunError(f"no run to resume at {RUNS / name}: a run is a folder with a config.json; "
+                       f"{', '.join(run.name for run in runs_like('*')) or 'none'} in {RUNS}/")
+    return candidates[0]
+
+
+def runs_like(pattern: str) -> list[Path]:
+    """The runs whose name matches the pattern, newest first."""
+    configs = sorted(RUNS.glob(f"{pattern}/config.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return [path.parent for path in configs]
+
+
+def read_config(folder: Path) -> dict:
+    """config.json: the options that start the same run, and what it ran on. Raises RunError if it is damaged."""
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder / 'config.json'} cannot be read ({error}): restore it or start a new run") from None
+
+
+def environment(device: torch.device, world: int) -> dict:
+    """What a result may depend on besides the options."""
+    return {
+        "command": sys.argv, "commit": git("rev-parse", "HEAD"), "uncommitted": bool(git("status", "--porcelain")),
+        "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
+        "devices": world, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def git(*arguments: str) -> str | None:
+    """What git says about the folder of this file; None where there is no git or no repository."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], None], keep: Path | None = None) -> None:
+    """Write a file so that a crash, a kill or a full disk leaves either the old one or the new one, whole.
+
+    With `keep` the old one gets that name, at no moment leaving less than one.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())  # the data must be on the disk before the name points to them
+        if keep and path.exists():
+            link = keep.with_name(keep.name + ".partial")
+            link.unlink(missing_ok=True)
+            os.link(path, link)  # a second name: the old file has one throughout
+            os.replace(link, keep)
+            link.unlink(missing_ok=True)  # renaming one name of a file to another of the same does nothing
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise RunError(f"{path} cannot be written ({error.strerror or error}): what was there before is whole; "
+                       "make room, then --resume") from None
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the renames in this folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+@dataclass
+class Progress:
+    """How far a run has come; `iteration` counts the finished ones."""
+
+    iteration: int = 0
+    validated: int = 0  # the iteration of the last validation
+    best: float = -1.0  # mIoU
+    best_iteration: int = 0
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """Torch's random state, from which drop path, dropout and the losses' sampling points come."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def save(path: Path, process: Process, model: Segmenter, info: DatasetInfo, progress: Progress,
+         optimizer: torch.optim.Optimizer | None = None,
+         scaler: torch.amp.GradScaler | None = None) -> None:  # fmt: skip
+    """Write a checkpoint: for use (no optimizer), or with everything that the run is, to go on with.
+
+    All processes must call it, because each has random numbers of its own; process 0 writes.
+    """
+    state = {
+        "format": FORMAT, "model": model.state_dict(), "config": asdict(model.config), "classes": list(info.classes),
+        "palette": info.palette.tolist(), "iteration": progress.iteration, "progress": asdict(progress),
+    }  # fmt: skip
+    if optimizer:
+        rng = [rng_state(process.device)] * process.world
+        if process.world > 1:
+            dist.all_gather_object(rng, rng_state(process.device))
+        state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng}
+    if process.rank == 0:
+        write_checkpoint(path, state)
+
+
+def write_checkpoint(path: Path, state: dict) -> None:
+    """Write a checkpoint file; the last.pt that was there becomes previous.pt."""
+    keep = path.with_name("previous.pt") if path.name == "last.pt" else None
+    write_atomically(path, lambda file: torch.save(state, file), keep)
+
+
+def load_last(folder: Path) -> dict | None:
+    """The newest whole checkpoint: last.pt, or where that is torn or missing the one before. None: there is none.
+
+    Raises RunError if all that exist are damaged.
+    """
+    damaged = []
+    for path in (folder / "last.pt", folder / "previous.pt"):
+        if path.exists():
+            try:
+                return read_file(path)
+            except WeightsError as error:
+                damaged.append(path.name)
+                print(f"{error}: falling back to the checkpoint before", file=sys.stderr)
+    if damaged:
+        raise RunError(f"{folder}: {' and '.join(damaged)} are damaged: start a new run")
+    return None
+
+
+def restore(state: dict | None, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, seed: int,
+            process: Process) -> None:  # fmt: skip
+    """Put optimizer, scaler and random numbers where a checkpoint left them, or where a new run begins."""
+    torch.manual_seed(seed + process.rank)
+    if not state:
+        return
+    optimizer.load_state_dict(state["optimizer"])
+    if scaler.is_enabled() and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+    if len(state["rng"]) == process.world:
+        rng = state["rng"][process.rank]
+        torch.set_rng_state(rng["cpu"])
+        if process.device.type == "cuda" and "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"], process.device)
+    elif process.rank == 0:
+        print(f"the checkpoint is from {len(state['rng'])} processes, not {process.world}: new random numbers begin")
+
+
+class StopSignal:
+    """SIGTERM and Ctrl-C set `wanted` and nothing else, so that the loop can finish its iteration; a second one kills.
+
+    Worker processes that are forked later inherit it: Ctrl-C reaches the whole group and must not kill them first.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self.before = {number: signal.signal(number, self.want) for number in self.SIGNALS}
+
+    def want(self, number: int, _) -> None:
+        self.wanted = True
+        signal.signal(number, self.before[number] or signal.SIG_DFL)
+
+    def release(self) -> None:
+        """Put the signals back as they were."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training has gone wrong; the message says where, and which file replays it."""
+
+
+def stop_for_replay(folder: Path, process: Process, model: Segmenter, progress: Progress, batches: Sequence[Batch],
+                    losses: dict[str, float], rng: dict[str, Tensor]) -> None:  # fmt: skip
+    """Save what led to a non-finite loss (weights before the step, crops, random state) and raise NonFiniteLoss."""
+    path = folder / f"nonfinite-{progress.iteration}-process{process.rank}.pt"
+    names = [name for batch in batches for name in batch.names]
+    crops = {field: [getattr(batch, field) for batch in batches] for field in ("images", "labels", "extents")}
+    write_checkpoint(path, {
+        "format": FORMAT, "model": model.state_dict(), "config": asdict(model.config), "iteration": progress.iteration,
+        "losses": losses, "names": names, "rng": rng, **crops,
+    })  # fmt: skip
+    bad = ", ".join(f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value))
+    raise NonFiniteLoss(f"iteration {progress.iteration}: {bad}; images {', '.join(names)}; {path} has weights, crops "
+                        "and random state to replay it; a lower --lr, or --amp bf16 instead of fp16, may help")
+
+
+# ------------------------------------------------------------------------------------------------------------ logging
+
+
+class Stopwatch:
+    """Where the time of an iteration goes. On a GPU it marks events in the stream, so that measuring never waits."""
+
+    def __init__(self, device: torch.device, running: bool = True) -> None:
+        self.cuda, self.running = device.type == "cuda", running
+        self.marks = [("", self._now())]
+
+    def _now(self) -> "float | torch.cuda.Event":
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def lap(self, name: str) -> None:
+        """What was done since the last lap is called `name`."""
+        if self.running:
+            self.marks.append((name, self._now()))
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by name since the last call; waits for the device."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        total = defaultdict(float)
+        for (_, start), (name, end) in zip(self.marks, self.marks[1:], strict=False):
+            total[name] += start.elapsed_time(end) / 1000 if self.cuda else end - start
+        self.marks = self.marks[-1:]
+        return dict(total)
+
+
+def forward_flops(config: ModelConfig) -> int:
+    """Floating-point operations of a forward pass of one window, matrix products and convolutions only.
+
+    Counted on a twin without storage ("meta"), which takes no time or memory at any size.
+    """
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        Segmenter(config).eval().requires_grad_(False)(torch.empty(1, 3, config.window, config.window))
+    return counter.get_total_flops()
+
+
+@torch.no_grad()
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large square matrix product here and now, the best of five: what the device can do."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, rates = torch.ones(n, n, device=device, dtype=dtype), []
+    for _ in range(5):
+        watch = Stopwatch(device)
+        a @ a
+        watch.lap("matmul")
+        rates.append(2 * n**3 / watch.seconds()["matmul"])
+    return max(rates)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Gigabytes at most so far: of the device's memory on a GPU, of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+class Log:
+    """Process 0 writes the run down: console, log.jsonl, TensorBoard. Nothing here talks to another process.
+
+    Args:
+        folder: the run's; log.jsonl loses what it holds after iteration `start`, which is done again.
+        start, total: iterations done and to do.
+        images: images in an iteration on this device.
+        flops: operations for one image's forward and backward pass; rate: the device's matmul rate.
+    """
+
+    def __init__(self, folder: Path, start: int, total: int, device: torch.device, images: int = 0, flops: float = 0,
+                 rate: float = math.inf) -> None:  # fmt: skip
+        self.path, self.total, self.device = folder / "log.jsonl", total, device
+        self.images, self.flops, self.rate = images, flops, rate
+        kept = [line for line in read_log(self.path) if line["iteration"] <= start]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_atomically(self.path, lambda file: file.write(text.encode()))
+        self.tensorboard = SummaryWriter(folder, purge_step=start + 1)
+        self.bar = tqdm(total=total, initial=start, unit="it", smoothing=0.05, disable=not sys.stderr.isatty())
+        self.sums: dict[str, float] = defaultdict(float)
+        self.iterations = 0
+
+    def count(self, losses: dict[str, float]) -> None:
+        """Take note of one iteration."""
+        for name, value in losses.items():
+            self.sums[name] += value
+        self.iterations += 1
+        self.bar.update()
+        self.bar.set_postfix_str(f"loss {losses['loss']:.3f}", refresh=False)
+
+    def report(self, iteration: int, lr: float, gradient_norm: float, seconds: dict[str, float]) -> None:
+        """Write the means since the last report, the learning rate, and where the time went."""
+        losses = {name: value / self.iterations for name, value in self.sums.items()}
+        split = {name: value / self.iterations for name, value in seconds.items()}
+        elapsed = sum(split.values()) - split.get("pause", 0)
+        speed = {
+            "seconds": elapsed, "images_per_second": self.images / elapsed, "memory_gb": peak_memory(self.device),
+            "matmul_fraction": self.images * self.flops / elapsed / self.rate,
+            "eta_seconds": elapsed * (self.total - iteration),
+            **{f"seconds/{name}": value for name, value in split.items()},
+        }  # fmt: skip
+        self.write(iteration, "train", {**losses, "lr": lr, "gradient_norm": gradient_norm})
+        self.write(iteration, "speed", speed)
+        self.say(f"{iteration}/{self.total}  loss {losses['loss']:.4f} ({grouped(losses)})  lr {lr:.2e}  "
+                 f"gradient {gradient_norm:.2f}  {elapsed:.2f} s/it  {speed['memory_gb']:.1f} GB  "
+                 f"ETA {tqdm.format_interval(speed['eta_seconds'])}")
+        self.sums.clear()
+        self.iterations = 0
+
+    def write(self, iteration: int, kind: str, values: dict) -> None:
+        """One line of log.jsonl, and one TensorBoard scalar for each number."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"iteration": iteration, "kind": kind, **values}) + "\n")
+        for name, value in values.items():
+            if isinstance(value, float):
+                self.tensorboard.add_scalar(f"{kind}/{name}", value, iteration)
+
+    def validation(self, iteration: int, values: dict[str, float], table: str) -> None:
+        """Write a validation's scores and its per-class table."""
+        self.write(iteration, "validation", values)
+        self.tensorboard.add_text("validation/classes", f"<pre>{table}</pre>", iteration)
+        means = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if "/" not in name)
+        self.say(f"{table}\n{iteration}/{self.total}  {means}")
+
+    def picture(self, iteration: int, name: str, picture: Image.Image) -> None:
+        """Show a picture in TensorBoard."""
+        self.tensorboard.add_image(name, np.asarray(picture), iteration, dataformats="HWC")
+
+    def say(self, text: str) -> None:
+        """A line on the console, above the progress bar."""
+        tqdm.write(text)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        self.bar.close()
+        self.tensorboard.close()
+
+
+def grouped(losses: dict[str, float]) -> str:
+    """Loss terms summed over decoder layers ("mask/0", "mask/1" ...), as text."""
+    sums: dict[str, float] = defaultdict(float)
+    for name, value in losses.items():
+        if name != "loss":
+            sums[name.split("/")[0]] += value
+    return ", ".join(f"{name} {value:.3f}" for name, value in sums.items())
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log.jsonl; a last line that a kill left unfinished is dropped."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines

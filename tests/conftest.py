@@ -1,0 +1,64 @@
+"""Shared by all tests: the golden tiny models, filled by the rule of `golden/fill.py`."""
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+sys.path.insert(0, str(ROOT))
+
+from model import ModelConfig, Segmenter  # noqa: E402
+from weights import rename_official  # noqa: E402
+
+spec = importlib.util.spec_from_file_location("fill", GOLDEN / "fill.py")
+fill = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(fill)
+
+OFFICIAL = {"mask2former": "m2f", "upernet": "upernet"}  # our name of a head -> that in the golden files
+
+
+def noise(name: str, *shape: int) -> torch.Tensor:
+    """A golden input, float64."""
+    return torch.from_numpy(fill.noise(name, shape)).double()
+
+
+def load_golden(name: str) -> dict:
+    with np.load(GOLDEN / name) as file:
+        return dict(file)
+
+
+def official_state(head: str) -> dict[str, torch.Tensor]:
+    """The tiny golden model's weights under their official names."""
+    shapes = json.loads((GOLDEN / "tiny_state_dicts.json").read_text())[OFFICIAL[head]]
+    return {
+        name: torch.from_numpy(np.asarray(fill.fill(name, shape)))
+        for name, shape in shapes.items() if not name.endswith("relative_position_index")
+    }
+
+
+def golden_config(head: str) -> ModelConfig:
+    tiny = json.loads((GOLDEN / "tiny.json").read_text())
+    return ModelConfig(
+        head=head, num_classes=tiny["num_classes"], window=tiny["window"], embed_dim=tiny["embed_dim"], depth=tiny["depth"],
+        num_heads=tiny["num_heads"], drop_path=0.0, deform_heads=tiny["deform_num_heads"], spm_channels=tiny["spm_channels"],
+        head_channels=tiny["feat_channels"] if head == "mask2former" else tiny["upernet_channels"],
+        aux_channels=tiny["aux_channels"], dropout=0.0, num_queries=tiny["num_queries"], mask_heads=tiny["mask_heads"],
+        encoder_layers=tiny["encoder_layers"], encoder_ffn=tiny["encoder_ffn"], decoder_layers=tiny["decoder_layers"],
+        decoder_ffn=tiny["decoder_ffn"], num_points=tiny["num_points"],
+    )
+
+
+@pytest.fixture
+def golden_model():
+    """golden_model(head) -> the tiny model in float64 and eval mode, with the golden weights."""
+    def build(head: str) -> Segmenter:
+        model = Segmenter(golden_config(head))
+        model.load_state_dict(rename_official(official_state(head)))
+        return model.double().eval()
+
+    return build

@@ -1,0 +1,90 @@
+"""A data set and a model small enough to train inside a test. As a script it is train.py with that model:
+`torchrun tests/small.py OPTIONS`.
+
+A run is cut by SMALL_CUT=ITERATION:SIGNAL:PROCESS: that process sends itself the signal before that iteration's step,
+in its first life only (torchrun starts it again with TORCHELASTIC_RESTART_COUNT set).
+"""
+
+import functools
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import model  # noqa: E402
+import train  # noqa: E402
+
+CLASSES = ["ground", "disk", "bar"]
+COLOURS = np.array([[90, 80, 60], [200, 40, 40], [40, 80, 200]])
+CHANGES = {
+    "window": 64, "embed_dim": 32, "num_heads": 2, "deform_heads": 2, "spm_channels": 8, "head_channels": 32,
+    "aux_channels": 16, "num_queries": 8, "mask_heads": 2, "encoder_layers": 1, "encoder_ffn": 32, "decoder_layers": 3,
+    "decoder_ffn": 32, "num_points": 64,
+}  # fmt: skip
+NOISE = {"drop_path": 0.3, "dropout": 0.1}  # so that a run depends on every random number
+OPTIONS = [
+    "--data", "data", "--size", "tiny", "--global-batch", "4", "--batch", "2", "--workers", "0", "--device", "cpu",
+]  # fmt: skip
+
+
+def small_model(head: str, size: str, num_classes: int, **changes) -> model.Segmenter:
+    """`build_model` for a model of under 200,000 parameters, whatever the size."""
+    return model.build_model(head, "tiny", num_classes, **{**CHANGES, **NOISE, **changes})
+
+
+def write_data(root: Path, images: int = 8, validation: int = 3) -> Path:
+    """A plain folder of pictures with a disk and a bar on the ground, deterministic."""
+    rng = np.random.default_rng(0)
+    names = [f"{i:02d}" for i in range(images + validation)]
+    for folder in ("images", "labels"):
+        (root / folder).mkdir(parents=True)
+    y, x = np.mgrid[:48, :64]
+    for name in names:
+        labels = np.zeros((48, 64), np.uint8)
+        labels[(y - rng.integers(10, 38)) ** 2 + (x - rng.integers(10, 54)) ** 2 < 64] = 1
+        labels[:, rng.integers(0, 50) :][:, :6] = 2
+        labels[:4] = 255
+        image = COLOURS[labels % 253] + rng.integers(-20, 20, (48, 64, 3))  # 255 is drawn as class 2
+        Image.fromarray(image.astype(np.uint8)).save(root / "images" / f"{name}.png")
+        Image.fromarray(labels).save(root / "labels" / f"{name}.png")
+    (root / "dataset.json").write_text(json.dumps({"classes": CLASSES}))
+    (root / "train.txt").write_text("\n".join(names[:images]))
+    (root / "val.txt").write_text("\n".join(names[images:]))
+    return root
+
+
+def cut_before(iteration: int, number: int, process: int) -> None:
+    """Have `process` send itself the signal before that iteration's exchange."""
+    exchange = train.exchange
+    calls = iter(range(10**9))
+
+    @functools.wraps(exchange)
+    def cutting(batches, num_classes, stop, where):
+        if next(calls) == iteration and where.rank == process:
+            os.kill(os.getpid(), number)
+            stop = True  # Python runs a signal handler a little later; the promise is about the iteration after it
+        return exchange(batches, num_classes, stop, where)
+
+    train.exchange = cutting
+
+
+# Counting operations and timing a matrix product would take most of a small run's time.
+FLOPS, RATE = 1_000_000, 1e11
+REPLACED = {
+    "build_model": small_model, "LOG_EVERY": 1, "forward_flops": lambda _: FLOPS, "matmul_rate": lambda *_: RATE,
+}  # fmt: skip
+
+if __name__ == "__main__":
+    for attribute, value in REPLACED.items():
+        setattr(train, attribute, value)
+    if "SMALL_CUT" in os.environ and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        iteration, name, process = os.environ["SMALL_CUT"].split(":")
+        cut_before(int(iteration), signal.Signals[name], int(process))
+    train.main()

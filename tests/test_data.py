@@ -1,0 +1,418 @@
+"""data.py: the official numbers of every operation, data sets and their faults, the stream and the loader."""
+
+import itertools
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import data
+from data import DataError, Distortion
+
+GOLDEN = Path(__file__).parent / "golden"
+OPS = np.load(GOLDEN / "data_ops.npz")
+CAMVID = Path(os.environ.get("VITSEG_CAMVID", Path(__file__).parents[2] / "shared" / "camvid"))
+
+
+def grey_levels(actual: np.ndarray, expected: np.ndarray) -> int:
+    """The largest difference of two uint8 images."""
+    assert actual.shape == expected.shape
+    return int(np.abs(actual.astype(int) - expected).max())
+
+
+# ---------------------------------------------------------------------------------------------- official numbers
+
+
+@pytest.mark.parametrize("side", [317, 700])
+def test_training_resize_is_the_official_one(side: int) -> None:
+    size = data.scaled_size(OPS["label"].shape, side / 500)
+    assert size == tuple(OPS[f"train_resize_{side}_shape"])
+    assert grey_levels(data.resize(OPS["image"], size)[::4, ::4], OPS[f"train_resize_{side}_every4"]) <= 1
+    labels = data.resize_labels(OPS["label"], size)[::4, ::4]
+    np.testing.assert_array_equal(labels, OPS[f"train_resize_label_{side}_every4"])
+
+
+def test_resize_does_not_antialias() -> None:
+    comb = np.zeros((8, 300, 3), np.uint8)
+    comb[:, 1::3] = 90  # a third of the original columns; at a third of the size exactly these are sampled
+    assert (data.resize(comb, (8, 100)) == 90).all()  # an antialiasing resize would give 30
+
+
+def test_nearest_labels_are_floor_of_x_times_scale() -> None:
+    labels = np.arange(251, dtype=np.uint8)[None]
+    for width in (1, 50, 137, 250, 251, 252, 777):
+        expected = [min(int(x * (1 / (width / 251))), 250) for x in range(width)]
+        assert data.resize_labels(labels, (1, width))[0].tolist() == expected
+
+
+def test_single_scale_is_the_official_one() -> None:
+    image = OPS["image"]
+    assert grey_levels(data.resize(image, tuple(OPS["test_resize_shape"]))[::4, ::4], OPS["test_resize_every4"]) <= 1
+    result = data.single_scale_image(image, 480)
+    assert result.shape[:2] == tuple(OPS["test_resize_multiple_shape"]) == (544, 704)
+    assert grey_levels(result[::4, ::4], OPS["test_resize_multiple_every4"]) <= 2
+
+
+@pytest.mark.parametrize(("shape", "window", "expected"), [
+    ((375, 500), 480, (544, 704)),  # 520 x 693
+    ((500, 375), 480, (704, 544)),
+    ((300, 2400), 480, (512, 4096)),  # the long side stops at 4096
+    ((100, 2000), 480, (480, 9600)),  # but never is the short side below the window
+    ((192, 256), 128, (160, 192)),  # 139 x 185
+])
+def test_single_scale_sizes(shape: tuple[int, int], window: int, expected: tuple[int, int]) -> None:
+    assert data.single_scale_image(np.zeros((*shape, 3), np.uint8), window).shape[:2] == expected
+
+
+def test_multi_scale_is_the_official_one() -> None:
+    images = data.multi_scale_images(OPS["image"], 480)
+    for ratio, image in zip(data.TEST_RATIOS, images, strict=True):
+        assert image.shape[:2] == tuple(OPS[f"ms_shape_{ratio}"])
+    assert images[0] is images[1]
+    assert grey_levels(images[0][::4, ::4], OPS["ms_resize_0.5_every4"]) <= 1
+    assert grey_levels(images[3][::4, ::4], OPS["ms_resize_1.25_every4"]) <= 1
+
+
+@pytest.mark.parametrize("case", range(6))
+def test_photometric_distortion_is_the_official_one_to_the_bit(case: int) -> None:
+    parameters = json.loads((GOLDEN / "photometric.json").read_text())[case]
+    np.testing.assert_array_equal(data.distort(OPS["photo_input"], Distortion(**parameters)), OPS[f"photo_{case}"])
+
+
+def test_hsv_of_known_colours() -> None:
+    rgb = [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [255, 0, 128], [90, 90, 90], [0, 0, 0], [200, 50, 50]]
+    hsv = [[0, 255, 255], [60, 255, 255], [120, 255, 255], [30, 255, 255], [165, 255, 255],
+           [0, 0, 90], [0, 0, 0], [0, 191, 200]]
+    image = np.array([rgb], np.uint8)
+    assert data.rgb_to_hsv(image)[0].tolist() == hsv
+    assert grey_levels(data.hsv_to_rgb(data.rgb_to_hsv(image)), image) <= 1
+
+
+def test_every_step_is_drawn_half_of_the_time_within_its_range() -> None:
+    rng = np.random.default_rng(0)
+    drawn = [Distortion.draw(rng) for _ in range(4000)]
+    for name, low, high in (("brightness", -32, 32), ("contrast", 0.5, 1.5), ("saturation", 0.5, 1.5), ("hue", -18, 17)):
+        values = [v for v in (getattr(d, name) for d in drawn) if v is not None]
+        assert 1850 < len(values) < 2150
+        assert low <= min(values) < low + 0.02 * (high - low) and high - 0.02 * (high - low) < max(values) <= high
+    assert 1850 < sum(d.contrast_first for d in drawn) < 2150
+
+
+def test_normalisation_is_the_official_one() -> None:
+    image = torch.from_numpy(OPS["image"]).permute(2, 0, 1)[None]
+    result = data.normalize(image)[0].permute(1, 2, 0)[::7, ::5]
+    np.testing.assert_allclose(result, OPS["normalized"], rtol=0, atol=1e-6)
+
+
+def test_padding_is_zero_after_normalisation() -> None:
+    images = torch.randint(0, 256, (2, 3, 6, 8), dtype=torch.uint8)
+    plain, padded = data.normalize(images), data.normalize(images, torch.tensor([[6, 8], [4, 5]]))
+    torch.testing.assert_close(padded[0], plain[0], rtol=0, atol=0)
+    torch.testing.assert_close(padded[1, :, :4, :5], plain[1, :, :4, :5], rtol=0, atol=0)
+    assert padded[1, :, 4:].abs().sum() == 0 and padded[1, :, :, 5:].abs().sum() == 0
+    assert images.dtype == torch.uint8  # the input is left alone
+
+
+# --------------------------------------------------------------------------------------------- training transform
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 90), st.integers(1, 90), st.sampled_from([32, 64]), st.integers(0, 10**6))
+def test_training_crop_has_its_shape_and_keeps_labels_on_their_pixels(height, width, window, seed) -> None:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 4, (height, width), dtype=np.uint8)
+    labels = np.kron(labels, np.ones((8, 8), np.uint8))
+    image = np.repeat((labels * 80)[..., None], 3, axis=-1)
+    crop, crop_labels, (h, w) = data.train_transform(image, labels, window, rng)
+    assert crop.shape == (window, window, 3) and crop.dtype == np.uint8
+    assert crop_labels.shape == (window, window) and crop_labels.dtype == np.uint8
+    assert (crop_labels[h:] == 255).all() and (crop_labels[:, w:] == 255).all() and (crop_labels[:h, :w] < 4).all()
+    assert not crop[h:].any() and not crop[:, w:].any()
+
+
+def test_image_and_labels_move_together() -> None:
+    rng = np.random.default_rng(3)
+    labels = np.zeros((200, 260), np.uint8)
+    labels[60:150, 40:110] = 1
+    image = np.where(labels[..., None] == 1, np.uint8(230), np.uint8(20)).repeat(3, axis=-1)
+    for _ in range(40):
+        crop, crop_labels, (h, w) = data.train_transform(image, labels, 128, rng)
+        bright = crop[:h, :w].max(axis=-1) > (int(crop[:h, :w].min()) + int(crop[:h, :w].max())) / 2
+        if 0 < bright.mean() < 1 and (crop_labels[:h, :w] == 1).any():
+            assert (bright == (crop_labels[:h, :w] == 1)).mean() > 0.97  # but for the rim, which bilinear blends
+
+
+def test_long_side_is_between_half_and_twice_the_base_and_half_are_mirrored() -> None:
+    rng, widths, mirrored = np.random.default_rng(0), [], []
+    image, labels = np.zeros((10, 1000, 3), np.uint8), np.zeros((10, 1000), np.uint8)
+    labels[:, 500:] = 1
+    for _ in range(400):
+        _, crop, (_, width) = data.train_transform(image, labels, 1040, rng)
+        widths.append(width)
+        if width < 1040:  # nothing was cropped: class 1 is on the right, or on the left after mirroring
+            mirrored.append(crop[0, 0])
+    assert data.base_size(480) == 520 and data.base_size(1040) == 1127
+    assert 563 <= min(widths) < 600 and max(widths) == 1040
+    assert 0.22 < len(mirrored) / 400 < 0.35  # of r in 0.5..2, those below 1040 / 1127: 0.28
+    assert 0.35 < np.mean(mirrored) < 0.65
+
+
+def test_crop_avoids_windows_of_one_class() -> None:
+    labels = np.zeros((100, 400), np.uint8)
+    labels[:, 340:] = 1
+    labels[:50, :] = data.IGNORE
+    rng = np.random.default_rng(0)
+    share = []
+    for _ in range(300):
+        crop = labels[data.choose_crop(labels, 100, rng)]
+        share.append((crop == 0).sum() / (crop != data.IGNORE).sum())
+    # A window with 25..75 % of class 1 has 35 of the 301 places: 11 draws find one but for 0.26 of the time; chance: 0.88.
+    assert 0.16 < np.mean(np.array(share) >= 0.75) < 0.40
+
+
+# ------------------------------------------------------------------------------------------------------ data sets
+
+
+def write_plain(root: Path, classes: int = 3, shape: tuple[int, int] = (40, 60), names=("a", "b", "ü c")) -> Path:
+    """A plain folder with noise as images."""
+    rng = np.random.default_rng(0)
+    (root / "images").mkdir(parents=True)
+    (root / "labels").mkdir()
+    for name in names:
+        Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(root / "images" / f"{name}.png")
+        labels = rng.integers(0, classes, shape, dtype=np.uint8)
+        labels[0, 0] = 255
+        Image.fromarray(labels).save(root / "labels" / f"{name}.png")
+    (root / "dataset.json").write_text(json.dumps({"classes": [f"c{k}" for k in range(classes)]}))
+    (root / "train.txt").write_text("\n".join(names) + "\n\n", encoding="utf-8")
+    (root / "val.txt").write_text(f"{names[0]}.png\r\n", encoding="utf-8")
+    return root
+
+
+def test_plain_folder(tmp_path: Path) -> None:
+    dataset = data.open_dataset(write_plain(tmp_path / "d"), "train")
+    assert dataset.names == ["a", "b", "ü c"] and len(dataset) == 3 and dataset.split == "train"
+    assert dataset.info.classes == ("c0", "c1", "c2") and dataset.info.palette.shape == (3, 3)
+    np.testing.assert_array_equal(dataset.image(2), np.asarray(Image.open(tmp_path / "d/images/ü c.png")))
+    np.testing.assert_array_equal(dataset.labels(2), np.asarray(Image.open(tmp_path / "d/labels/ü c.png")))
+    assert data.open_dataset(tmp_path / "d", "val").names == ["a"]  # extension and Windows line end are cut off
+
+
+def test_own_ignore_index_becomes_255(tmp_path: Path) -> None:
+    root = write_plain(tmp_path / "d")
+    (root / "dataset.json").write_text(json.dumps({"classes": ["x", "y", "z"], "ignore_index": 7, "name": "Mine"}))
+    values = np.array([[0, 1, 2, 7]], np.uint8).repeat(40, 0).repeat(15, 1)
+    Image.fromarray(values).save(root / "labels" / "a.png")
+    dataset = data.open_dataset(root, "val")
+    assert np.unique(dataset.labels(0)).tolist() == [0, 1, 2, 255] and dataset.info.name == "Mine"
+
+
+def test_pascal_context_tree(tmp_path: Path) -> None:
+    for folder in ("JPEGImages", "SegmentationClassContext", "ImageSets/SegmentationContext"):
+        (tmp_path / folder).mkdir(parents=True)
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "JPEGImages" / "2008_1.jpg")
+    path = tmp_path / "SegmentationClassContext" / "2008_1.png"
+    Image.fromarray(OPS["reduce_zero_in"] % 60).save(path)
+    (tmp_path / "ImageSets/SegmentationContext/val.txt").write_text("2008_1\n")
+    dataset = data.open_dataset(tmp_path, "val")
+    assert len(dataset.info.classes) == 59
+    assert dataset.info.classes[0] == "aeroplane" and dataset.info.classes[58] == "wood"
+    assert dataset.info.palette[0].tolist() == [180, 120, 120]
+    np.testing.assert_array_equal(dataset.labels(0), (OPS["reduce_zero_in"] % 60 - 1).astype(np.uint8))
+    Image.fromarray(np.full((16, 16), 60, np.uint8)).save(path)
+    with pytest.raises(DataError, match="label value 60 is no class; the 59 classes are 1..59 and 255 is ignored"):
+        dataset.labels(0)
+
+
+def test_zero_label_shift_is_the_official_one(tmp_path: Path) -> None:
+    info = data.DatasetInfo("x", tuple(map(str, range(254))), np.zeros((254, 3), np.uint8))
+    write_plain(tmp_path, shape=(16, 16))
+    Image.fromarray(OPS["reduce_zero_in"]).save(tmp_path / "labels" / "a.png")
+    dataset = data.SegmentationDataset(tmp_path, "val", info, data.PLAIN_FOLDER._replace(first_class=1))
+    np.testing.assert_array_equal(dataset.labels(0), OPS["reduce_zero_out"])
+
+
+def test_modes_and_rotation_are_read_as_opencv_does(tmp_path: Path) -> None:
+    grey = np.arange(200, dtype=np.uint8).reshape(10, 20)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.fromarray(np.dstack([grey] * 3 + [grey * 0])).save(tmp_path / "rgba.png")
+    Image.fromarray(grey.astype(np.uint16) * 256 + 7).save(tmp_path / "deep.png")
+    for name in ("grey", "rgba", "deep"):
+        np.testing.assert_array_equal(data.read_image(tmp_path / f"{name}.png"), np.dstack([grey] * 3))
+    Image.new("CMYK", (4, 4), (255, 0, 0, 0)).save(tmp_path / "cmyk.jpg")
+    assert data.read_image(tmp_path / "cmyk.jpg")[0, 0].tolist() == [0, 255, 255]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn a quarter clockwise to see it upright
+    Image.fromarray(np.dstack([grey] * 3)).save(tmp_path / "turned.png", exif=exif)
+    turned = data.read_image(tmp_path / "turned.png")
+    np.testing.assert_array_equal(turned, np.rot90(np.dstack([grey] * 3), -1))
+    assert data.image_size(tmp_path / "turned.png") == turned.shape[:2] == (20, 10)
+
+
+def broken(root: Path, fault: str) -> None:
+    """Bring one fault into a sound data set."""
+    labels, image = root / "labels" / "a.png", root / "images" / "a.png"
+    noise = np.random.default_rng(0).integers(0, 3, (40, 60), dtype=np.uint8)
+    match fault:
+        case "value":
+            noise[3, 4] = 17
+            Image.fromarray(noise).save(labels)
+        case "size":
+            Image.fromarray(noise[:-1]).save(labels)
+        case "colour":
+            Image.fromarray(np.dstack([noise] * 3)).save(labels)
+        case "empty file":
+            image.write_bytes(b"")
+        case "truncated":
+            image.write_bytes(image.read_bytes()[:3000])
+        case "no image":
+            image.write_text("not an image")
+        case "folder":
+            image.unlink()
+            image.mkdir()
+        case "missing label":
+            labels.unlink()
+        case "missing split":
+            (root / "train.txt").unlink()
+        case "empty split":
+            (root / "train.txt").write_text("\n \n")
+        case "way out":
+            (root / "train.txt").write_text("../../secret\n")
+        case "json":
+            (root / "dataset.json").write_text('{"classes": [\n"a",\n"b"\n"c"]}')
+        case "no classes":
+            (root / "dataset.json").write_text('{"names": []}')
+        case "twice":
+            (root / "dataset.json").write_text('{"classes": ["a", "a", "b"]}')
+        case "palette":
+            info = {"classes": ["a", "b", "c"], "palette": [[0, 0, 256], [1, 1, 1], [2, 2, 2]]}
+            (root / "dataset.json").write_text(json.dumps(info))
+        case "ignore":
+            (root / "dataset.json").write_text('{"classes": ["a", "b", "c"], "ignore_index": 2}')
+
+
+@pytest.mark.parametrize(("fault", "message"), [
+    ("value", r"labels/a.png: label value 17 is no class; the 3 classes are 0..2 and 255 is ignored"),
+    ("size", r"images/a.png is 60x40 pixels but .*labels/a.png is 60x39"),
+    ("colour", r"labels/a.png has mode RGB.*from-folders"),
+    ("empty file", r"images/a.png: not a readable image .*cannot identify"),
+    ("truncated", r"images/a.png: not a readable image .*truncated"),
+    ("no image", r"images/a.png: not a readable image"),
+    ("folder", r"train.txt names 'a', but .*images has no a.jpg \(nor .*.png.*add the image or remove the name"),
+    ("missing label", r"train.txt names 'a', but .*labels/a.png is no file: add the label"),
+    ("missing split", r"train.txt: cannot be read \(No such file or directory\)"),
+    ("empty split", r"train.txt is empty"),
+    ("way out", r"train.txt names '../../secret', which leads out"),
+    ("json", r"dataset.json, line 4, column 1: Expecting ',' delimiter"),
+    ("no classes", r'dataset.json: "classes" must be a list'),
+    ("twice", r"different names, not 3 with 1 repeated"),
+    ("palette", r'"palette" must hold a \[red, green, blue\]'),
+    ("ignore", r'"ignore_index" is 2 but must be one of 3..255'),
+])
+def test_a_fault_is_one_line_that_names_the_file(tmp_path: Path, fault: str, message: str) -> None:
+    broken(write_plain(tmp_path / "d"), fault)
+    with pytest.raises(DataError, match=message) as raised:
+        dataset = data.open_dataset(tmp_path / "d", "train")
+        dataset.image(0), dataset.labels(0)
+    assert "\n" not in str(raised.value)
+
+
+def test_decompression_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_plain(tmp_path / "d")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # 40 x 60 is more than twice that
+    with pytest.raises(DataError, match="a.png: not a readable image .*decompression bomb"):
+        data.open_dataset(root, "val").image(0)
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda root: None, "no data at .*prepare-context --voc .*--data toy"),
+    (lambda root: root.mkdir(), "no plain folder .*and no VOC2010 tree.*from-folders"),
+    (lambda root: (root / "JPEGImages").mkdir(parents=True), "no Pascal Context labels: .*prepare-context --voc"),
+])
+def test_a_root_without_data_says_how_to_get_them(tmp_path: Path, make, message: str) -> None:
+    make(tmp_path / "d")
+    with pytest.raises(DataError, match=message):
+        data.open_dataset(tmp_path / "d", "train")
+
+
+def test_default_palette_has_distinct_colours() -> None:
+    palette = data.default_palette(255)
+    assert palette.shape == (255, 3) and len(np.unique(palette, axis=0)) == 255
+
+
+def test_label_pictures_keep_255_with_few_colours(tmp_path: Path) -> None:
+    labels = np.array([[0, 1, 255]], np.uint8)
+    data.label_picture(labels, np.array([[10, 20, 30], [40, 50, 60]])).save(tmp_path / "x.png")
+    assert np.asarray(Image.open(tmp_path / "x.png")).tolist() == [[0, 1, 255]]
+
+
+@pytest.mark.skipif(not CAMVID.is_dir(), reason=f"no CamVid at {CAMVID}; set VITSEG_CAMVID")
+def test_camvid() -> None:
+    train, val = data.open_dataset(CAMVID, "train"), data.open_dataset(CAMVID, "val")
+    assert (len(train), len(val), train.info.name, len(train.info.classes)) == (367, 101, "CamVid-11", 11)
+    assert train.image(0).shape == (360, 480, 3) and train.labels(0).shape == (360, 480)
+    batch = next(iter(data.training_loader(train, 480, seed=0, positions=[[0, 1]], workers=0)))
+    assert batch.images.shape == (2, 3, 480, 480) and set(batch.labels.unique().tolist()) <= {*range(11), 255}
+
+
+# ---------------------------------------------------------------------------------------- the stream and the loader
+
+
+@pytest.mark.parametrize(("world", "batch", "accumulation"), [(8, 2, 1), (4, 4, 1), (2, 4, 2), (1, 1, 16), (1, 16, 1)])
+def test_every_layout_sees_the_same_global_batches(world: int, batch: int, accumulation: int) -> None:
+    streams = [data.positions(5, rank, world, batch, accumulation) for rank in range(world)]
+    lists = [list(itertools.islice(stream, 3 * accumulation)) for stream in streams]
+    assert all(len(micro) == batch for rank in lists for micro in rank)
+    for i in range(3):
+        step = [p for rank in lists for micro in rank[i * accumulation:(i + 1) * accumulation] for p in micro]
+        assert step == list(range((5 + i) * 16, (6 + i) * 16))
+
+
+def batches(root: Path, positions, workers: int, seed: int = 0) -> list[data.Batch]:
+    dataset = data.open_dataset(root, "train")
+    return list(data.training_loader(dataset, 32, seed=seed, positions=positions, workers=workers))
+
+
+def test_loader_is_the_same_for_any_number_of_workers_and_after_a_resume(tmp_path: Path) -> None:
+    root = write_plain(tmp_path / "d", names=[f"n{i}" for i in range(7)])
+    stream = list(itertools.islice(data.positions(0, 0, 1, 3, 1), 6))
+    torch.manual_seed(1)
+    alone = batches(root, stream, workers=0)
+    torch.manual_seed(2)  # no global generator has a say
+    np.random.seed(3)
+    for other in (batches(root, stream, workers=2), alone[:2] + batches(root, stream[2:], workers=1)):
+        for a, b in zip(alone, other, strict=True):
+            assert a.names == b.names and all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
+    assert alone[0].images.dtype == alone[0].labels.dtype == torch.uint8 and alone[0].extents.dtype == torch.int64
+    assert alone[0].images.shape == (3, 3, 32, 32) and alone[0].labels.shape == (3, 32, 32)
+    different = batches(root, stream, workers=0, seed=1)
+    assert not torch.equal(alone[0].images, different[0].images)
+
+
+def test_each_epoch_is_a_new_permutation(tmp_path: Path) -> None:
+    root = write_plain(tmp_path / "d", names=[f"n{i}" for i in range(10)])
+    stream = [list(range(p, p + 5)) for p in range(0, 40, 5)]
+    names = [name for batch in batches(root, stream, workers=0) for name in batch.names]
+    epochs = [tuple(names[i:i + 10]) for i in range(0, 40, 10)]
+    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs) and len(set(epochs)) == 4
+
+
+def test_the_same_image_is_distorted_differently_in_another_epoch(tmp_path: Path) -> None:
+    root = write_plain(tmp_path / "d", names=["n"])
+    first, second = batches(root, [[0], [1]], workers=0)
+    assert first.names == second.names and not torch.equal(first.images, second.images)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_fault_in_a_worker_is_one_clean_line(tmp_path: Path, workers: int) -> None:
+    root = write_plain(tmp_path / "d")
+    broken(root, "value")
+    with pytest.raises(DataError) as raised:
+        batches(root, [[0, 1, 2]], workers)
+    assert str(raised.value).startswith(f"{root}/labels/a.png: label value 17") and "\n" not in str(raised.value)

@@ -1,0 +1,221 @@
+"""Two processes over gloo are one run: the same step as one process; stopped, resumed and restarted together."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import small
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from test_sync_batchnorm import join
+from torch.nn.parallel import DistributedDataParallel
+
+import train
+from data import Batch
+from heads import loss_units
+from sync_batchnorm import convert_sync_batchnorm
+
+CPU = torch.device("cpu")
+LAYOUTS = {"one process": (1, 4, 1), "two processes": (2, 2, 1), "two, one image each, accumulated": (2, 1, 2)}
+
+# ----------------------------------------------------------------------------------------------------------- one step
+
+
+def fixed_points(*size, **options) -> torch.Tensor:
+    """In place of torch.rand: the same points for every mask, image and layer, so that the layout does not matter."""
+    steps = torch.arange(1, size[-2] + 1, dtype=torch.float64)
+    points = torch.stack([steps * 0.7548776662466927 % 1, steps * 0.5698402909980532 % 1], dim=1)
+    return points.to(options.get("dtype")).expand(size)
+
+
+def batch_of_four(ignored: bool) -> Batch:
+    """Four crops with different numbers of classes; with `ignored` the last two have no label at all."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (4, 3, 64, 64), generator=generator, dtype=torch.uint8)
+    labels = torch.zeros(4, 64, 64, dtype=torch.uint8)
+    labels[1, 20:] = 1
+    labels[2, :, 30:] = 2
+    labels[3, 40:, :50] = 1
+    labels[:, :5] = 255
+    if ignored:
+        labels[2:] = 255
+    return Batch(images, labels, torch.full((4, 2), 64), list("abcd"))
+
+
+def one_step(head: str, rank: int, layout: tuple[int, int, int], ignored: bool, frozen_norms: bool) -> dict:
+    """What the loop does in an iteration, in float64: losses, gradients and buffers after it."""
+    world, share, accumulation = layout
+    torch.rand, rand = fixed_points, torch.rand
+    torch.manual_seed(0)
+    model = small.model.build_model(head, "tiny", 3, **small.CHANGES).double().train()
+    if frozen_norms:
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+    parallel = model
+    if world > 1:
+        parallel = DistributedDataParallel(convert_sync_batchnorm(model), forward_sync_buffers=False)
+    mine = slice(rank * share * accumulation, (rank + 1) * share * accumulation)
+    parts = [part[mine].split(share) for part in batch_of_four(ignored)[:2]]
+    batches = [Batch(images, labels, None, []) for images, labels in zip(*parts, strict=True)]
+    counts, _ = train.exchange(batches, 3, False, train.Process(rank, world, CPU))
+    losses = torch.zeros((), dtype=torch.float64)
+    for i, batch in enumerate(batches):
+        first = mine.start + i * share
+        units = loss_units(counts, slice(first, first + share), model.config.num_queries)
+        with train.gradients_stay_here(parallel, i < accumulation - 1):
+            loss = parallel(batch.images.double() / 128 - 1, batch.labels.long(), units=units)["loss"]
+            (loss / accumulation).backward()
+        losses += loss.detach() / accumulation
+    torch.rand = rand
+    result = {f"gradient {name}": parameter.grad for name, parameter in model.named_parameters()}
+    assert all(gradient is not None for gradient in result.values())  # with find_unused_parameters=False
+    result |= {f"buffer {name}": buffer for name, buffer in model.named_buffers()}
+    return result | {"loss": losses, "counts": counts}
+
+
+def step_worker(rank: int, file: str, cases: list, results: dict) -> None:
+    join(rank, 2, file)
+    for case in cases:
+        results[(*case, rank)] = one_step(case[0], rank, LAYOUTS[case[1]], *case[2:])
+    dist.destroy_process_group()
+
+
+def test_every_layout_makes_the_same_step(tmp_path):
+    """Loss, gradients and running statistics to 1e-9, also where one process has no label at all.
+
+    Accumulation is compared with batch norm's statistics fixed: it alone sees only what is on the devices at once.
+    """
+    heads = ("mask2former", "upernet")
+    cases = [(head, "two processes", ignored, False) for head in heads for ignored in (False, True)]
+    cases += [("mask2former", "two, one image each, accumulated", ignored, True) for ignored in (False, True)]
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(step_worker, (str(tmp_path / "store"), cases, results), nprocs=2)
+        results = dict(results)
+    for head, layout, ignored, frozen in cases:
+        first, second = (results[head, layout, ignored, frozen, rank] for rank in range(2))
+        expected = one_step(head, 0, LAYOUTS["one process"], ignored, frozen)
+        assert first["counts"].tolist() == ([1, 2, 0, 0] if ignored else [1, 2, 2, 2])
+        losses = (first.pop("loss") + second.pop("loss")) / 2
+        torch.testing.assert_close(losses, expected.pop("loss"), rtol=1e-9, atol=1e-9)
+        for name, value in expected.items():
+            torch.testing.assert_close(first[name], value, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+            assert torch.equal(first[name], second[name])
+
+
+def count_averages(rank: int, file: str, results: dict) -> None:
+    join(rank, 2, file)
+    parallel = DistributedDataParallel(torch.nn.Linear(2, 1))
+    averaged = []
+
+    def hook(_, bucket):
+        averaged.append(bucket.index())
+        return torch.futures.collect_all([]).then(lambda _: bucket.buffer())
+
+    parallel.register_comm_hook(None, hook)
+    for i in range(3):
+        with train.gradients_stay_here(parallel, i < 2):
+            parallel(torch.ones(1, 2)).sum().backward()
+        results[rank, i] = len(averaged)
+    dist.destroy_process_group()
+
+
+def test_gradients_are_averaged_with_the_last_micro_batch_only(tmp_path):
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(count_averages, (str(tmp_path / "store"), results), nprocs=2)
+        assert [results[1, i] for i in range(3)] == [0, 0, 1]
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small.write_data(tmp_path / "data")
+    return tmp_path
+
+
+def torchrun(*options: str, launcher: Sequence[str] = ("--nproc_per_node=2",), **environment: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher, small.__file__, *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(*processes: subprocess.Popen) -> list[str]:
+    """Wait for exit status 0; what they printed."""
+    outputs = [process.communicate(timeout=240) for process in processes]
+    for process, (output, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output + errors
+    return [output for output, _ in outputs]
+
+
+def start(*options: str, **more) -> list[str]:
+    options = (*small.OPTIONS, "--iterations", "4", "--validate-every", "2", "--save-every", "1", *options)
+    return finish(torchrun(*options, **more))
+
+
+def weights(name: str) -> dict[str, torch.Tensor]:
+    state = torch.load(f"runs/{name}/last.pt", weights_only=True)
+    assert state["iteration"] == 4 and len(state["rng"]) == 2
+    assert not torch.equal(state["rng"][0]["cpu"], state["rng"][1]["cpu"])  # each process draws its own points
+    return state["model"]
+
+
+def equal(first: str, second: str) -> bool:
+    a, b = weights(first), weights(second)
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def uncut(place):
+    """A run of two processes from beginning to end."""
+    output, = start("--name", "uncut")
+    assert output.count("global batch 4 = 2 device(s) x 2 images x 1 accumulated") == 1  # process 0 alone speaks
+    return "uncut"
+
+
+def test_runs_of_two_processes_stop_go_on_and_restart(uncut):
+    # A signal to one process stops both after the iteration, with exit status 0; --resume goes on.
+    start("--name", "stopped", SMALL_CUT="2:SIGTERM:1")
+    assert torch.load("runs/stopped/last.pt", weights_only=True)["iteration"] == 2
+    finish(torchrun("--resume", "stopped"))
+    assert equal(uncut, "stopped")
+
+    # kill -9 of one process: torchrun starts both again, and they go on from the last checkpoint.
+    restarts = ("--nproc_per_node=2", "--max-restarts=1")
+    start("--name", "killed", launcher=restarts, SMALL_CUT="3:SIGKILL:1")
+    assert equal(uncut, "killed")
+    steps = [json.loads(line) for line in Path("runs/killed/log.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in steps if line["kind"] == "train"] == [1, 2, 3, 4]
+    assert [line["iteration"] for line in steps if line["kind"] == "start"] == [0, 3]
+
+
+@pytest.mark.slow
+def test_two_nodes_are_one_run(uncut):
+    """Two launchers of one process each that meet on the loopback interface."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}")
+    options = (*small.OPTIONS, "--iterations", "4", "--validate-every", "2", "--save-every", "1", "--name", "nodes")
+    finish(*(torchrun(*options, launcher=launcher) for _ in range(2)))
+    assert equal(uncut, "nodes")
+
+
+@pytest.mark.slow
+def test_a_fault_is_told_once(place):
+    process = torchrun(*small.OPTIONS, "--data", "nowhere")
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode != 0 and errors.count("error: no data at nowhere") == 1
+    assert not Path("runs").exists()
+
+

@@ -1,0 +1,193 @@
+"""The CUDA kernels without a GPU: run on the host by an emulation of warps, compiled by nvcc, linked and loaded.
+
+`emulation/cuda_runtime_api.h` stands in for CUDA's header, so kernels.cu is compiled unchanged by the host compiler.
+"""
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from msda_cuda import build, ms_deform_attn_torch
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+EMULATION = Path(__file__).parent / "emulation"
+TORCH_HEADERS = Path(torch.__file__).parent / "include"
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+COMPILER = os.environ.get("CXX", "g++")
+needs_compiler = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C++ compiler ({COMPILER})")
+needs_nvcc = pytest.mark.skipif(build.find_cuda_home() is None, reason="no CUDA toolkit (nvcc)")
+
+
+def compile_host(output, *flags):
+    command = [COMPILER, "-std=c++17", "-Wall", "-Wno-unknown-pragmas", f"-I{EMULATION}", f"-I{TORCH_HEADERS}",
+               str(EMULATION / "host.cpp"), "-o", str(output), *flags]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return output
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    return ctypes.CDLL(str(compile_host(tmp_path_factory.mktemp("host") / "host.so", "-O2", "-shared", "-fPIC")))
+
+
+def pointer(x):
+    return ctypes.c_void_p(x.data_ptr())
+
+
+def integers(values):
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def run(library, shapes, value, locations, weights, cotangent):
+    """Output and gradients of the emulated launchers; value and cotangent of one type, the rest float32."""
+    (B, _, M, D), (_, Q, _, L, P, _) = value.shape, locations.shape
+    sizes, flat, type_ = integers([B, M, D, Q, L, P]), integers([x for s in shapes for x in s]), TYPES[value.dtype]
+    output = torch.full((B, Q, M * D), float("nan"), dtype=value.dtype)  # NaN: what is not written shows
+    grads = [torch.zeros(value.shape), torch.full(locations.shape, float("nan")), torch.full(weights.shape, float("nan"))]
+    inputs = [pointer(x) for x in (value, locations, weights)]
+    assert library.emulated_forward(type_, sizes, flat, *inputs, pointer(output)) == 0
+    assert library.emulated_backward(type_, sizes, flat, pointer(cotangent), *inputs, *map(pointer, grads)) == 0
+    return output, *grads
+
+
+def reference(shapes, value, locations, weights, cotangent):
+    inputs = [x.detach().double().requires_grad_() for x in (value, locations, weights)]
+    output = ms_deform_attn_torch(inputs[0], shapes, *inputs[1:])
+    return output, *torch.autograd.grad(output, inputs, cotangent.double())
+
+
+def assert_same(got, want, forward, backward):
+    for g, w, tolerance in zip(got, want, (forward, backward, backward, backward), strict=True):
+        assert (g.double() - w).abs().max() <= tolerance * max(1.0, w.abs().max().item())
+
+
+def random_case(shapes, B, Q, M, D, P, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    value = torch.randn(B, sum(h * w for h, w in shapes), M, D, generator=g).to(dtype)
+    locations = torch.rand(B, Q, M, len(shapes), P, 2, generator=g) * 1.4 - 0.2
+    weights = torch.rand(B, Q, M, len(shapes), P, generator=g)
+    return value, locations, weights, torch.randn(B, Q, M * D, generator=g).to(dtype)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["msda_a", "msda_b"])
+def test_golden(emulated, name):
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        g = {key: torch.from_numpy(file[key]) for key in file.files}
+    shapes = [tuple(shape) for shape in g["shapes"].tolist()]
+    got = run(emulated, shapes, *(g[key].float().contiguous() for key in ("value", "locations", "weights", "cotangent")))
+    assert_same(got, (g["out"], g["grad_value"], g["grad_locations"], g["grad_weights"]), 1e-5, 1e-4)
+
+
+# 32 channels take the vector kernels; B > 1 with Q * M dividing neither a block nor a warp catches image 1 reading
+# image 0, and groups past the end that leave before a shuffle.
+@needs_compiler
+@pytest.mark.parametrize("dtype, forward, backward", [
+    (torch.float32, 1e-5, 1e-4), (torch.float16, 1e-3, 1e-4), (torch.bfloat16, 8e-3, 1e-4),
+])
+@pytest.mark.parametrize("D", [32, 5, 48])
+@pytest.mark.parametrize("B, Q, M", [(3, 7, 3), (2, 1, 1), (1, 37, 2)])
+def test_random(emulated, dtype, forward, backward, D, B, Q, M):
+    shapes = [(5, 4), (3, 2), (1, 1)]
+    case = random_case(shapes, B, Q, M, D, P=4 if D == 32 else 2, dtype=dtype)
+    assert_same(run(emulated, shapes, *case), reference(shapes, *case), forward, backward)
+
+
+@needs_compiler
+def test_a_view_that_starts_off_a_16_byte_boundary(emulated):
+    shapes = [(3, 4)]
+    value, locations, weights, cotangent = random_case(shapes, 2, 5, 2, 32, 4)
+    shifted = torch.empty(value.numel() + 1)[1:].view_as(value).copy_(value)
+    assert shifted.data_ptr() % 16 and shifted.is_contiguous()
+    assert_same(run(emulated, shapes, shifted, locations, weights, cotangent),
+                reference(shapes, value, locations, weights, cotangent), 1e-5, 1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -3e38])
+def test_lost_points(emulated, bad):
+    shapes = [(3, 4)]
+    value, locations, weights, cotangent = random_case(shapes, 2, 5, 2, 32, 2)
+    locations[..., 1, :] = bad
+    got = run(emulated, shapes, value, locations, weights, cotangent)
+    want = reference(shapes, value, locations[..., :1, :], weights[..., :1], cotangent)
+    assert_same((got[0], got[1], got[2][..., :1, :], got[3][..., :1]), want, 1e-5, 1e-4)
+    assert (got[2][..., 1, :] == 0).all() and (got[3][..., 1] == 0).all()
+
+
+@needs_compiler
+def test_empty_queries_launch_nothing(emulated):
+    got = run(emulated, [(2, 2)], *random_case([(2, 2)], 2, 0, 1, 32, 1))
+    assert got[0].shape == (2, 0, 32) and (got[1] == 0).all()
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_sanitizers_find_nothing_in_cpu_and_cuda_kernels(tmp_path):
+    """AddressSanitizer and UndefinedBehaviorSanitizer, on cases with NaN, infinite and far-out points."""
+    flags = ("-g", "-O1", "-fopenmp-simd", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    done = subprocess.run([compile_host(tmp_path / "host", *flags)], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "same\n", done.stdout + done.stderr
+
+
+@needs_nvcc
+def test_nvcc_compiles_every_architecture_without_spills(tmp_path):
+    """ptxas' report of all kernels: no spilled register, at most 64 of them, so that four blocks share a processor."""
+    numbers = re.sub(r"[.]|\+PTX", "", build.ARCHITECTURES).split(";")
+    codes = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
+    command = [str(build.find_cuda_home() / "bin" / "nvcc"), "-c", "-std=c++17", "-O3", "--threads=2", "-Xptxas=-v", *codes,
+               f"-I{TORCH_HEADERS}", str(ROOT / "msda_cuda/csrc/kernels.cu"), "-o", str(tmp_path / "kernels.o")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    report = done.stdout + done.stderr
+    assert done.returncode == 0 and "warning" not in report, report
+    kernels = 2 * 2 * 3 * len(numbers)  # direction, fast and general, three types
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(registers) == kernels and max(registers) <= 64
+    assert len(spills) >= kernels and set(spills) == {("0", "0")}
+
+
+@needs_nvcc
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch is built without CUDA")
+def test_extension_with_cuda_links_and_loads(tmp_path):
+    code = """
+import torch
+from msda_cuda import active_path, ops
+assert active_path("cpu") == "native"
+assert "cuda" in ops.native().devices
+print(torch.ops.msda.forward(torch.ones(1, 4, 1, 32), [2, 2], torch.full((1, 3, 1, 1, 1, 2), .5),
+                             torch.ones(1, 3, 1, 1, 1)).sum().item())
+"""
+    environment = {**os.environ, "FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0", "MSDA": "native",
+                   "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "96.0", done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("D", [32, 24])
+def test_on_a_gpu(dtype, tolerance, D):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU is visible")
+    from msda_cuda import active_path, ms_deform_attn
+
+    if active_path("cuda") != "native":
+        pytest.skip("no native operator for CUDA here")
+    shapes = [(15, 15), (30, 30)]
+    case = random_case(shapes, 3, 101, 3, D, 4, dtype)
+    inputs = [x.cuda().requires_grad_() for x in case[:3]]
+    output = ms_deform_attn(inputs[0], shapes, *inputs[1:])
+    got = [output, *torch.autograd.grad(output, inputs, case[3].cuda())]
+    assert_same([x.cpu() for x in got], reference(shapes, *case), tolerance, tolerance)

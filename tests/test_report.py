@@ -1,0 +1,185 @@
+"""report.py: the page's parts with known numbers, and a whole page made from a run."""
+
+import json
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from dataclasses import asdict
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import evaluate
+import report
+from model import build_model
+from report import Point
+
+INFO = data.DatasetInfo("three", ("sky", "road & <kerb>", "unicorn"), np.uint8([[1, 2, 3], [255, 0, 0], [0, 255, 0]]))
+CONFUSION = np.array([[30, 10, 0], [0, 40, 0], [0, 0, 0]])
+
+
+def svg(text):
+    """The first SVG of a text, parsed: it must be well-formed."""
+    return ElementTree.fromstring(re.search(r"<svg.*?</svg>", text, re.DOTALL)[0])
+
+
+def titles(text):
+    return [t.text for t in svg(text).iter("title")]
+
+
+def test_a_curve_passes_through_its_points():
+    chart = svg(report.curve([Point(0, 4.0), Point(50, 1.0), Point(100, 2.0)], "loss"))
+    points = [tuple(map(float, p.split(","))) for p in chart.find("polyline").get("points").split()]
+    # 300 x 150 pixels from (48, 26) on; the axis runs from 0 below to the largest value above.
+    assert points == [(48, 26), (198, 138.5), (348, 101)]
+    assert [c.find("title").text for c in chart.iter("circle")] == [
+        "iteration 0: 4", "iteration 50: 1", "iteration 100: 2"]  # fmt: skip
+
+
+def test_a_long_curve_is_averaged_to_400_points_and_a_short_one_left_out():
+    chart = svg(report.curve([Point(i, i % 2) for i in range(4000)], "loss"))
+    points = chart.find("polyline").get("points").split()
+    assert len(points) == 400 and {float(p.split(",")[1]) for p in points} == {26.0}  # each is the mean, 0.5
+    assert report.curve([Point(0, 1.0)], "loss") == ""
+
+
+def test_curves_take_their_values_from_the_log():
+    log = [{"iteration": i, "kind": "train", "loss": 9.0 - i, "lr": 1e-3} for i in (0, 5)]
+    log += [{"iteration": i, "kind": "validation", "mIoU": i / 10, "aAcc": 0.5} for i in (0, 5)]
+    page = report.curves(log)
+    assert page.count("<svg") == 4 and "iteration 5: 4</title>" in page and "iteration 5: 50 %</title>" in page
+    assert report.curves([]) == "<p>The log has no curve yet.</p>"
+
+
+@pytest.mark.parametrize(("value", "text"), [(0, "0"), (48.06, "48.1"), (0.25, "0.25"), (0.000665, "6.7e-4")])
+def test_axis_numbers_are_short(value, text):
+    assert report.tick(value) == text
+
+
+def test_class_bars_are_sorted_with_absent_classes_last():
+    page = report.class_bars(evaluate.metrics(torch.from_numpy(CONFUSION)), INFO)
+    assert titles(page) == [
+        "road & <kerb>: IoU 80.00, accuracy 100.00, 50 % of pixels",
+        "sky: IoU 75.00, accuracy 75.00, 50 % of pixels",
+        "unicorn: IoU -, accuracy -, 0 % of pixels",
+    ]
+    bars = [float(r.get("width")) for r in svg(page).iter("rect") if r.get("class") == "mark"]
+    assert bars == [152.0, 142.5, 0.0]  # of 190
+
+
+def test_many_classes_make_two_columns():
+    info = data.DatasetInfo("many", tuple(f"c{k}" for k in range(59)), np.zeros((59, 3), np.uint8))
+    page = report.class_bars(evaluate.metrics(torch.eye(59, dtype=torch.int64)), info)
+    assert page.count("<svg") == 2 and page.count("<title>") == 59
+
+
+def test_the_confusion_picture_has_a_square_for_each_pair_that_occurs():
+    page = report.confusion_picture(CONFUSION, INFO.classes)
+    assert titles(page) == [
+        "sky seen as sky: 75 % of its pixels",
+        "sky seen as road & <kerb>: 25 % of its pixels",
+        "road & <kerb> seen as road & <kerb>: 100 % of its pixels",
+    ]
+    assert [r.get("opacity") for r in svg(page).iter("rect") if r.get("class") == "mark"] == ["0.84", "0.44", "1.00"]
+
+
+def test_an_images_score_is_the_mean_iou_of_the_classes_in_its_labels():
+    confusion = np.array([[3, 1, 0], [0, 0, 0], [0, 0, 4]])
+    assert report.image_score(confusion) == pytest.approx((0.75 + 1) / 2)  # class 1 is predicted only
+    assert math.isnan(report.image_score(np.zeros((3, 3), np.int64)))
+
+
+def test_examples_are_the_worst_and_those_around_the_median_without_repeats():
+    scores = [i / 100 for i in range(100)]
+    worst, typical = report.choose_examples(scores)
+    assert worst == list(range(12)) and typical == list(range(44, 56))
+    worst, typical = report.choose_examples([0.5, math.nan, 0.1, 0.9], number=2)
+    assert worst == [2, 0] and typical == [3]
+    assert report.choose_examples([], 12) == ([], [])
+    worst, typical = report.choose_examples([0.1] * 15)
+    assert worst == list(range(12)) and typical == [12, 13, 14]
+
+
+@pytest.fixture
+def run_folder(tmp_path, monkeypatch):
+    """A run on a small data set of five images, with a model of starting values."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name in ("images", "labels"):
+        Path("set", name).mkdir(parents=True)
+    for i in range(5):
+        Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(f"set/images/{i}.png")
+        Image.fromarray(rng.choice(np.uint8([0, 1, 255]), (40, 60))).save(f"set/labels/{i}.png")
+    Path("set/val.txt").write_text("\n".join("01234"))
+    Path("set/dataset.json").write_text(json.dumps({"classes": ["sky", "<b>road</b>", "c"]}))
+    torch.manual_seed(0)
+    model = build_model("upernet", "tiny", 3, window=32, embed_dim=32, spm_channels=8, head_channels=32, aux_channels=8)
+    run = Path("runs/first try")
+    run.mkdir(parents=True)
+    checkpoint = {"format": "vit-adapter-seg/1", "model": model.state_dict(), "config": asdict(model.config),
+                  "classes": ["sky", "<b>road</b>", "c"], "palette": [[0, 0, 0]] * 3, "iteration": 40}  # fmt: skip
+    torch.save(checkpoint, run / "best.pt")
+    config = {"data": "set", "lr": 0.001, "environment": {"command": ["train.py", "--name", "<x>"], "torch": "2"}}
+    (run / "config.json").write_text(json.dumps(config))
+    lines = [{"iteration": i, "kind": "train", "loss": 5 - i / 10, "lr": 1e-3} for i in range(0, 40, 10)]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"iteration": 40, "ki')
+    return run
+
+
+class Page(HTMLParser):
+    """Collects a page's tags with their attributes, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, text):
+        self.text += text
+
+
+def test_the_page_is_complete_self_contained_and_escaped(run_folder, capsys):
+    assert report.main(["--device", "cpu"]) == 0
+    path = run_folder / "report" / "index.html"
+    assert capsys.readouterr().out.strip().endswith(str(path))
+    assert [p.name for p in path.parent.iterdir()] == ["index.html"]
+    text = path.read_text()
+    page = Page(text)
+    sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
+    assert len(sources) == 1 + 4 * 5 and all(
+        s.startswith("data:image/jpeg;base64,") for s in sources
+    )  # legend, 5 worst
+    assert all(attributes.get("alt") for tag, attributes in page.tags if tag == "img")
+    assert not {"script", "b>road"} & {tag for tag, _ in page.tags} and "http" not in text
+    assert "<b>road" not in text and "train.py --name <x>" in page.text
+    dataset, model = data.open_dataset("set", "val"), report.weights.load_model(run_folder / "best.pt")[0]
+    expected = evaluate.metrics(evaluate.evaluate(model, dataset, progress=False))
+    assert f"<b>{100 * expected.mean_iou:.2f}</b>mIoU" in text
+    assert f"<b>{100 * expected.all_accuracy:.2f}</b>pixel accuracy" in text
+
+
+def test_limit_and_run_by_name(run_folder):
+    assert report.main(["first try", "--device", "cpu", "--limit", "2"]) == 0
+    text = (run_folder / "report" / "index.html").read_text()
+    assert text.count("<figure>") == 2 and "2 validation images" in text
+
+
+def test_errors_are_one_line_and_status_2(run_folder, capsys):
+    (run_folder / "best.pt").unlink()
+    for arguments, message in [
+        ([], "best.pt: no such file"),
+        (["nothing"], "no run"),
+        (["--data", "no"], "no data at no"),
+    ]:
+        assert report.main([*arguments, "--device", "cpu"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not (run_folder / "report").exists()

@@ -1,0 +1,144 @@
+"""run.py: checkpoint files that survive, the log, the stopwatch."""
+
+import errno
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import run
+from model import TINY
+from run import Log, RunError, Stopwatch, load_last, write_checkpoint
+
+CPU = torch.device("cpu")
+
+
+def checkpoint(number: int) -> dict:
+    return {"format": "vit-adapter-seg/1", "iteration": number, "model": {"x": torch.full((1000,), float(number))}}
+
+
+def tear(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run that has saved iterations 1, 2 and 3."""
+    for number in (1, 2, 3):
+        write_checkpoint(tmp_path / "last.pt", checkpoint(number))
+    write_checkpoint(tmp_path / "best.pt", checkpoint(2))
+    return tmp_path
+
+
+def test_the_last_two_and_the_best_are_kept(folder):
+    assert {path.name for path in folder.iterdir()} == {"last.pt", "previous.pt", "best.pt"}
+    assert torch.load(folder / "previous.pt", weights_only=True)["iteration"] == 2
+    assert load_last(folder)["iteration"] == 3
+
+
+def test_a_torn_or_missing_last_falls_back(folder, capsys):
+    tear(folder / "last.pt")
+    assert load_last(folder)["iteration"] == 2
+    assert "last.pt" in capsys.readouterr().err
+    (folder / "last.pt").unlink()
+    assert load_last(folder)["iteration"] == 2
+    tear(folder / "previous.pt")
+    with pytest.raises(RunError, match="previous.pt are damaged"):
+        load_last(folder)
+    (folder / "previous.pt").unlink()
+    assert load_last(folder) is None
+
+
+def test_flipped_bits_are_noticed(folder):
+    content = bytearray((folder / "last.pt").read_bytes())
+    content[len(content) // 2] ^= 1  # in the middle of the tensor's data
+    (folder / "last.pt").write_bytes(content)
+    assert load_last(folder)["iteration"] == 2
+
+
+@pytest.mark.parametrize("stage", range(5))
+def test_a_crash_at_any_moment_leaves_a_whole_checkpoint(folder, monkeypatch, stage):
+    """The process dies before one of: fsync of the file, link and rename of the old one, rename of the new, fsync."""
+    calls = iter(range(100))
+
+    def dying(function):
+        def wrapped(*arguments):
+            if next(calls) == stage:
+                raise KeyboardInterrupt  # not an OSError: nothing tidies up, as after kill -9
+            return function(*arguments)
+
+        return wrapped
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        for name in ("fsync", "link", "replace"):
+            patch.setattr(run.os, name, dying(getattr(os, name)))
+        write_checkpoint(folder / "last.pt", checkpoint(4))
+    assert load_last(folder)["iteration"] == (4 if stage == 4 else 3)
+    assert torch.load(folder / "previous.pt", weights_only=True)["iteration"] == (2 if stage <= 2 else 3)
+    write_checkpoint(folder / "last.pt", checkpoint(5))
+    assert load_last(folder)["iteration"] == 5
+    assert {path.name for path in folder.iterdir()} == {"last.pt", "previous.pt", "best.pt"}
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_whole(folder, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="No space left on device"):
+        patch.setattr(run.os, "fsync", full)
+        write_checkpoint(folder / "last.pt", checkpoint(4))
+    assert load_last(folder)["iteration"] == 3
+    assert {path.name for path in folder.iterdir()} == {"last.pt", "previous.pt", "best.pt"}
+
+
+def test_damaged_config(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "RUNS", tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/config.json").write_text("{")
+    assert run.find_run("") == run.find_run("a") == tmp_path / "a"
+    with pytest.raises(RunError, match="cannot be read"):
+        run.read_config(tmp_path / "a")
+
+
+def test_stopwatch_splits_time():
+    watch = Stopwatch(CPU)
+    for _ in range(2):
+        time.sleep(0.02)
+        watch.lap("data")
+        time.sleep(0.01)
+        watch.lap("forward")
+    seconds = watch.seconds()
+    assert list(seconds) == ["data", "forward"] and seconds["data"] >= 0.04 and seconds["forward"] >= 0.02
+    assert watch.seconds() == {} and len(watch.marks) == 1
+    idle = Stopwatch(CPU, running=False)
+    idle.lap("data")
+    assert len(idle.marks) == 1  # processes that never read it must not gather marks
+
+
+def test_log_takes_means_and_drops_what_will_be_done_again(tmp_path):
+    log = Log(tmp_path, 0, 10, CPU, images=4, flops=1e9, rate=1e11)
+    for loss in (1.0, 3.0):
+        log.count({"loss": loss, "mask/0": loss / 2, "mask/1": loss / 2})
+    log.report(2, 1e-3, 5.0, {"data": 1.0, "forward": 3.0, "pause": 100.0})
+    log.close()
+    train, speed = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
+    means = {"loss": 2.0, "mask/0": 1.0, "mask/1": 1.0}
+    assert train == {"iteration": 2, "kind": "train", **means, "lr": 1e-3, "gradient_norm": 5.0}
+    assert (speed["seconds"], speed["images_per_second"], speed["eta_seconds"]) == (2.0, 2.0, 16.0)
+    assert speed["matmul_fraction"] == pytest.approx(4 * 1e9 / 2 / 1e11)
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"iteration": 3, "kind"')  # a kill in the middle of a line
+    Log(tmp_path, 1, 10, CPU).close()
+    assert (tmp_path / "log.jsonl").read_text() == ""
+    assert run.grouped({"loss": 9.0, "mask/0": 1.0, "mask/1": 2.0, "dice/0": 4.0}) == "mask 3.000, dice 4.000"
+
+
+def test_flops_of_a_known_model():
+    """Four ViT blocks more are 24 N D^2 + 4 N^2 D operations more, each; a multiplication and its sum are two."""
+    deeper = run.forward_flops(run.ModelConfig(**{**TINY.__dict__, "depth": 8})) - run.forward_flops(TINY)
+    n, d = 1 + (TINY.window // 16) ** 2, TINY.embed_dim
+    assert deeper == 4 * (24 * n * d**2 + 4 * n**2 * d)
+    assert 1e9 < run.matmul_rate(CPU, torch.float32) < 1e13

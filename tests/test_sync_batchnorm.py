@@ -1,0 +1,90 @@
+"""sync_batchnorm.py: two gloo processes against plain batch norm of all images at once."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from sync_batchnorm import SyncBatchNorm2d, convert_sync_batchnorm, global_moments
+
+CHANNELS = 5
+
+
+def images(count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(count, CHANNELS, 4, 6, generator=generator, dtype=torch.float64) * 3 + 2
+
+
+def step(layer: nn.Module, x: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One training pass; `weights` make the gradient differ from pixel to pixel."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    (weights * y.sin()).sum().backward()
+    state = layer.state_dict()
+    grads = {"x": x.grad, "weight": layer.weight.grad, "bias": layer.bias.grad}
+    return {"y": y.detach(), **grads, **{f"state.{name}": value for name, value in state.items()}}
+
+
+def started(layer: nn.BatchNorm2d) -> nn.BatchNorm2d:
+    with torch.no_grad():
+        layer.weight.copy_(torch.linspace(0.5, 2, CHANNELS))
+        layer.bias.copy_(torch.linspace(-1, 1, CHANNELS))
+    return layer
+
+
+def join(rank: int, world: int, file: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+
+
+def worker(rank: int, file: str, shares: list[int], results: dict) -> None:
+    join(rank, len(shares), file)
+    everything = images(sum(shares))
+    mine = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
+    layer = convert_sync_batchnorm(started(nn.BatchNorm2d(CHANNELS, dtype=torch.float64)))
+    weights = everything.cos()
+    results[rank] = step(layer, everything[mine], weights[mine]) | {"is": type(layer) is SyncBatchNorm2d}
+    offset = (1e4 + torch.linspace(-1, 1, 2 * CHANNELS * 100).view(2, CHANNELS, 10, 10)).float()
+    results[rank] |= {"far": global_moments(offset[rank : rank + 1])[1]}
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("shares", [[2, 2], [1, 3], [0, 2]])
+def test_two_processes_are_one_batch(shares, tmp_path):
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(worker, (str(tmp_path / "store"), shares, results), nprocs=2)
+        first, second = results[0], results[1]
+    everything = images(sum(shares))
+    expected = step(started(nn.BatchNorm2d(CHANNELS, dtype=torch.float64)), everything, everything.cos())
+    assert first["is"]
+    for name in ("y", "x"):
+        torch.testing.assert_close(torch.cat([first[name], second[name]]), expected[name], rtol=1e-9, atol=1e-9)
+    for name in ("weight", "bias"):  # each process keeps its share; DDP averages them
+        torch.testing.assert_close(first[name] + second[name], expected[name], rtol=1e-9, atol=1e-9)
+    for name in expected:
+        if name.startswith("state."):
+            torch.testing.assert_close(first[name], expected[name], rtol=1e-9, atol=1e-9)
+            assert torch.equal(first[name], second[name])  # bit for bit: DDP need not broadcast the buffers
+    assert expected["state.num_batches_tracked"] == 1
+
+    # float32 with a mean 10,000 times the spread: E[x^2] - E[x]^2 would be 0 or worse
+    offset = (1e4 + torch.linspace(-1, 1, 2 * CHANNELS * 100).view(2, CHANNELS, 10, 10)).float()
+    torch.testing.assert_close(first["far"], offset.double().var((0, 2, 3), correction=0).float(), rtol=1e-3, atol=0)
+
+
+def test_without_other_processes_it_is_plain_batch_norm():
+    x = images(3)
+    plain, ours = (started(nn.BatchNorm2d(CHANNELS, dtype=torch.float64)) for _ in range(2))
+    convert_sync_batchnorm(ours)
+    assert all(torch.equal(a, b) for a, b in zip(step(plain, x, x).values(), step(ours, x, x).values(), strict=True))
+    assert torch.equal(plain.eval()(x), ours.eval()(x))
+
+
+def test_conversion_keeps_every_tensor_and_name():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Sequential(nn.BatchNorm2d(4), nn.GroupNorm(2, 4)))
+    before = {name: value.data_ptr() for name, value in model.state_dict(keep_vars=True).items()}
+    assert convert_sync_batchnorm(model) is model
+    assert {name: value.data_ptr() for name, value in model.state_dict(keep_vars=True).items()} == before
+    assert [type(m).__name__ for m in model.modules() if isinstance(m, nn.BatchNorm2d)] == ["SyncBatchNorm2d"] * 2

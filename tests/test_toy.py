@@ -1,0 +1,135 @@
+"""toy.py: deterministic, complete, drawn whole or not at all, and worth learning."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+import toy
+from data import DataError
+
+SMALL = {"train": 5, "val": 3, "size": (96, 128), "progress": False}
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy.make_toy(tmp_path_factory.mktemp("toy") / "data", **SMALL)
+
+
+def test_it_is_a_plain_folder(small: Path) -> None:
+    train, val = data.open_dataset(small, "train"), data.open_dataset(small, "val")
+    assert (len(train), len(val)) == (5, 3) and train.info.classes == toy.CLASSES
+    assert len(set(map(tuple, train.info.palette.tolist()))) == len(toy.CLASSES) == 10
+    assert all(path.suffix == ".jpg" for path in train.image_paths)
+    for i in range(5):
+        assert train.image(i).shape == (96, 128, 3) and train.labels(i).shape == (96, 128)
+    assert 255 in train.labels(0)
+    assert not {train.image(i).tobytes() for i in range(5)} & {val.image(i).tobytes() for i in range(3)}
+
+
+def test_it_depends_on_the_seed_alone(small: Path, tmp_path: Path) -> None:
+    again = toy.make_toy(tmp_path / "again", **SMALL)
+    assert contents(again) == contents(small)
+    more = toy.make_toy(tmp_path / "more", **{**SMALL, "train": 7})
+    assert (more / "images/train_0004.jpg").read_bytes() == (small / "images/train_0004.jpg").read_bytes()
+    other = toy.make_toy(tmp_path / "other", **SMALL, seed=1)
+    assert (other / "images/train_0000.jpg").read_bytes() != (small / "images/train_0000.jpg").read_bytes()
+
+
+def test_finished_data_are_kept(small: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in small.rglob("*")}
+    assert toy.make_toy(small, **SMALL) == small
+    assert {path: path.stat().st_mtime_ns for path in small.rglob("*")} == before
+
+
+def test_other_data_are_never_overwritten(small: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds toy data made with .*'train': 5.*choose another folder or remove it"):
+        toy.make_toy(small, **{**SMALL, "train": 6})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    with pytest.raises(DataError, match="mine exists and was not drawn here"):
+        toy.make_toy(tmp_path / "mine", **SMALL)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
+    with pytest.raises(DataError, match="need a picture a split"):
+        toy.make_toy(tmp_path / "none", train=0)
+
+
+def test_a_cut_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(*_: object, **__: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(json, "dumps", cut)  # the very last file
+    with pytest.raises(KeyboardInterrupt):
+        toy.make_toy(tmp_path / "data", **SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_process_that_comes_too_late_keeps_the_first_ones_data(
+        small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, rename = tmp_path / "data", Path.rename
+
+    def late(self: Path, target: Path) -> Path:
+        rename(Path(str(self) + "_copy"), target) if Path(str(self) + "_copy").exists() else None
+        return rename(self, target)
+
+    def drop_first(self: Path, target: Path) -> Path:
+        import shutil
+
+        shutil.copytree(small, str(self) + "_copy")
+        return late(self, target)
+
+    monkeypatch.setattr(Path, "rename", drop_first)
+    assert toy.make_toy(root, **SMALL) == root
+    assert contents(root) == contents(small) and [p.name for p in tmp_path.iterdir()] == ["data"]
+
+
+def test_open_dataset_draws_toy_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = toy.make_toy
+    monkeypatch.setattr(toy, "make_toy", lambda: make(tmp_path / "data/toy", **SMALL))
+    assert len(data.open_dataset("toy", "val")) == 3
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[tuple[np.ndarray, np.ndarray]]:
+    return [toy.draw_scene(np.random.default_rng((0, 1, i)), (96, 128)) for i in range(60)]
+
+
+def test_every_class_is_frequent_enough_to_be_learned_and_measured(scenes: list) -> None:
+    pixels = sum(np.bincount(labels.ravel(), minlength=256) for _, labels in scenes)
+    assert pixels[len(toy.CLASSES):255].sum() == 0
+    share = pixels[:10] / pixels[:10].sum()
+    assert share.min() > 0.008 and share.max() < 0.5
+    assert min(sum((labels == k).any() for _, labels in scenes) for k in range(10)) >= 25
+    assert 0.02 < pixels[255] / pixels.sum() < 0.2
+
+
+def test_colour_alone_does_not_tell_the_classes(scenes: list) -> None:
+    """A table of the most frequent class of each of 4096 colours, made on one half, is well short on the other."""
+    def flat(half: list) -> tuple[np.ndarray, np.ndarray]:
+        images, labels = (np.stack(part) for part in zip(*half, strict=True))
+        colours = (images // 16).astype(int) @ [256, 16, 1]
+        return colours[labels != 255], labels[labels != 255]
+
+    (colours, labels), (test_colours, test_labels) = flat(scenes[::2]), flat(scenes[1::2])
+    table = np.zeros((4096, 10))
+    np.add.at(table, (colours, labels), 1)
+    prediction = table.argmax(axis=1)[test_colours]
+    iou = [((prediction == k) & (test_labels == k)).sum() / ((prediction == k) | (test_labels == k)).sum() for k in range(10)]
+    assert np.mean(iou) < 0.4
+
+
+def test_labels_follow_the_picture() -> None:
+    scene = toy.Scene(np.random.default_rng(0), (40, 50))
+    scene.paint(scene.y - 100, np.float32([0, 0, 200]), toy.SKY)
+    scene.paint(scene.disc(25, 20, 10), np.float32([200, 0, 0]), toy.BALL)
+    red = scene.image[..., 0] > 100
+    assert abs((scene.labels == toy.BALL).sum() - np.pi * 9**2) < 12  # a seam of 1 pixel on each side of the rim
+    assert abs(red.sum() - np.pi * 10**2) < 6
+    assert red[scene.labels == toy.BALL].all() and not red[scene.labels == toy.SKY].any()
+    assert abs((scene.labels == 255).sum() - np.pi * (11**2 - 9**2)) < 12

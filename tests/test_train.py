@@ -1,0 +1,366 @@
+"""train.py: recipes, optimiser and schedule against golden numbers; the loop from start to stop and on again."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small
+import torch
+from PIL import Image
+
+import run
+import train
+from model import BASE, LARGE, Segmenter
+from weights import load_model, rename_official
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty folder to work in, with a small data set; train.py with a small model."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in small.REPLACED.items():
+        monkeypatch.setattr(train, name, value)
+    small.write_data(tmp_path / "data")
+    return tmp_path
+
+
+def start(*options: str) -> None:
+    train.main([*small.OPTIONS, *options])
+
+
+def fault(capsys, *options: str) -> str:
+    """Run with a mistake: exit status 2 and one line, which is returned; no run is left behind."""
+    with pytest.raises(SystemExit) as stopped:
+        start(*options)
+    output = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert output.startswith("error: ") and output.count("\n") == 1
+    assert not Path("runs").exists()
+    return output
+
+
+def load(path: str) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b) -> bool:
+    """Bit for bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+# ------------------------------------------------------------------------------------------------ recipes, optimiser
+
+
+@pytest.mark.parametrize("length", [40_000, 80_000])
+def test_schedule_is_the_official_one(length):
+    golden = json.loads((GOLDEN / "lr_schedule.json").read_text())[f"{length // 1000}k"]
+    for iteration, factor in golden.items():
+        assert train.lr_factor(int(iteration), length) == pytest.approx(factor, abs=1e-12, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["mask2former_base", "upernet_large", "mask2former_large"])
+def test_every_parameter_has_its_official_rate_and_decay(name):
+    golden = json.loads((GOLDEN / "param_groups.json").read_text())[name]
+    official = {}
+    for group in golden["groups"]:
+        official |= {parameter: (group["lr_scale"], group["weight_decay"]) for parameter in group["params"]}
+    head, size = name.split("_")
+    with torch.device("meta"):
+        model = Segmenter(replace({"base": BASE, "large": LARGE}[size], head=head))
+    recipe = train.RECIPES[head, size]
+    names = {id(parameter): n for n, parameter in model.named_parameters()}
+    groups = train.parameter_groups(model, recipe.lr, recipe.weight_decay, recipe.layer_decay)
+    ours = {names[id(p)]: (group["scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert recipe.lr == golden["base_lr"]
+    assert ours == rename_official(official)
+    assert all(group["lr"] == recipe.lr * group["scale"] for group in groups)
+
+
+def test_the_five_query_parameters_learn_as_slowly_as_the_patch_embedding():
+    with torch.device("meta"):
+        model = Segmenter(LARGE)
+    groups = train.parameter_groups(model, 2e-5, 0.05, 0.9)
+    scales = {id(p): group["scale"] for group in groups for p in group["params"]}
+    for parameter in (model.head.query_embed, model.head.query_feat, model.head.level_embed,
+                      model.head.class_embed.weight, model.head.mask_embed[0].bias):  # fmt: skip
+        assert scales[id(parameter)] == pytest.approx(0.9**25) == pytest.approx(0.0718, abs=1e-4)
+    assert scales[id(model.head.pixel_decoder.level_embed)] == 1
+
+
+def test_recipes_are_the_published_ones():
+    table = {  # iterations, rate, layer decay, validation and checkpoint interval, checkpointing, SS and MS mIoU
+        ("mask2former", "base"): (40_000, 3e-5, 0.95, 4000, 1000, False, (64.0, 64.4)),
+        ("upernet", "large"): (80_000, 2e-5, 0.90, 8000, 1000, True, (67.0, 67.5)),
+        ("mask2former", "large"): (40_000, 2e-5, 0.90, 4000, 1000, True, (67.8, 68.2)),
+    }
+    for key, expected in table.items():
+        r = train.RECIPES[key]
+        assert expected == (r.iterations, r.lr, r.layer_decay, r.validate_every, r.save_every, r.checkpoint_activations,
+                            r.official)  # fmt: skip
+        assert (r.warmup, r.weight_decay, r.batch) == (1500, 0.05, 2)
+        options = train.parse(["--head", key[0], "--size", key[1]])
+        assert (options.warmup, options.global_batch, options.data) == (1500, 16, "data/VOCdevkit/VOC2010")
+    assert train.parse(["--size", "base", "--iterations", "4000"]).warmup == 150  # in proportion
+    assert train.parse(["--data", "toy"]).size == "tiny" and train.parse([]).size == "large"
+
+
+def test_share_batch():
+    assert train.share_batch(16, 8, 2) == 1 and train.share_batch(16, 1, 2) == 8 and train.share_batch(16, 4, 1) == 4
+    message = "16 is no multiple of 1 devices x 3 images: use --batch 2, --global-batch 15 or 18"
+    with pytest.raises(run.RunError, match=message):
+        train.share_batch(16, 1, 3)
+    with pytest.raises(run.RunError, match="use --global-batch 15 or 18"):
+        train.share_batch(16, 3, 1)
+    with pytest.raises(run.RunError, match="use --batch 2, --global-batch 32"):
+        train.share_batch(16, 8, 4)
+
+
+def test_freeze_backbone_trains_adapter_and_head_only(place):
+    start("--iterations", "2", "--freeze-backbone", "--name", "frozen")
+    torch.manual_seed(0)
+    before, after = small.small_model("mask2former", "tiny", 3).state_dict(), load("runs/frozen/last.pt")["model"]
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"adapter", "head"}
+
+
+# ------------------------------------------------------------------------------------------------------ user's faults
+
+
+def test_faults_are_one_line(place, capsys):
+    assert "4 is no multiple of 1 devices x 3 images" in fault(capsys, "--batch", "3")
+    assert "choose from" in fault(capsys, "--size", "huge")
+    assert "not a positive whole number" in fault(capsys, "--iterations", "none")
+    assert "--device nothing" in fault(capsys, "--device", "nothing")
+    assert "no data at nowhere" in fault(capsys, "--data", "nowhere")
+    assert "no run to resume" in fault(capsys, "--resume", "nothing")
+    assert "multiple of 32" in fault(capsys, "--window", "50")
+    assert "--batch 2" in fault(capsys, "--head", "upernet", "--batch", "1")
+    line = fault(capsys, "--size", "base")
+    for part in ("pretrained/beit_base_patch16_224_pt22k_ft22k.pth", "--pretrained none", "https://"):
+        assert part in line
+    assert "absent.pth" in fault(capsys, "--size", "large", "--pretrained", "absent.pth")
+    Path("empty.pth").touch()
+    assert "empty.pth" in fault(capsys, "--size", "large", "--pretrained", "empty.pth")
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ([255], "every pixel is ignored"), ([0], "nothing but 'ground'"), ([0, 7], "label value 7 is no class"),
+])  # fmt: skip
+def test_preflight_stops_on_labels_that_teach_nothing(place, capsys, values, message):
+    for path in Path("data/labels").glob("*.png"):
+        labels = np.resize(np.array(values, np.uint8), (48, 64))
+        Image.fromarray(labels).save(path)
+    assert message in fault(capsys)
+
+
+def test_preflight_counts_pixels(place):
+    dataset = train.open_dataset("data", "train")
+    counts = train.preflight(dataset)
+    expected = np.bincount(np.concatenate([dataset.labels(i).ravel() for i in range(8)]), minlength=256)
+    assert counts.tolist() == expected.tolist() and counts[255] == 8 * 4 * 64
+
+
+# ----------------------------------------------------------------------------------------------------------- the loop
+
+
+@pytest.mark.parametrize("head", ["mask2former", "upernet"])
+def test_a_run_is_a_folder(place, capsys, head):
+    start("--head", head, "--iterations", "4", "--validate-every", "2", "--save-every", "3")
+    folder = Path(f"runs/{head}-tiny-data")
+    names = {path.name.split(".")[0] + path.suffix for path in folder.iterdir() if "events" not in path.name}
+    assert names == {"config.json", "log.jsonl", "last.pt", "previous.pt", "best.pt"}
+    assert (load(folder / "last.pt")["iteration"], load(folder / "previous.pt")["iteration"]) == (4, 3)
+    assert any("tfevents" in path.name for path in folder.iterdir())
+
+    lines = run.read_log(folder / "log.jsonl")
+    steps = [line for line in lines if line["kind"] == "train"]
+    assert [line["iteration"] for line in steps] == [1, 2, 3, 4]
+    terms = {f"{term}/{i}" for term in ("class", "mask", "dice") for i in range(4)}
+    terms = {"pixel", "auxiliary"} if head == "upernet" else terms
+    for step in steps:
+        assert step["loss"] == pytest.approx(sum(step[name] for name in terms), rel=1e-5)
+        assert step["gradient_norm"] > 0
+    assert [line["lr"] for line in steps] == [1e-3 * train.lr_factor(i, 4, 0) for i in range(4)]
+    speed = next(line for line in lines if line["kind"] == "speed")
+    parts = ("data", "forward", "backward", "optimizer")
+    assert speed["seconds"] == pytest.approx(sum(speed[f"seconds/{part}"] for part in parts))
+    assert speed["images_per_second"] == pytest.approx(4 / speed["seconds"])
+    assert speed["matmul_fraction"] == pytest.approx(4 * 3 * small.FLOPS / speed["seconds"] / small.RATE)
+    validations = [line for line in lines if line["kind"] == "validation"]
+    assert [line["iteration"] for line in validations] == [2, 4]
+    best = load(folder / "best.pt")
+    assert best["progress"]["best"] == max(line["mIoU"] for line in validations)
+    assert "optimizer" not in best
+
+    model, facts = load_model(folder / "best.pt")
+    assert facts["classes"] == small.CLASSES and len(facts["palette"]) == 3 and facts["iteration"] == best["iteration"]
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 3, 64, 64)
+    output = capsys.readouterr().out
+    assert "global batch 4 = 1 device(s) x 2 images x 2 accumulated" in output and "done: best mIoU" in output
+
+
+def test_config_json_starts_the_same_run(place):
+    start("--iterations", "2", "--lr", "0.002", "--seed", "3", "--name", "first")
+    Path("runs/copy").mkdir()
+    shutil.copy("runs/first/config.json", "runs/copy/config.json")
+    train.main(["--resume", "copy"])
+    first, copy = load("runs/first/last.pt"), load("runs/copy/last.pt")
+    assert first["iteration"] == copy["iteration"] == 2 and same(first, copy)
+
+
+def test_names_of_runs(place, capsys):
+    start("--iterations", "1", "--name", "mine")
+    for _ in range(2):
+        start("--iterations", "1")
+    names = sorted(path.name for path in Path("runs").iterdir())
+    assert names == ["mask2former-tiny-data", "mask2former-tiny-data-2", "mine"]
+    with pytest.raises(SystemExit) as stopped:
+        start("--iterations", "1", "--name", "mine")
+    assert stopped.value.code == 2 and "continue it with --resume mine" in capsys.readouterr().err
+
+
+def test_cut_and_resumed_is_uncut_bit_for_bit(place, monkeypatch):
+    """Cut after any number of iterations and resumed: weights, optimizer, random numbers, best score are the same."""
+    options = ("--iterations", "4", "--validate-every", "2", "--save-every", "2")
+    start(*options, "--name", "uncut")
+    uncut, best = load("runs/uncut/last.pt"), load("runs/uncut/best.pt")
+    handler = signal.getsignal(signal.SIGTERM)
+    for cut in range(4):
+        name = f"cut{cut}"
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "exchange", train.exchange)  # to be put back
+            small.cut_before(cut, signal.SIGTERM, 0)
+            start(*options, "--name", name)
+        assert signal.getsignal(signal.SIGTERM) == handler
+        assert load(f"runs/{name}/last.pt")["iteration"] == cut
+        train.main(["--resume", "--workers", "1" if cut == 3 else "0"])
+        assert same(uncut, load(f"runs/{name}/last.pt")) and same(best, load(f"runs/{name}/best.pt"))
+        lines = run.read_log(Path(f"runs/{name}/log.jsonl"))
+        assert [line["iteration"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4]
+
+
+def test_a_run_cut_in_a_validation_makes_up_for_it(place, monkeypatch):
+    options = ("--iterations", "4", "--validate-every", "2", "--save-every", "2")
+    start(*options, "--name", "uncut")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "evaluate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        start(*options, "--name", "cut")
+    assert load("runs/cut/last.pt")["progress"] == {"iteration": 2, "validated": 0, "best": -1.0, "best_iteration": 0}
+    train.main(["--resume", "cut"])
+    assert same(load("runs/uncut/last.pt"), load("runs/cut/last.pt"))
+    assert same(load("runs/uncut/best.pt"), load("runs/cut/best.pt"))
+
+
+def test_sigterm_finishes_the_iteration_saves_and_exits_0(place):
+    process = subprocess.run(
+        [sys.executable, small.__file__, *small.OPTIONS, "--iterations", "9", "--name", "cut"], capture_output=True,
+        text=True, env={**os.environ, "SMALL_CUT": "2:SIGTERM:0"}, check=False,
+    )  # fmt: skip
+    assert process.returncode == 0 and "stopped: go on with --resume cut" in process.stdout
+    assert load("runs/cut/last.pt")["iteration"] == 2
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments_changes_nothing(place):
+    options = [sys.executable, small.__file__]
+    start("--iterations", "40", "--validate-every", "10", "--save-every", "1", "--name", "uncut")
+    moments = random.Random(0)
+    begin = [*small.OPTIONS, "--iterations", "40", "--validate-every", "10", "--save-every", "1", "--name", "killed"]
+    for _ in range(20):
+        begun = Path("runs/killed/config.json").exists()
+        process = subprocess.Popen([*options, *(["--resume", "killed"] if begun else begin)], stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=3 + 4 * moments.random())
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    subprocess.run([*options, "--resume", "killed"], check=True, stderr=subprocess.DEVNULL)
+    assert same(load("runs/uncut/last.pt"), load("runs/killed/last.pt"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(place, monkeypatch, capsys):
+    def broken(*args, **changes):
+        model = small.small_model(*args, **changes)
+        torch.nn.init.constant_(model.head.class_embed.bias, math.inf)
+        return model
+
+    monkeypatch.setattr(train, "build_model", broken)
+    with pytest.raises(SystemExit) as stopped:
+        start("--iterations", "3", "--name", "bad")
+    assert stopped.value.code == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "iteration 0" in line and "class/0 = nan" in line and "nonfinite-0-process0.pt" in line
+    replay = load("runs/bad/nonfinite-0-process0.pt")
+    assert len(replay["names"]) == 4 and all(name in line for name in replay["names"])
+    assert [images.shape for images in replay["images"]] == [(2, 3, 64, 64)] * 2
+    assert not Path("runs/bad/last.pt").exists()  # weights that are still good are not replaced
+
+    # the file alone repeats it: the loss of the first micro-batch
+    model = Segmenter(train.ModelConfig(**replay["config"]))
+    model.load_state_dict(replay["model"])
+    torch.set_rng_state(replay["rng"]["cpu"])
+    losses = model(train.normalize(replay["images"][0], replay["extents"][0]), replay["labels"][0].long())
+    assert losses["class/0"].isnan() and losses["mask/0"].isfinite()
+
+
+@pytest.mark.parametrize("options", [("--amp", "bf16"), ("--checkpoint-activations",)])
+def test_precision_and_memory_options_train_alike(place, options):
+    for name, more in (("plain", ()), ("other", options)):
+        start("--iterations", "2", "--head", "upernet", "--name", name, *more)
+    first, second = (
+        [line["loss"] for line in run.read_log(Path(f"runs/{name}/log.jsonl")) if line["kind"] == "train"]
+        for name in ("plain", "other")
+    )
+    assert first == pytest.approx(second, rel=1e-5 if options == ("--checkpoint-activations",) else 0.05)
+    state = load("runs/other/last.pt")
+    assert all(t.dtype in (torch.float32, torch.int64) and torch.isfinite(t).all() for t in state["model"].values())
+
+
+@pytest.mark.slow
+def test_compiled_model_trains_alike(place):
+    for name, more in (("plain", ()), ("compiled", ("--compile",))):
+        start("--iterations", "2", "--head", "upernet", "--name", name, *more)
+    plain, compiled = (load(f"runs/{name}/last.pt")["model"] for name in ("plain", "compiled"))
+    assert plain.keys() == compiled.keys()
+    for name in plain:
+        torch.testing.assert_close(compiled[name], plain[name], rtol=1e-2, atol=5e-3)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow(place, monkeypatch):
+    """Resident memory after 200 and after 1,200 iterations; not the peak, which the allocator reaches early."""
+    resident, done = [], []
+
+    def noting(self, losses):
+        count(self, losses)
+        done.append(1)
+        if len(done) in (200, 1200):
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            resident.append(pages * os.sysconf("SC_PAGE_SIZE") / 1e6)
+
+    count = run.Log.count
+    monkeypatch.setattr(run.Log, "count", noting)
+    monkeypatch.setattr(train, "LOG_EVERY", 50)
+    monkeypatch.setattr(run.Log, "say", lambda *_: None)
+    started = time.time()
+    start("--iterations", "1200", "--validate-every", "10000", "--save-every", "10000", "--global-batch", "2")
+    print(f"{time.time() - started:.0f} s, {resident} MB")
+    assert resident[1] - resident[0] < 20

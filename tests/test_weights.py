@@ -1,0 +1,712 @@
+"""Formats -> what fits and what does not -> position tables -> hostile files -> the command -> the released models."""
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import resource
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from collections import OrderedDict
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, ROOT, fill, golden_config, load_golden, noise, official_state
+
+import weights
+from heads import resize
+from model import ModelConfig, Segmenter, build_model
+from weights import FORMAT, WeightsError, infer_config, load_model, load_weights, rename_official, resize_position_table
+
+HEADS = ["mask2former", "upernet"]
+TABLE = "backbone.blocks.0.attn.relative_position_bias_table"
+# What mmcv and the runner of the released models write beside the weights.
+META = {
+    "env_info": "sys.platform: linux\nPython: 3.8", "mmcv_version": "1.4.2", "seed": None, "epoch": 8, "iter": 40000,
+    "CLASSES": ("a", "b", "c", "d", "e", "f", "g"), "PALETTE": [[i, 2 * i, 255] for i in range(7)], "lr": (2e-5, 1e-6),
+    "hook_msgs": {"best_score": np.float64(0.68), "count": np.int64(3), "done": np.bool_(True), "small": np.float32(1)},
+}  # fmt: skip
+
+
+def small_config(head: str = "mask2former", **changes) -> ModelConfig:
+    """A model of 80 thousand numbers, so that a file can be damaged at many places in little time."""
+    sizes = {
+        "num_classes": 3, "window": 64, "embed_dim": 32, "depth": 4, "num_heads": 2, "drop_path": 0.0,
+        "deform_heads": 2, "spm_channels": 8, "head_channels": 32, "aux_channels": 8, "dropout": 0.0, "num_queries": 4, "mask_heads": 2,
+        "encoder_layers": 1, "encoder_ffn": 32, "decoder_layers": 1, "decoder_ffn": 32, "num_points": 16,
+    }  # fmt: skip
+    return ModelConfig(head=head, **{**sizes, **changes})
+
+
+def own_checkpoint(config: ModelConfig) -> dict:
+    torch.manual_seed(0)
+    classes = range(config.num_classes)
+    return {"format": FORMAT, "model": Segmenter(config).state_dict(), "config": asdict(config), "iteration": 12,
+            "classes": [f"class {i}" for i in classes], "palette": [[i, 0, 9] for i in classes],
+            "optimizer": {"state": {}, "param_groups": [{"lr": 1.0}]}}
+
+
+def to_bytes(content, legacy: bool = False) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer, _use_new_zipfile_serialization=not legacy)
+    return buffer.getvalue()
+
+
+def zipped(name: str, content: bytes, compression: int = zipfile.ZIP_DEFLATED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        archive.writestr("model/readme.txt", "a checkpoint")
+        archive.writestr(f"__MACOSX/._{name}", "what macOS adds")
+        archive.writestr(f"model/{name}", content)
+    return buffer.getvalue()
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def assert_same(state: dict, expected: dict) -> None:
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(state[name], tensor.to(state[name].dtype)), name
+
+
+# ------------------------------------------------------------------------------------------------------------ formats
+
+
+CONTAINERS = {
+    "iter_40000.pth": lambda content: to_bytes(content),
+    "model.pth.tar": lambda content: to_bytes(content),
+    "before-torch-1.6.pth": lambda content: to_bytes(content, legacy=True),
+    "model.zip": lambda content: zipped("iter_40000.pth", to_bytes(content)),
+    "model.pth.zip": lambda content: zipped("model.pth.tar", to_bytes(content, legacy=True), zipfile.ZIP_STORED),
+    "no-extension": lambda content: to_bytes(content),
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("head", HEADS)
+def test_released_checkpoints(tmp_path, head, container):
+    """mmcv's dictionary in every container gives every tensor, and a model that is told by the shapes alone."""
+    state = official_state(head)
+    state["backbone.blocks.0.attn.relative_position_index"] = torch.zeros(37, 37, dtype=torch.long)
+    if head == "mask2former":
+        state |= {"decode_head.conv_seg.weight": torch.zeros(7, 64, 1, 1), "decode_head.conv_seg.bias": torch.zeros(7)}
+    content = {"meta": META, "state_dict": OrderedDict(state), "optimizer": {"state": {}, "param_groups": []}}
+    path = write(tmp_path / container, CONTAINERS[container](content))
+    model, info = load_model(path)
+    assert_same(model.state_dict(), rename_official(official_state(head)))
+    assert info == {"classes": list("abcdefg"), "palette": META["PALETTE"], "iteration": 40000}
+    assert not model.training
+    expected = golden_config(head)  # shapes tell neither rates nor what the other head would have
+    for name in ("head", "num_classes", "window", "embed_dim", "depth", "num_heads", "deform_heads", "head_channels"):
+        assert getattr(model.config, name) == getattr(expected, name), name
+    report = load_weights(Segmenter(expected), path)
+    assert report.kind == "released" and not report.missing and not report.unexpected and not report.resized
+    assert len(report.dropped) == {"mask2former": 3, "upernet": 1}[head]
+
+
+def test_a_loaded_model_computes_what_a_built_one_does(tmp_path, golden_model):
+    """Taking the file's tensors without building a model first leaves nothing uninitialised."""
+    path = write(tmp_path / "x.pth", to_bytes({"state_dict": official_state("mask2former")}))
+    model, _ = load_model(path)
+    images = noise("image", 1, 3, 96, 96)
+    with torch.no_grad():
+        assert torch.equal(model.double()(images), golden_model("mask2former")(images))
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("numpy_names", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
+def test_numpy_scalars_in_metadata(tmp_path, numpy_names):
+    """NumPy 1 and NumPy 2 pickle them under different names."""
+    written = to_bytes({"state_dict": official_state("upernet"), "meta": META}, legacy=True)
+    names = b"numpy._core.multiarray" if b"numpy._core.multiarray" in written else b"numpy.core.multiarray"
+    path = write(tmp_path / "x.pth", written.replace(names, numpy_names))
+    assert load_model(path)[0].config.head == "upernet"
+    assert weights.read_file(path)["meta"]["hook_msgs"] == {"best_score": 0.68, "count": 3, "done": True, "small": 1}
+
+
+def beit(rows: int = 732, depth: int = 4, dim: int = 32, heads: int = 2, shared: bool = False) -> dict:
+    """BEiT pre-training of the original code, 14 x 14 tokens unless told otherwise, with a head and a mask token."""
+    shapes = {"cls_token": (1, 1, dim), "mask_token": (1, 1, dim), "patch_embed.proj.weight": (dim, 3, 16, 16),
+              "patch_embed.proj.bias": (dim,), "fc_norm.weight": (dim,), "fc_norm.bias": (dim,), "norm.weight": (dim,),
+              "head.weight": (21841, 2), "head.bias": (21841,)}
+    for i in range(depth):
+        block = {"gamma_1": (dim,), "gamma_2": (dim,), "norm1.weight": (dim,), "norm1.bias": (dim,),
+                 "norm2.weight": (dim,), "norm2.bias": (dim,), "attn.q_bias": (dim,), "attn.v_bias": (dim,), "attn.qkv.weight": (3 * dim, dim),
+                 "attn.proj.weight": (dim, dim), "attn.proj.bias": (dim,), "mlp.fc1.weight": (4 * dim, dim),
+                 "mlp.fc1.bias": (4 * dim,), "mlp.fc2.weight": (dim, 4 * dim), "mlp.fc2.bias": (dim,)}
+        if not shared:
+            block["attn.relative_position_bias_table"] = (rows, heads)
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
+    if shared:
+        shapes["rel_pos_bias.relative_position_bias_table"] = (rows, heads)
+    state = {name: torch.from_numpy(fill.fill(name, shape)) for name, shape in shapes.items()}
+    prefix = "rel_pos_bias" if shared else "blocks.0.attn"
+    return {**state, prefix + ".relative_position_index": torch.zeros(197, 197, dtype=torch.long)}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_beit_pretraining(tmp_path, shared):
+    """Per-block or shared tables, resized to the window; everything but the backbone keeps its starting values."""
+    state = beit(shared=shared)
+    path = write(tmp_path / "beit_base_patch16_224_pt22k_ft22k.pth", to_bytes({"model": state}))
+    model = Segmenter(small_config("upernet", window=96))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = load_weights(model, path)
+    after = model.state_dict()
+    tables = [block.attn.relative_position_bias_table for block in model.backbone.blocks]
+    for i, table in enumerate(tables):
+        name = f"{'rel_pos_bias' if shared else f'blocks.{i}.attn'}.relative_position_bias_table"
+        assert torch.equal(table, resize_position_table(state[name], 6))
+    assert len({table.data_ptr() for table in tables}) == 4  # copies: training must not tie them
+    assert torch.equal(after["backbone.patch_embed.weight"], state["patch_embed.proj.weight"])
+    assert torch.equal(after["backbone.blocks.3.mlp.fc2.bias"], state["blocks.3.mlp.fc2.bias"])
+    assert report.kind == "beit" and report.missing == report.unexpected == report.mismatched == []
+    assert report.resized == [f"backbone.blocks.{i}.attn.relative_position_bias_table" for i in range(4)]
+    assert report.reinitialised == [name for name in after if not name.startswith("backbone.")]
+    assert set(report.dropped) == {name for name in state if name.startswith(("mask_token", "fc_norm", "norm", "head"))
+                                   or name.endswith("relative_position_index")}
+    assert all(torch.equal(after[name], before[name]) for name in report.reinitialised)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth"])
+def test_timm_beit(tmp_path, kind):
+    """timm's own BEiT under timm's own names, in both of the forms in which it is found."""
+    timm, safetensors = pytest.importorskip("timm"), pytest.importorskip("safetensors.torch")
+    theirs = timm.create_model("beit_base_patch16_224", pretrained=False, depth=4, embed_dim=32, num_heads=2)
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter)
+    state = theirs.state_dict()
+    path = tmp_path / "model"  # told by its content, not by its name
+    path.write_bytes(safetensors.save(state) if kind == "safetensors" else to_bytes(state))
+    model = Segmenter(small_config(window=224))
+    report = load_weights(model, path)
+    assert (report.kind, report.missing, report.unexpected, report.resized) == ("beit", [], [], [])
+    assert set(report.dropped) == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+    for name, tensor in model.backbone.state_dict().items():
+        assert torch.equal(tensor, state[name.replace("patch_embed.", "patch_embed.proj.")]), name
+    assert len(load_weights(Segmenter(small_config(window=480)), path).resized) == 4
+
+
+def test_safetensors_without_its_package(tmp_path, monkeypatch):
+    path = write(tmp_path / "x.safetensors", struct.pack("<Q", 2) + b"{}")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(WeightsError, match="pip install safetensors"):
+        weights.read_file(path)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_own_checkpoints(tmp_path, head):
+    """Configuration, class names and palette come back; a plain or DataParallel state dict is told by its names."""
+    content = own_checkpoint(small_config(head, drop_path=0.25))
+    path = write(tmp_path / "last.pt", to_bytes(content))
+    model, info = load_model(path)
+    assert model.config == small_config(head, drop_path=0.25)
+    assert info == {name: content[name] for name in ("classes", "palette", "iteration")}
+    assert_same(model.state_dict(), content["model"])
+    half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in content["model"].items()}
+    parallel = {f"module.{name}": tensor for name, tensor in half.items()}
+    model, info = load_model(write(tmp_path / "plain.pt", to_bytes(parallel)))
+    assert info == {} and model.config.window == 64 and model.config.num_classes == 3
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
+    assert_same(model.state_dict(), half)
+
+
+# ------------------------------------------------------------------------------------- what fits and what does not
+
+
+@pytest.mark.parametrize("model", ["mask2former_base", "upernet_large", "mask2former_large"])
+def test_names_and_shapes_of_the_released_models(model):
+    """Of the official names all but the drop-list find a place, and their shapes tell which model they are of."""
+    shapes = json.loads((GOLDEN / "official_state_dicts.json").read_text())[model]
+    official = {name: torch.empty(()).expand(shape) for name, shape in shapes.items()}
+    state = rename_official(official)
+    assert len(official) - len(state) == sum(name.endswith("relative_position_index") for name in official)
+    config = infer_config(state)
+    head, size = model.split("_")
+    assert (config.head, weights.size_of(config), config.window, config.num_classes) == (head, size, 480, 59)
+    with torch.device("meta"):
+        expected = build_model(head, size)
+    assert config == expected.config
+    assert {n: t.shape for n, t in expected.state_dict().items()} == {n: t.shape for n, t in state.items()}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_other_window_and_other_classes(tmp_path, head, capsys):
+    """Position tables follow the window, class layers of another number of classes start anew; both are reported."""
+    source = own_checkpoint(small_config(head, num_classes=5))
+    path = write(tmp_path / "x.pt", to_bytes(source))
+    model = Segmenter(small_config(head, num_classes=3, window=96))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = load_weights(model, path)
+    layers = {"mask2former": ["head.class_embed"], "upernet": ["head.classifier", "auxiliary_head.classifier"]}[head]
+    assert report.reinitialised == [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
+    assert len(report.resized) == 4 and report.missing == report.unexpected == []
+    for name, tensor in model.state_dict().items():
+        if name in report.reinitialised:
+            assert torch.equal(tensor, before[name])
+        elif name in report.resized:
+            assert torch.equal(tensor, resize_position_table(source["model"][name], 6))
+        else:
+            assert torch.equal(tensor, source["model"][name])
+    printed = capsys.readouterr().out
+    assert printed == f"{report}\n" and f"{path}: own checkpoint" in printed
+    assert [line.split()[:2] for line in printed.splitlines()[1:]] == [
+        ["missing", "0"], ["unexpected", "0"], ["resized", "4"], ["reinitialised", str(2 * len(layers))]]
+
+
+def test_uper_net_into_mask2former(tmp_path):
+    """A file of the other head is an error that lists names, the model is unchanged; the auxiliary head is no error."""
+    path = write(tmp_path / "x.pth", to_bytes({"state_dict": official_state("upernet")}))
+    model = Segmenter(golden_config("mask2former"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(WeightsError) as caught:
+        load_weights(model, path)
+    message = str(caught.value)
+    assert "\n" not in message and "does not fit this mask2former of custom size" in message
+    assert "missing: head.query_feat, head.query_embed" in message and "unexpected: head." in message
+    assert "auxiliary_head" not in message
+    assert_same(model.state_dict(), before)
+    report = load_weights(model, path, strict=False)
+    assert "head.query_feat" in report.missing and "head.fuse.0.weight" in report.unexpected
+    assert any(name.startswith("auxiliary_head.") for name in report.dropped)
+    assert torch.equal(model.backbone.cls_token, official_state("upernet")["backbone.cls_token"])
+    assert torch.equal(model.head.query_feat, before["head.query_feat"])
+
+
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("backbone.patch_embed.bias", None, r"1 missing: backbone\.patch_embed\.bias \("),
+    ("backbone.extra", torch.zeros(3), r"1 unexpected: backbone\.extra \("),
+    ("head.norm.weight", torch.zeros(3), r"1 of another shape: head\.norm\.weight float32 \(3,\) should be"),
+    ("head.norm.weight", torch.zeros(32, dtype=torch.long), r"norm\.weight int64 \(32,\) should be float32 \(32,\)"),
+    ("head.class_embed.weight", torch.zeros(6, 31), r"head\.class_embed\.weight float32 \(6, 31\) should be"),
+    (TABLE, torch.zeros(53, 2), r"blocks\.0\.attn\.\w+ float32 \(53, 2\) should be float32 \(52, 2\)"),
+    (TABLE, torch.zeros(732, 4), r"blocks\.0\.attn\.\w+ float32 \(732, 4\) should be float32 \(52, 2\)"),
+    (TABLE, torch.zeros(()), r"blocks\.0\.attn\.\w+ float32 \(\) should be float32 \(52, 2\)"),
+])  # fmt: skip
+def test_strict_and_not(tmp_path, name, value, message):
+    """Each misfit is an error that leaves the model alone; with strict=False the rest is loaded."""
+    state = own_checkpoint(small_config())["model"]
+    full = dict(state)
+    if value is None:
+        del state[name]
+    else:
+        state[name] = value
+    path = write(tmp_path / "x.pt", to_bytes(state))
+    torch.manual_seed(1)
+    model = Segmenter(small_config())
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(WeightsError, match=message):
+        load_weights(model, path)
+    assert_same(model.state_dict(), before)
+    report = load_weights(model, path, strict=False)
+    assert len(report.missing + report.unexpected + report.mismatched) == 1
+    assert_same(model.state_dict(), full | {name: before[name]} if name in full else full)
+
+
+# ----------------------------------------------------------------------------------------------------- position tables
+
+
+@pytest.mark.parametrize("window", [6, 30])
+def test_position_table_resize(window):
+    """As the official code resizes a 14 x 14 window's table, smaller and larger."""
+    golden = load_golden(f"relpos_{window}.npz")
+    resized = resize_position_table(torch.from_numpy(golden["source"]), window)
+    assert resized.dtype == torch.float32
+    assert np.abs(resized.numpy() - golden["resized"]).max() < 1e-5
+    assert np.array_equal(resized[-3:], golden["source"][-3:])
+
+
+def test_position_table_corner_cases():
+    table = torch.arange(12.0)[:, None].repeat(1, 2)  # a window of 2: 9 displacements and 3 rows
+    assert resize_position_table(table, 2) is table
+    assert resize_position_table(table, 4).shape == (52, 2)
+    centre = resize_position_table(torch.arange(52.0)[:, None], 6)[60]  # the middle of 11 x 11
+    assert centre.item() == pytest.approx(24, abs=1e-4)  # no displacement stays no displacement: the middle of 7 x 7
+    for rows in (0, 2, 3, 7, 733):
+        with pytest.raises(ValueError, match=f"a position table of {rows} rows fits no square window"):
+            resize_position_table(torch.zeros(rows, 2), 4)
+
+
+# ------------------------------------------------------------------------------------------------------- hostile files
+
+
+def outcome(path: Path, model: Segmenter | None = None) -> dict | None:
+    """What a model, or one made for it, gets from a file, or None after a WeightsError of one line."""
+    try:
+        if model is None:
+            return load_model(path)[0].state_dict()
+        load_weights(model, path)
+        return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    except WeightsError as error:  # any other exception fails the test
+        assert str(error).startswith(str(path)) and str(error).isprintable() and len(str(error)) < 1000
+        return None
+
+
+@pytest.fixture(scope="module")
+def samples() -> dict[str, bytes]:
+    """A valid file in each format."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    own = own_checkpoint(small_config())
+    beit_state = {name: tensor for name, tensor in beit().items() if not name.startswith("head.")}
+    return {
+        "zip": to_bytes(own),
+        "legacy": to_bytes(own, legacy=True),
+        "zipped legacy": zipped("x.pth", to_bytes(own, legacy=True)),
+        "zipped zip": zipped("x.pth", to_bytes(own)),
+        "safetensors": safetensors.save(beit_state),
+    }
+
+
+FORMATS = ["zip", "legacy", "zipped legacy", "zipped zip", "safetensors"]
+SILENT = ("legacy", "safetensors")  # they hold no checksums: a flipped bit of a weight is another weight
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_truncated_files(tmp_path, samples, kind):
+    whole, path, model = samples[kind], tmp_path / "x.pth", Segmenter(small_config())
+    assert outcome(write(path, whole), model) is not None
+    rng = random.Random(0)
+    lengths = {*range(24), *(len(whole) - n for n in range(1, 24)), *(rng.randrange(len(whole)) for _ in range(60))}
+    for length in sorted(lengths):
+        assert outcome(write(path, whole[:length]), model) is None, length
+    with pytest.raises(WeightsError, match="the file is empty; download it again"):
+        load_model(write(path, b""))
+    with pytest.raises(WeightsError, match="truncated or damaged"):
+        load_model(write(path, whole[:-1]))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_flipped_bits(tmp_path, samples, kind):
+    """One flipped bit is an error, or, where nothing depends on it, the same weights."""
+    whole, path, model = samples[kind], tmp_path / "x.pth", Segmenter(small_config())
+    expected = outcome(write(path, whole), model)
+    rng = random.Random(1)
+    structure = [*range(2048), *range(len(whole) - 4096, len(whole))]  # headers and directories rather than weights
+    refused = 0
+    for place in rng.sample(structure, 80) + [rng.randrange(len(whole)) for _ in range(30)]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << rng.randrange(8)
+        state = outcome(write(path, bytes(damaged)), model)
+        refused += state is None
+        if state is not None and kind not in SILENT:
+            assert_same(state, expected)
+    assert refused >= (10 if kind in SILENT else 50)
+
+
+def test_random_bytes(tmp_path):
+    rng, model = random.Random(2), Segmenter(small_config())
+    for start in (b"", b"PK\x03\x04", b"\x80\x02", b"\x80\x04", b"12345678{", to_bytes({})[:200]):
+        for length in (0, 1, 10, 1000):
+            assert outcome(write(tmp_path / "x", start + rng.randbytes(length)), model) is None
+
+
+WRONG_VALUES = {
+    "None": None, "number": 3, "text": "weights", "list": [1.0, 2.0], "dictionary": {}, "NumPy scalar": np.float64(1),
+    "complex": torch.zeros(32, dtype=torch.complex64), "bool": torch.zeros(32, dtype=torch.bool),
+    "bytes": torch.zeros(32, dtype=torch.uint8), "float8": torch.zeros(32).to(torch.float8_e4m3fn),
+    "quantised": lambda: torch.quantize_per_tensor(torch.zeros(32), 0.1, 0, torch.qint8),
+    "sparse": torch.zeros(32).to_sparse(),
+    "nested": lambda: torch.nested.nested_tensor([torch.zeros(16), torch.zeros(16)]),
+    "without memory": torch.empty(32, device="meta"),
+    "of one number": torch.zeros(1).expand(32), "scalar": torch.zeros(()), "empty": torch.zeros(0),
+    "integers": torch.zeros(32, dtype=torch.long),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("wrong", WRONG_VALUES)
+def test_wrong_values(tmp_path, wrong, legacy):
+    content = own_checkpoint(small_config())
+    value = WRONG_VALUES[wrong]
+    content["model"]["head.norm.weight"] = value() if callable(value) and not isinstance(value, torch.Tensor) else value
+    try:
+        file = to_bytes(content, legacy)
+    except (RuntimeError, NotImplementedError) as error:
+        pytest.skip(f"PyTorch cannot write that: {error}")
+    assert outcome(write(tmp_path / "x.pt", file)) is None
+
+
+@pytest.mark.parametrize("content", [
+    None, 3, "text", [], {}, torch.zeros(3), [torch.zeros(3)], {1: torch.zeros(3)}, {"state_dict": {}}, {"model": None},
+    {"model": {("a",): torch.zeros(1)}}, {"state_dict": {"decode_head.x": torch.zeros(1)}},
+    {"adapter.x": torch.zeros(1)}, {"model": {"adapter.x": torch.zeros(1)}, "format": torch.zeros(2)}, {None: None},
+    {"blocks.0.attn.qkv.weight": torch.zeros(1)}, {"blocks.0.attn.qkv.weight": torch.zeros(())}, {"format": FORMAT},
+    {"a\nname\x1b[2J\ud800" + 10_000 * "x": torch.zeros(1)},
+    {"state_dict": {"decode_head.query_feat.weight": torch.zeros(3, 3)}, "meta": 3},
+    {"state_dict": {f"decode_head.{i}\n" + 500 * "x": torch.zeros(1) for i in range(9)}},
+])  # fmt: skip
+def test_wrong_contents(tmp_path, monkeypatch, content):
+    path = write(tmp_path / "x.pt", to_bytes(content))
+    assert outcome(path) is None
+    assert outcome(path, Segmenter(small_config())) is None
+    assert command(monkeypatch, path) in (0, 2)  # any exception would get through
+
+
+@pytest.mark.parametrize("config", [
+    3, "mask2former", [1], {"unknown": 1}, {"head": "fcn"}, {"embed_dim": "many"}, {"embed_dim": 10**12},
+    {"depth": 10**9}, {"decoder_layers": 10**9}, {"num_heads": 0}, {"embed_dim": -32}, {"window": 32 * 10**6}, {"head_channels": 33},
+    {"embed_dim": 32.5}, {"head": "upernet"}, {"num_classes": 2**40}, {"num_classes": 4}, {"window": 96}, {"window": 32000},
+])  # fmt: skip
+def test_wrong_configurations(tmp_path, config):
+    """Sizes are compared with the tensors before any memory is asked for."""
+    content = own_checkpoint(small_config())
+    content["config"] = content["config"] | config if isinstance(config, dict) else config
+    assert outcome(write(tmp_path / "x.pt", to_bytes(content))) is None
+
+
+@pytest.mark.parametrize("info", [
+    {"classes": 3}, {"classes": None, "palette": None}, {"classes": ["a"]}, {"palette": [[1, 2]]}, {"palette": "red"},
+    {"palette": [[0, 0, 300]] * 3}, {"classes": {}}, {"palette": [[None] * 3] * 3},
+])  # fmt: skip
+def test_classes_that_make_no_sense_are_left_out(tmp_path, info):
+    content = own_checkpoint(small_config()) | info | {"iteration": "x"}
+    assert load_model(write(tmp_path / "x.pt", to_bytes(content)))[1] == {}
+
+
+class Bomb:
+    """Unpickled by plain pickle it runs a shell command."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+class CodeBomb(Bomb):
+    def __reduce__(self):
+        return exec, (f"open({str(self.marker)!r}, 'w')",)
+
+
+BOMBS = {
+    "zip": lambda bomb: to_bytes(bomb),
+    "legacy": lambda bomb: to_bytes(bomb, legacy=True),
+    "a weight": lambda bomb: to_bytes({"state_dict": {"decode_head.x": bomb}}),
+    "metadata": lambda bomb: to_bytes({"state_dict": official_state("upernet"), "meta": {"hook_msgs": [{"x": bomb}]}}),
+    "legacy metadata": lambda bomb: to_bytes({"state_dict": {}, "meta": {"hook_msgs": [{"x": bomb}]}}, legacy=True),
+    "a key": lambda bomb: to_bytes({"model": {bomb: 1}}),
+    "zipped": lambda bomb: zipped("x.pth", to_bytes({"state_dict": bomb})),
+    "zipped legacy": lambda bomb: zipped("x.pth", to_bytes({"state_dict": bomb}, legacy=True)),
+    **{f"pickle {n}": lambda bomb, n=n: pickle.dumps({"model": bomb}, protocol=n) for n in range(6)},
+}
+
+
+@pytest.mark.parametrize("bomb_type", [Bomb, CodeBomb])
+@pytest.mark.parametrize("place", BOMBS)
+def test_pickle_bombs(tmp_path, place, bomb_type):
+    """Nothing in a file is executed, wherever the code is hidden; the message names what it would have run."""
+    marker = tmp_path / "marker"
+    pickle.loads(pickle.dumps(bomb_type(marker)))
+    assert marker.exists()  # the bomb is a real one
+    marker.unlink()
+    path = write(tmp_path / "x.pth", BOMBS[place](bomb_type(marker)))
+    with pytest.raises(WeightsError) as caught:
+        load_weights(Segmenter(small_config()), path)
+    assert outcome(path) is None
+    assert not marker.exists()
+    if "pickle" not in place:
+        name = "posix.system" if bomb_type is Bomb else "exec"
+        assert f"refused: it would run {name} while loading" in str(caught.value)
+
+
+def claim(numbers: int) -> bytes:
+    """A file before torch 1.6 whose one storage claims to hold many numbers."""
+    class Claim:
+        def __reduce__(self):
+            return torch._utils._rebuild_tensor_v2, (Ellipsis, 0, (numbers,), (1,), False, OrderedDict())
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            return ("storage", torch.FloatStorage, "0", "cpu", numbers, None) if value is Ellipsis else None
+
+    buffer = io.BytesIO()
+    for part in (torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {"little_endian": True}):
+        pickle.dump(part, buffer, protocol=2)
+    Pickler(buffer, protocol=2).dump({"model": {"adapter.x": Claim()}})
+    pickle.dump(["0"], buffer, protocol=2)
+    return buffer.getvalue() + struct.pack("<Q", numbers)
+
+
+TERA = 10**12
+HEADER = json.dumps({"cls_token": {"dtype": "F32", "shape": [TERA], "data_offsets": [0, 4 * TERA]}}).encode()
+HUGE = {
+    "a safetensors header": struct.pack("<Q", TERA) + b'{"',
+    "a safetensors tensor": struct.pack("<Q", len(HEADER)) + HEADER,
+    "a storage": claim(TERA),
+    "a stride of 0": to_bytes({"adapter.x": torch.zeros(1).expand(TERA)}),
+    "a table": to_bytes(own_checkpoint(small_config())["model"] | {TABLE: torch.zeros(1).expand(99_999**2 + 3, 2)}),
+    "a configuration": to_bytes(own_checkpoint(small_config()) | {"config": asdict(small_config(embed_dim=10**7))}),
+}
+
+
+@pytest.mark.parametrize("what", HUGE)
+def test_huge_claims(tmp_path, what):
+    """A small file that claims a terabyte is refused before memory is asked for."""
+    path = write(tmp_path / "x", HUGE[what])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert outcome(path) is None
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+def test_absent_unreadable_and_ambiguous_files(tmp_path):
+    with pytest.raises(WeightsError, match="nowhere.pth: no such file"):
+        load_model(tmp_path / "nowhere.pth")
+    with pytest.raises(WeightsError, match="no such file"):
+        load_model(tmp_path)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a.pth", b"1")
+        archive.writestr("b.pth", b"2")
+    with pytest.raises(WeightsError, match="a zip archive with 2 checkpoints in it; unpack it and name one"):
+        load_model(write(tmp_path / "two.zip", buffer.getvalue()))
+    with pytest.raises(WeightsError, match="BEiT pre-training has no segmentation head"):
+        load_model(write(tmp_path / "beit.pth", to_bytes({"model": beit()})))
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+
+def command(monkeypatch, *arguments) -> int:
+    """`python weights.py ARGUMENTS` in this process; its exit status."""
+    monkeypatch.setattr(sys, "argv", ["weights.py", *map(str, arguments)])
+    try:
+        weights.main()
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_command_tells_what_a_file_is(tmp_path, monkeypatch, capsys):
+    own = write(tmp_path / "own.pt", to_bytes(own_checkpoint(small_config())))
+    assert command(monkeypatch, own) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["sha256"] == hashlib.sha256(own.read_bytes()).hexdigest()
+    assert lines["format"] == "own checkpoint" and lines["fits"] == "mask2former, custom size, window 64"
+    assert lines["classes"] == "3 class 0, class 1, class 2" and lines["iteration"] == "12"
+    pretrained = write(tmp_path / "beit.pth", to_bytes({"model": beit()}))
+    assert command(monkeypatch, pretrained) == 0
+    printed = capsys.readouterr().out
+    assert "BEiT pre-training" in printed and "a backbone of width 32 and depth 4" in printed
+
+
+def test_command_converts(tmp_path, monkeypatch, capsys):
+    """The released format to ours: the same tensors, configuration and classes; nothing else is left in the folder."""
+    source = write(tmp_path / "x.pth", to_bytes({"state_dict": official_state("mask2former"), "meta": META}))
+    out = write(tmp_path / "out.pt", b"an older file")
+    assert command(monkeypatch, source, "--to", out) == 0
+    printed = capsys.readouterr().out
+    assert "released ViT-Adapter checkpoint" in printed and f"written     {out}" in printed
+    model, info = load_model(out)
+    assert_same(model.state_dict(), rename_official(official_state("mask2former")))
+    assert info["classes"] == list("abcdefg") and info["iteration"] == 40000
+    content = torch.load(out, weights_only=True)
+    assert content["format"] == FORMAT and ModelConfig(**content["config"]) == model.config
+    assert sorted(os.listdir(tmp_path)) == ["out.pt", "x.pth"]
+
+
+@pytest.mark.parametrize("case", ["absent", "damaged", "pre-training", "no folder", "a folder", "disk full"])
+def test_command_errors(tmp_path, monkeypatch, capsys, case):
+    """Status 2 and one line; an older file at the destination is untouched."""
+    source = write(tmp_path / "x.pth", to_bytes({"state_dict": official_state("upernet")}))
+    out = write(tmp_path / "out.pt", b"an older file")
+    if case == "absent":
+        source.unlink()
+    elif case == "damaged":
+        write(source, source.read_bytes()[:-9])
+    elif case == "pre-training":
+        write(source, to_bytes({"model": beit()}))
+    elif case == "no folder":
+        out = tmp_path / "nowhere" / "out.pt"
+    elif case == "a folder":
+        out = tmp_path / "folder"
+        out.mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if case == "disk full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # bytes a file; the kernel refuses the next one
+    status = command(monkeypatch, source, "--to", out)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert (tmp_path / "out.pt").read_bytes() == b"an older file"
+    assert not list(tmp_path.glob("*partial*"))
+
+
+def test_command_line_from_a_shell(tmp_path):
+    """No traceback and no warning of PyTorch's, only the line."""
+    bomb = write(tmp_path / "x.pth", pickle.dumps(Bomb(tmp_path / "marker"), protocol=4))
+    done = subprocess.run([sys.executable, ROOT / "weights.py", bomb], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {bomb}: cannot be read (UnpicklingError): truncated or damaged? Download it again\n"
+    assert not (tmp_path / "marker").exists()
+
+
+# ------------------------------------------------------------------------------------------------- the released models
+
+
+def write_official_file(shapes: dict[str, list[int]], path: Path) -> None:
+    """A checkpoint as the released ones are, with the golden files' weights."""
+    state = OrderedDict()
+    for name, shape in shapes.items():
+        if name.endswith("relative_position_index"):
+            state[name] = torch.zeros(shape, dtype=torch.long)
+        else:
+            state[name] = torch.from_numpy(np.asarray(fill.fill(name, shape)))
+    torch.save({"meta": {"iter": 40000, "mmcv_version": "1.4.2"}, "state_dict": state}, path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mask2former_base", "upernet_large", "mask2former_large"])
+def test_released_models_at_full_size(tmp_path, name):
+    """A file in the official format gives the official features, scores and labels of a 480 x 480 image, in float32."""
+    golden, path = load_golden(f"full_{name}.npz"), tmp_path / "iter_40000.pth"
+    shapes = json.loads((GOLDEN / "official_state_dicts.json").read_text())[name]
+    writer = multiprocessing.get_context("fork").Process(target=write_official_file, args=(shapes, path))
+    writer.start()  # a process of its own, so that its memory does not count in the peak
+    writer.join()
+    assert writer.exitcode == 0
+    start = time.perf_counter()
+    model, info = load_model(path)
+    loaded = time.perf_counter()
+    size = path.stat().st_size
+    path.unlink()
+    image = noise("image480", 1, 3, 480, 480).float()
+    with torch.inference_mode():
+        features = model.features(image)
+        scores = model.scores(features)
+        full = resize(scores, (480, 480))
+    done = time.perf_counter()
+
+    errors = {}
+    for feature, key, (every, step) in ((features.f4, "f1", (16, 12)), (features.f16, "f3", (16, 3))):
+        expected = golden[key]
+        errors[key] = np.abs(feature[:, ::every, ::step, ::step].numpy() - expected).max() / np.abs(expected).max()
+    close = {}
+    for actual, key in ((scores[:, :, ::8, ::8], "seg_4th"), (full[:, :, ::16, ::16], "scores_every16")):
+        expected = golden[key]
+        difference = np.abs(actual.numpy() - expected) / (expected.max() - expected.min())
+        close[key], errors[key] = (difference < 1e-3).mean(), difference.max()
+    clear = ~golden["margin480_small"]
+    same = (full.argmax(dim=1).numpy() == golden["argmax480"])[clear].mean()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"\n{name}: file {size / 1e9:.2f} GB, load {loaded - start:.1f} s, forward {done - loaded:.1f} s, "
+          f"peak {peak:.2f} GB; largest relative errors {', '.join(f'{key} {value:.1e}' for key, value in errors.items())}; "
+          f"labels equal {same:.6f} of the {clear.mean():.4f} with a clear margin")
+    assert info == {"iteration": 40000}
+    assert errors["f1"] < 1e-4 and errors["f3"] < 1e-4
+    assert close["seg_4th"] >= 0.999 and close["scores_every16"] >= 0.999
+    assert same == 1

@@ -1,0 +1,554 @@
+"""Train a ViT-Adapter segmenter on one device or many.
+
+    python train.py --data toy                                            a first try on a CPU: makes its own data
+    torchrun train.py --head mask2former --size large                     Pascal Context on one GPU
+    torchrun --nproc_per_node=8 train.py --head upernet --size large      on eight: the same run, sooner
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...   on two nodes
+    torchrun --max-restarts=3 train.py --resume                           go on with the newest run after a stop
+
+Read: Recipe -> parameter_groups, lr_factor -> train, which ends in the loop -> what it calls -> the command line.
+Processes, folders, checkpoint files and logs are in run.py.
+
+The global batch is 16 images = devices x per-device batch x accumulation, always. Losses are divided by what the whole
+global batch holds, so every layout makes the same step; only batch norm differs with accumulation, because it sees the
+images that are on the devices at once. Data parallelism is DDP: weights, gradients and optimizer state of the largest
+model are 9 GB and fit one device, so nothing is sharded.
+
+Shapes: B images in a micro-batch, N in the global batch, w the window's side in pixels, K classes.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import draw
+from data import Batch, DataError, SegmentationDataset, normalize, open_dataset, positions, training_loader
+from evaluate import evaluate, metrics, predictions, table
+from heads import loss_units, mask_counts
+from model import ModelConfig, Segmenter, build_model
+from run import (
+    Log,
+    NonFiniteLoss,
+    Process,
+    Progress,
+    RunError,
+    StopSignal,
+    Stopwatch,
+    environment,
+    find_run,
+    forward_flops,
+    join_processes,
+    matmul_rate,
+    on_first,
+    open_run,
+    read_config,
+    restore,
+    rng_state,
+    runs_like,
+    save,
+    stop_for_replay,
+    write_atomically,
+)
+from sync_batchnorm import convert_sync_batchnorm
+from weights import WeightsError, load_weights
+
+CONTEXT = Path("data/VOCdevkit/VOC2010")
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+LOG_EVERY = 50  # iterations
+PICTURES = 4  # validation images that TensorBoard shows
+
+# ------------------------------------------------------------------------------------------------------------ recipes
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one model is trained; options of the command line replace its values."""
+
+    command: str
+    official: tuple[float, float] | None  # published mIoU on Pascal Context, single-scale and multi-scale
+    cost: str  # time and device; "not measured" until it is
+    iterations: int
+    lr: float
+    layer_decay: float
+    validate_every: int
+    save_every: int = 1000
+    warmup: int = 1500  # iterations; in proportion when another number of iterations is asked for
+    weight_decay: float = 0.05
+    batch: int = 2  # images on a device at once
+    checkpoint_activations: bool = False
+
+
+MASK2FORMER_BASE = Recipe(
+    command="torchrun --nproc_per_node=8 train.py --head mask2former --size base",
+    official=(64.0, 64.4), cost="not measured",
+    iterations=40_000, lr=3e-5, layer_decay=0.95, validate_every=4000,
+)  # fmt: skip
+MASK2FORMER_LARGE = Recipe(
+    command="torchrun --nproc_per_node=8 train.py --head mask2former --size large",
+    official=(67.8, 68.2), cost="not measured",
+    iterations=40_000, lr=2e-5, layer_decay=0.90, validate_every=4000, checkpoint_activations=True,
+)  # fmt: skip
+UPERNET_LARGE = Recipe(
+    command="torchrun --nproc_per_node=8 train.py --head upernet --size large",
+    official=(67.0, 67.5), cost="not measured",
+    iterations=80_000, lr=2e-5, layer_decay=0.90, validate_every=8000, checkpoint_activations=True,
+)  # fmt: skip
+UPERNET_BASE = Recipe(  # not among the released models: UperNet's length with the base model's rates
+    command="torchrun --nproc_per_node=8 train.py --head upernet --size base",
+    official=None, cost="not measured",
+    iterations=80_000, lr=3e-5, layer_decay=0.95, validate_every=8000,
+)  # fmt: skip
+# From random weights on a CPU: no pre-training to preserve, hence a high rate and no layer decay.
+MASK2FORMER_TINY = Recipe(
+    command="python train.py --data toy --head mask2former",
+    official=None, cost="not measured",
+    iterations=1000, lr=1e-3, layer_decay=1.0, warmup=50, validate_every=250, save_every=250, batch=8,
+)  # fmt: skip
+UPERNET_TINY = Recipe(
+    command="python train.py --data toy --head upernet",
+    official=None, cost="not measured",
+    iterations=1000, lr=1e-3, layer_decay=1.0, warmup=50, validate_every=250, save_every=250, batch=8,
+)  # fmt: skip
+RECIPES = {
+    ("mask2former", "tiny"): MASK2FORMER_TINY, ("upernet", "tiny"): UPERNET_TINY,
+    ("mask2former", "base"): MASK2FORMER_BASE, ("upernet", "base"): UPERNET_BASE,
+    ("mask2former", "large"): MASK2FORMER_LARGE, ("upernet", "large"): UPERNET_LARGE,
+}  # fmt: skip
+
+# ---------------------------------------------------------------------------------------------------------- optimiser
+
+# The released code names these five in its list for layer 0, beside the patch embedding: 0.9^25 = 0.072 of the rate at
+# size large. Surely meant for a ViT's position embedding, but the published scores were made with it.
+FIRST_LAYER = ("backbone.patch_embed.", "backbone.cls_token", "head.query_embed", "head.query_feat", "head.level_embed",
+               "head.class_embed.", "head.mask_embed.")  # fmt: skip
+
+
+def layer_of(name: str, depth: int) -> int:
+    """The depth a parameter counts as: 0 for patch embedding, i + 1 for block i, depth + 1 for adapter and heads."""
+    if name.startswith(FIRST_LAYER):
+        return 0
+    if name.startswith("backbone.blocks."):
+        return int(name.split(".")[2]) + 1
+    return depth + 1
+
+
+def parameter_groups(model: Segmenter, lr: float, weight_decay: float, layer_decay: float) -> list[dict]:
+    """AdamW groups with layer-wise rates (BEiT, appendix), lr * scale with scale = layer_decay^(depth + 1 - layer).
+
+    No weight decay on one-dimensional parameters: biases, norms, layer scales. Frozen parameters are left out.
+    """
+    depth, groups = len(model.backbone.blocks), {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = layer_of(name, depth), weight_decay if parameter.dim() > 1 else 0.0
+            groups.setdefault(key, []).append(parameter)
+    scales = {layer: layer_decay ** (depth + 1 - layer) for layer, _ in groups}
+    return [
+        {"params": parameters, "lr": lr * scales[layer], "scale": scales[layer], "weight_decay": decay}
+        for (layer, decay), parameters in groups.items()
+    ]
+
+
+def lr_factor(iteration: int, iterations: int, warmup: int = 1500) -> float:
+    """What every learning rate is multiplied by: linear from 1 to 0, times a linear rise from 1e-6 in the warm-up."""
+    decay = 1 - iteration / iterations
+    return decay * (1 - (1 - iteration / warmup) * (1 - 1e-6)) if iteration < warmup else decay
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def train(options: argparse.Namespace, process: Process) -> None:
+    """One run, from its options to its last checkpoint. What comes before the loop prepares it."""
+    rank, world, device = process
+    accumulation = share_batch(options.global_batch, world, options.batch)
+    if options.head == "upernet" and world * options.batch == 1:
+        raise RunError("UperNet's batch norm needs 2 images at once, on all devices together: use --batch 2")
+    training, validation = open_datasets(options.data, process)
+    folder, state = open_run(options.name or default_name(options), options.resume, options.name is not None, process)
+    torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
+    torch.manual_seed(options.seed)  # the same starting values everywhere
+    model = make_model(options, state, training.info.classes, process)
+    groups = parameter_groups(model, options.lr, options.weight_decay, options.layer_decay)
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    amp = AMP[options.amp]
+    scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
+    progress = Progress(**state["progress"]) if state else Progress()
+    stream = training_loader(
+        training, model.config.window, seed=options.seed, workers=options.workers,
+        positions=positions(progress.iteration, rank, world, options.batch, accumulation),
+    )  # fmt: skip
+    stream = itertools.chain([next(stream)], stream)  # it draws from torch's RNG as it starts: before that is restored
+    log = start_log(options, process, folder, model, training, progress.iteration, accumulation) if rank == 0 else None
+    if options.compile:
+        model.compile()
+    parallel: nn.Module = model
+    if world > 1:
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # of depth-wise convolutions, which are small
+        parallel = DistributedDataParallel(
+            convert_sync_batchnorm(model), device_ids=[device.index] if device.type == "cuda" else None,
+            forward_sync_buffers=False, gradient_as_bucket_view=True,  # synchronised batch norm keeps the buffers equal
+        )  # fmt: skip
+    restore(state, optimizer, scaler, options.seed, process)
+    del state  # gigabytes of host memory
+    stop, watch = StopSignal(), Stopwatch(device, running=rank == 0)
+
+    while True:
+        due = progress.iteration == options.iterations or progress.iteration % options.validate_every == 0
+        if due and progress.validated < progress.iteration:  # up here: a run cut in a validation makes up for it
+            validate(model, validation, progress, amp, device, log)
+            if progress.best_iteration == progress.iteration:
+                save(folder / "best.pt", process, model, training.info, progress)
+        if progress.iteration == options.iterations:
+            break
+        watch.lap("pause")
+
+        batches = [next(stream) for _ in range(accumulation)]
+        counts, stopping = exchange(batches, len(training.info.classes), stop.wanted, process)
+        if stopping:
+            break
+        watch.lap("data")
+
+        factor = lr_factor(progress.iteration, options.iterations, options.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * group["scale"] * factor
+        optimizer.zero_grad()
+        rng, losses = rng_state(device), defaultdict(float)
+        for i, batch in enumerate(batches):
+            first = (rank * accumulation + i) * options.batch  # of this micro-batch's images in the global batch
+            units = loss_units(counts, slice(first, first + options.batch), model.config.num_queries)
+            with gradients_stay_here(parallel, i < accumulation - 1):  # only the last backward averages over devices
+                with torch.autocast(device.type, amp, enabled=amp is not None):
+                    images = normalize(batch.images.to(device, non_blocking=True), batch.extents)
+                    terms = parallel(images, batch.labels.to(device, non_blocking=True).long(), units=units)
+                watch.lap("forward")
+                scaler.scale(terms["loss"] / accumulation).backward()
+                watch.lap("backward")
+            for name, value in terms.items():
+                losses[name] += value.detach() / accumulation
+        losses = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))  # waits for the device
+        if not math.isfinite(losses["loss"]):
+            stop_for_replay(folder, process, model, progress, batches, losses, rng)
+        scaler.unscale_(optimizer)  # for the gradient norm in the log; gradients are not clipped
+        scaler.step(optimizer)
+        scaler.update()
+        watch.lap("optimizer")
+        progress.iteration += 1
+
+        if log:
+            log.count(losses)
+            if progress.iteration % LOG_EVERY == 0:
+                log.report(progress.iteration, options.lr * factor, gradient_norm(model), watch.seconds())
+        if progress.iteration % options.save_every == 0 and progress.iteration < options.iterations:
+            save(folder / "last.pt", process, model, training.info, progress, optimizer, scaler)
+
+    save(folder / "last.pt", process, model, training.info, progress, optimizer, scaler)
+    stop.release()
+    if log:
+        done = f"done: best mIoU {progress.best:.4f}; python evaluate.py --checkpoint {folder}/best.pt"
+        log.say(done if progress.iteration == options.iterations else f"stopped: go on with --resume {folder.name}")
+        log.close()
+
+
+# ------------------------------------------------------------------------------------------------- what the loop calls
+
+
+def share_batch(global_batch: int, world: int, batch: int) -> int:
+    """Micro-batches in each device's share of the global batch; if that is no whole, RunError says what would do."""
+    unit = world * batch
+    if global_batch % unit == 0:
+        return global_batch // unit
+    lower = max(global_batch // unit, 1) * unit
+    divisors = [b for b in range(1, global_batch // world + 1) if global_batch % (world * b) == 0]
+    choices = f"--global-batch {lower} or {lower + unit}" if lower < global_batch else f"--global-batch {lower}"
+    if divisors:
+        choices = f"--batch {min(divisors, key=lambda b: abs(b - batch))}, " + choices
+    raise RunError(f"the global batch {global_batch} is no multiple of {world} devices x {batch} images: use {choices}")
+
+
+def exchange(batches: Sequence[Batch], num_classes: int, stop: bool, process: Process) -> tuple[Tensor, bool]:
+    """What all processes must know before a step: mask counts of the whole global batch, and whether one wants to stop.
+
+    Both are known on the host, and travel between hosts: nobody waits for a device.
+
+    Returns:
+        Mask counts (N,) in the order of the stream, on this process's device, and whether to stop.
+    """
+    mine = torch.cat([mask_counts(batch.labels, num_classes) for batch in batches] + [torch.tensor([int(stop)])])
+    everyone = mine[None]
+    if process.world > 1:
+        rows = [torch.empty_like(mine) for _ in range(process.world)]
+        dist.all_gather(rows, mine)
+        everyone = torch.stack(rows)  # (processes, N / processes + 1)
+    return everyone[:, :-1].flatten().to(process.device, non_blocking=True), bool(everyone[:, -1].any())
+
+
+def gradients_stay_here(model: nn.Module, yes: bool) -> contextlib.AbstractContextManager:
+    """With `yes`, the backward pass of what runs inside adds to this process's gradients without averaging them."""
+    return model.no_sync() if yes and isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def gradient_norm(model: nn.Module) -> float:
+    """L2 norm of all gradients."""
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
+
+
+def validate(model: Segmenter, dataset: SegmentationDataset, progress: Progress, amp: torch.dtype | None,
+             device: torch.device, log: Log | None) -> None:  # fmt: skip
+    """Single-scale scores on the validation set, shared out over the processes, and a few pictures; notes the best."""
+    result = metrics(evaluate(model, dataset, device=device, amp=amp, progress=log is not None and sys.stderr.isatty()))
+    progress.validated = progress.iteration
+    if result.mean_iou > progress.best:
+        progress.best, progress.best_iteration = float(result.mean_iou), progress.iteration
+    if log:
+        classes = dataset.info.classes
+        scores = {"mIoU": result.mean_iou, "mAcc": result.mean_accuracy, "aAcc": result.all_accuracy}
+        scores |= {f"IoU/{name}": iou for name, iou in zip(classes, result.iou, strict=True)}
+        scores = {name: float(value) for name, value in scores.items() if not math.isnan(value)}
+        log.validation(progress.iteration, scores, table(result, classes))
+        picture = draw_predictions(model, dataset, device)
+        log.picture(progress.iteration, "validation/image, labels, prediction", picture)
+
+
+def draw_predictions(model: Segmenter, dataset: SegmentationDataset, device: torch.device) -> Image.Image:
+    """Some images of the data set, always the same, each beside its labels and its prediction."""
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, PICTURES).astype(int)).tolist()
+    model.eval()
+    guesses = [p.cpu().numpy() for p in predictions(model, [dataset.image(i) for i in chosen], device=device)]
+    model.train()
+    palette, rows = dataset.info.palette, []
+    for i, guess in zip(chosen, guesses, strict=True):
+        rows.append([dataset.image(i), draw.colorize(dataset.labels(i), palette), draw.colorize(guess, palette)])
+    return draw.contact_sheet(rows)
+
+
+# -------------------------------------------------------------------------------------------------- what comes before
+
+
+def open_datasets(root: str, process: Process) -> tuple[SegmentationDataset, SegmentationDataset]:
+    """Training and validation split; process 0 goes first, makes the toy data if need be, and looks for mistakes."""
+    on_first(process, lambda: [preflight(open_dataset(root, split)) for split in ("train", "val")])
+    return open_dataset(root, "train"), open_dataset(root, "val")
+
+
+def preflight(dataset: SegmentationDataset, sample: int = 32) -> Tensor:
+    """Look at some labels for what would train for hours towards an mIoU near 0; reading them checks their range.
+
+    Returns:
+        How many of the sampled pixels have each value, (256,).
+
+    Raises:
+        DataError: an unreadable file, a label outside the classes, no labelled pixel, or one class alone.
+    """
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, sample).astype(int)).tolist()
+    pixels = sum(torch.bincount(torch.from_numpy(dataset.labels(i).ravel()).long(), minlength=256) for i in chosen)
+    classes = dataset.info.classes
+    present = [k for k in range(len(classes)) if pixels[k]]
+    where = f"{dataset.root} ({dataset.split}), {len(chosen)} label images looked at"
+    remedy = f"are labels class indices from 0 to {len(classes) - 1}? `python data.py check {dataset.root}` tells more"
+    if not present:
+        raise DataError(f"{where}: every pixel is ignored; {remedy}")
+    if len(present) == 1 and len(classes) > 1:
+        raise DataError(f"{where}: nothing but '{classes[present[0]]}' in them; {remedy}")
+    return pixels
+
+
+def default_name(options: argparse.Namespace) -> str:
+    return f"{options.head}-{options.size}-{Path(options.data).name}"
+
+
+def make_model(options: argparse.Namespace, state: dict | None, classes: Sequence[str], process: Process) -> Segmenter:
+    """The model on its device, from a checkpoint or new with pre-trained weights. Raises RunError, WeightsError."""
+    if state:
+        if state["classes"] != list(classes):
+            raise RunError(f"--data {options.data} has other classes than the run: go on with the data of its start")
+        model = Segmenter(ModelConfig(**state["config"]))
+        model.load_state_dict(state["model"])
+    else:
+        pretrained = find_pretrained(options.pretrained, options.size)
+        try:
+            changes = {} if options.window is None else {"window": options.window}
+            model = build_model(options.head, options.size, len(classes), **changes)
+        except ValueError as error:
+            raise RunError(f"--head {options.head} --size {options.size} --data {options.data}: {error}") from None
+        if pretrained:
+            with contextlib.redirect_stdout(None) if process.rank else contextlib.nullcontext():
+                load_weights(model, pretrained)
+    model.checkpoint_activations = options.checkpoint_activations
+    model.backbone.requires_grad_(not options.freeze_backbone)
+    return model.to(process.device).train()
+
+
+def find_pretrained(name: str | None, size: str) -> Path | None:
+    """The file of pre-trained BEiT weights, None to start from scratch. Raises RunError if it is absent."""
+    if name == "none" or name is None and size == "tiny":
+        return None
+    timm = f"beit_{size}_patch16_224.in22k_ft_in22k"
+    usual = [Path(f"pretrained/beit_{size}_patch16_224_pt22k_ft22k.pth"), Path(f"pretrained/{timm}.safetensors")]
+    paths = [Path(name)] if name else usual
+    for path in paths:
+        if path.is_file():
+            return path
+    places = " or ".join(str(path) for path in paths)
+    if size == "tiny":
+        raise RunError(f"--pretrained: no file {places}; size tiny has no pre-trained weights, leave the option out")
+    raise RunError(f"no pre-trained BEiT weights at {places}: put there https://huggingface.co/timm/{timm}/resolve/"
+                   f"main/model.safetensors as {usual[1]}, name a file with --pretrained FILE, or start from scratch "
+                   "with --pretrained none")
+
+
+def start_log(options: argparse.Namespace, process: Process, folder: Path, model: Segmenter,
+              dataset: SegmentationDataset, iteration: int, accumulation: int) -> Log:  # fmt: skip
+    """Make the folder, write config.json, say what is about to run. From here on there is something on the disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    device, window, info = process.device, model.config.window, dataset.info
+    surroundings = environment(device, process.world)
+    if not (folder / "config.json").exists():
+        config = {**vars(options), "name": folder.name, "model": asdict(model.config), "classes": info.classes,
+                  "environment": surroundings}  # fmt: skip
+        write_atomically(folder / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode()))
+    flops = 3 * forward_flops(model.config)  # the backward pass costs twice the forward pass
+    rate = matmul_rate(device, AMP[options.amp] or torch.float32)
+    log = Log(folder, iteration, options.iterations, device, options.batch * accumulation, flops, rate)
+    log.say(f"{folder}: {options.head} {options.size}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+            f"window {window}, {len(dataset):,} images of {len(info.classes)} classes")
+    log.say(f"global batch {options.global_batch} = {process.world} device(s) x {options.batch} images x "
+            f"{accumulation} accumulated; {flops / 1e9:,.0f} GFLOP an image; {device} does {rate / 1e9:,.0f} GFLOP/s; "
+            f"iterations {iteration} to {options.iterations}")
+    log.write(iteration, "start", surroundings)
+    picture, labels = dataset.image(0), dataset.labels(0)
+    picture = draw.with_legend(draw.overlay(picture, labels, info.palette), labels, info.classes, info.palette)
+    log.picture(iteration, "data", picture)
+    return log
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+EXAMPLES = __doc__.split("\n\n")[1]
+NOT_OPTIONS = ("resume", "command", "official", "cost", "model", "classes", "environment")  # in config.json or a recipe
+
+
+class Parser(argparse.ArgumentParser):
+    """Faults of the command line are one line on stderr, like all others."""
+
+    def error(self, message: str) -> None:
+        complain(f"{message} (python {self.prog} --help lists the options)", 2)
+
+
+def parser() -> Parser:
+    p = Parser(prog="train.py", description=f"{__doc__.splitlines()[0]}\n\n{EXAMPLES}",
+               formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    what = p.add_argument_group("what to train")
+    what.add_argument("--head", choices=["mask2former", "upernet"], default="mask2former", help="default: mask2former")
+    what.add_argument("--size", choices=["tiny", "base", "large"], help="default: tiny for toy data, else large")
+    what.add_argument("--data", default=str(CONTEXT), metavar="DIR",
+                      help=f"a plain folder, a VOC2010 tree, or 'toy'; default: {CONTEXT}")
+    what.add_argument("--pretrained", metavar="FILE",
+                      help="weights of BEiT or ViT-Adapter, or 'none'; default: BEiT's in pretrained/")
+    what.add_argument("--window", type=positive, metavar="PIXELS",
+                      help="side of crops and sliding window; default: the size's")
+    what.add_argument("--freeze-backbone", action="store_true", help="train adapter and head only")
+    how = p.add_argument_group("how (defaults: the recipe's)")
+    how.add_argument("--iterations", type=positive, metavar="N")
+    how.add_argument("--lr", type=positive_float, metavar="RATE")
+    how.add_argument("--global-batch", type=positive, default=16, metavar="N",
+                     help="images in a step, over all devices; default: 16")
+    how.add_argument("--batch", type=positive, metavar="N", help="images on a device at once")
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    where = p.add_argument_group("on what")
+    where.add_argument("--device", metavar="NAME", help="cpu, cuda or mps; default: cuda if there is one")
+    where.add_argument("--workers", type=int, choices=range(65), default=2, metavar="N",
+                       help="processes that load data for a device; default: 2")
+    where.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision; default: off")
+    where.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True,
+                       help="TF32 matrix products in float32 on a GPU; on by default, as in the official runs")
+    where.add_argument("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=None,
+                       help="compute activations again in the backward pass: less memory, a third more work")
+    where.add_argument("--compile", action="store_true", help="torch.compile the model")
+    run = p.add_argument_group("the run")
+    run.add_argument("--name", help="of the folder in runs/; default: HEAD-SIZE-DATA")
+    run.add_argument("--resume", nargs="?", const="", metavar="RUN",
+                     help="go on with this run and its options; without RUN: with the newest")
+    run.add_argument("--validate-every", type=positive, metavar="N", help="iterations")
+    run.add_argument("--save-every", type=positive, metavar="N", help="iterations")
+    return p
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Options from the command line, else from the resumed run, else from the recipe. Raises RunError."""
+    p = parser()
+    options = p.parse_args(arguments)
+    if options.size is None:
+        options.size = "tiny" if options.data == "toy" else "large"
+    if options.resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        # torchrun has started this process again after a failure: go on with what the first attempt began.
+        begun = runs_like(options.name or default_name(options) + "*")
+        options.resume = begun[0].name if begun else None
+    if options.resume is not None:
+        folder = find_run(options.resume)
+        p.set_defaults(**{key: value for key, value in read_config(folder).items() if key not in NOT_OPTIONS})
+        options = p.parse_args(arguments)
+        options.resume = str(folder)
+    recipe = RECIPES[options.head, options.size]
+    length = (options.iterations or recipe.iterations) / recipe.iterations
+    for name, value in {**asdict(recipe), "warmup": round(recipe.warmup * length)}.items():
+        if getattr(options, name, None) is None and name not in NOT_OPTIONS:
+            setattr(options, name, value)
+    return options
+
+
+def complain(message: str, status: int) -> None:
+    """One line on stderr, and the end of this process."""
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        time.sleep(3)  # process 0 has mostly met the same fault, and when it ends torchrun ends the others
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    try:
+        options = parse(arguments)
+        train(options, join_processes(options.device))
+    except (DataError, RunError, WeightsError) as error:
+        complain(str(error), 2)
+    except NonFiniteLoss as error:
+        complain(str(error), 1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

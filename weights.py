@@ -1,0 +1,521 @@
+"""Weights from files: released ViT-Adapter checkpoints, BEiT pre-training, our own; read safely, renamed, resized.
+
+Read: read_file (bytes to values, nothing executed) -> read_weights (which of the three is it?) -> RENAMES (official
+names to ours) -> infer_config -> resize_position_table -> load_weights (into a model) -> load_model (one from a file).
+
+As a command: `python weights.py FILE` tells what a file is, `--to out.pt` converts it to our format.
+"""
+import argparse
+import contextlib
+import hashlib
+import io
+import math
+import os
+import pickle
+import re
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from scipy.interpolate import RectBivariateSpline
+from torch import Tensor
+
+from model import PATCH, SIZES, ModelConfig, Segmenter, relative_position_index
+
+FORMAT = "vit-adapter-seg/1"
+POSITION_TABLE = "relative_position_bias_table"
+
+
+class WeightsError(ValueError):
+    """A weights file that cannot be used; the message is one line that says which, why and what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """One line: names in a damaged file may hold line breaks, escape sequences and half characters."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+# --------------------------------------------------------------------------------------------------- reading, safely
+
+# mmcv's metadata may hold NumPy scalars: allowed by the names under which NumPy 1 and NumPy 2 pickle them.
+SCALAR = np.float64().__reduce__()[0]
+NUMPY_SCALARS = [(SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar"), np.dtype]
+NUMPY_SCALARS += [type(np.dtype(code)) for code in ("f8", "f4", "i8", "i4", "u1", "?")]
+
+
+def read_file(path: str | os.PathLike) -> Any:
+    """The values in a weights file, its format told by its first bytes. No code in the file is ever run.
+
+    Raises:
+        WeightsError: absent, empty, truncated, damaged, or a pickle that needs more than tensors and plain values.
+    """
+    name = str(path)
+    if not Path(path).is_file():
+        raise WeightsError(f"{name}: no such file")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+            file.seek(0)
+            if not start:
+                raise WeightsError(f"{name}: the file is empty; download it again")
+            if start.startswith(b"PK"):
+                return read_zip(file, name)
+            is_safetensors = start[8:] == b"{"  # 8 bytes of length, then a JSON header
+            return read_safetensors(file, name) if is_safetensors else read_pickle(file, name)
+    except WeightsError:
+        raise
+    except Exception as error:  # damage shows itself as BadZipFile, EOFError, KeyError, MemoryError, UnicodeError ...
+        reason = type(error).__name__
+        raise WeightsError(f"{name}: cannot be read ({reason}): truncated or damaged? Download it again") from None
+
+
+def read_zip(file: BinaryIO, name: str) -> Any:
+    """PyTorch's own format is a zip archive; so is a checkpoint that someone zipped."""
+    with zipfile.ZipFile(file) as archive:
+        members = [member for member in archive.namelist() if not member.startswith("__MACOSX/")]
+        if any(member.endswith("/data.pkl") for member in members):
+            if damaged := archive.testzip():  # PyTorch itself does not compare checksums
+                raise WeightsError(f"{name}: {damaged} inside is damaged (wrong checksum); download it again")
+            return read_pickle(file, name)
+        inner = [member for member in members if member.endswith((".pth", ".pt", ".tar", ".bin"))]
+        if len(inner) != 1:
+            raise WeightsError(f"{name}: a zip archive with {len(inner)} checkpoints in it; unpack it and name one")
+        return read_pickle(io.BytesIO(archive.read(inner[0])), f"{name}:{inner[0]}")
+
+
+def read_pickle(file: BinaryIO, name: str) -> Any:
+    """PyTorch's formats, zip and older, with `weights_only`: an unpickler that knows tensors and plain values only."""
+    file.seek(0)
+    try:
+        with torch.serialization.safe_globals(NUMPY_SCALARS), warnings.catch_warnings(action="ignore"):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if wanted := re.search(r"GLOBAL (\S{1,80})", str(error)):
+            raise WeightsError(f"{name}: refused: it would run {wanted[1]} while loading, and weights need no code; "
+                               "get it as plain tensors or .safetensors from a source you trust") from None
+        raise
+
+
+def read_safetensors(file: BinaryIO, name: str) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load
+    except ImportError:
+        raise WeightsError(f"{name}: a safetensors file; `pip install safetensors` reads it") from None
+    return load(file.read())
+
+
+# -------------------------------------------------------------------------------------------- what it is, in our names
+
+KINDS = {"released": "released ViT-Adapter checkpoint", "beit": "BEiT pre-training", "ours": "own checkpoint"}
+SIGNS = {"released": "decode_head.", "beit": "blocks.0.attn.qkv.", "ours": "adapter."}  # the start of a name in each
+NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64)
+
+
+class Weights(NamedTuple):
+    """What a file holds, in our names."""
+
+    kind: str  # one of KINDS
+    state: dict[str, Tensor]
+    dropped: list[str]  # names in the file that no model needs
+    info: dict[Any, Any]  # what our or mmcv's checkpoints say of themselves, unchecked
+
+
+def read_weights(path: str | os.PathLike) -> Weights:
+    """Read a file, tell by its names what it is, and give its tensors our names; raises WeightsError."""
+    content = state = read_file(path)
+    if isinstance(content, dict):  # mmcv's {meta, state_dict}, BEiT's and our {"model": ...} and similar
+        wrapped = (content.get(key) for key in ("state_dict", "model", "module"))
+        state = next((inner for inner in wrapped if isinstance(inner, dict)), content)
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise WeightsError(f"{path}: holds a {type(content).__name__}, not a dictionary of named tensors")
+    state = {key.removeprefix("module."): value for key, value in state.items()}  # the prefix of DataParallel
+    kind = next((kind for kind, sign in SIGNS.items() if any(key.startswith(sign) for key in state)), None)
+    if kind is None:
+        found = listing(list(state)) or "nothing"
+        raise WeightsError(f"{path}: no ViT-Adapter, BEiT or own checkpoint: it holds {found}")
+    dropped = [] if kind == "ours" else not_needed(state)
+    state = {key: value for key, value in state.items() if key not in dropped}
+    if wrong := [key for key, value in state.items() if not is_plain(value)]:
+        raise WeightsError(f"{path}: {listing(wrong)} should be dense tensors of float or int64 numbers")
+    state = {key: value.detach() for key, value in state.items()}
+    if kind == "beit":
+        state = {"backbone." + key: value for key, value in spread_shared_table(state).items()}
+    if kind != "ours":
+        state = {rename(key): value for key, value in state.items()}
+    info = content if content.get("format") == FORMAT else content.get("meta")
+    return Weights(kind, state, dropped, info if isinstance(info, dict) else {})
+
+
+def is_plain(value: Any) -> bool:
+    """A dense tensor of numbers whose storage is as large as its shape claims: a stride of 0 can claim any size."""
+    return (
+        isinstance(value, Tensor) and value.dtype in NUMBERS and value.device.type == "cpu"
+        and value.layout is torch.strided and not value.is_nested
+        and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
+    )  # fmt: skip
+
+
+def spread_shared_table(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """BEiT pre-training may hold one position table for all blocks: give it to each block."""
+    shared = state.pop("rel_pos_bias." + POSITION_TABLE, None)
+    if shared is None:
+        return state
+    return state | {key.replace("qkv.weight", POSITION_TABLE): shared for key in state if key.endswith("qkv.weight")}
+
+
+def not_needed(state: dict[str, Any]) -> list[str]:
+    """Official names that no model has a place for, by design."""
+    pattern = r"(.*\.)?relative_position_index|mask_token|(norm|fc_norm|head|lm_head)\..*"  # computed; BEiT's own tasks
+    if "decode_head.query_feat.weight" in state:  # Mask2Former inherits, saves and never uses a per-pixel classifier
+        pattern += r"|decode_head\.conv_seg\..*"
+    return [name for name in state if re.fullmatch(pattern, name)]
+
+
+# Official name -> ours; every pattern is applied, in this order.
+RENAMES: list[tuple[str, str | Callable[[re.Match], str]]] = [
+    (r"^backbone\.spm\.", "adapter.spatial_prior."),
+    (r"^backbone\.(level_embed|interactions|up)", r"adapter.\1"),
+    (r"^backbone\.norm([1-4])\.", lambda m: f"adapter.norms.{int(m[1]) - 1}."),
+    (r"\.extractor\.", ".extractors.0."),
+    (r"\.extra_extractors\.(\d)\.", lambda m: f".extractors.{int(m[1]) + 1}."),
+    (r"\.dwconv\.dwconv\.", ".dwconv."),
+    (r"\.patch_embed\.proj\.", ".patch_embed."),
+    # mmcv's transformer layers
+    (r"\.ffns\.0\.layers\.0\.0\.", ".ffn.0."),
+    (r"\.ffns\.0\.layers\.1\.", ".ffn.2."),
+    (r"(layers\.\d+)\.norms\.(\d)\.", lambda m: f"{m[1]}.norm{int(m[2]) + 1}."),
+    (r"\.encoder\.layers\.(\d+)\.attentions\.0\.", r".encoder.layers.\1.attention."),
+    (r"\.(encoder|transformer_decoder)\.", "."),
+    (r"\.attentions\.0\.attn\.", ".cross_attention."),
+    (r"\.attentions\.1\.attn\.", ".self_attention."),
+    (r"\.in_proj_", ".in_proj."),
+    (r"\.post_norm\.", ".norm."),
+    # heads
+    (r"^decode_head\.", "head."),
+    (r"\.input_convs\.", ".inputs."),
+    (r"\.pixel_decoder\.(lateral|output)_convs\.0\.", r".pixel_decoder.\1."),
+    (r"\.lateral_convs\.", ".laterals."),
+    (r"\.fpn_convs\.", ".outputs."),
+    (r"\.fpn_bottleneck\.", ".fuse."),
+    (r"\.psp_modules\.(\d)\.1\.", r".pools.\1."),
+    (r"^auxiliary_head\.convs\.0\.", "auxiliary_head.conv."),
+    (r"\.conv_seg\.", ".classifier."),
+    (r"\.mask_feature\.", ".mask_features."),
+    (r"\.level_encoding\.", ".level_embed."),
+    (r"\.cls_embed\.", ".class_embed."),
+    (r"\.(query_feat|query_embed|level_embed)\.weight$", r".\1"),
+    (r"(head\..*)\.conv\.(weight|bias)$", r"\1.0.\2"),  # mmcv's ConvModule: conv, then its norm
+    (r"(head\..*)\.(bn|gn)\.", r"\1.1."),
+]
+
+
+def rename(name: str) -> str:
+    """An official name in our spelling."""
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def rename_official(state: dict[str, Any]) -> dict[str, Any]:
+    """Official names to ours, whatever the values; names that no model needs are left out."""
+    dropped = not_needed(state)
+    return {rename(name): value for name, value in state.items() if name not in dropped}
+
+
+BACKBONE = ("embed_dim", "depth", "num_heads")  # what the named sizes differ in, whatever the head
+
+
+def size_of(config: ModelConfig) -> str:
+    """The named size whose backbone a configuration has, or "custom"."""
+    return next((name for name, size in SIZES.items()
+                 if all(getattr(size, key) == getattr(config, key) for key in BACKBONE)), "custom")
+
+
+def infer_config(state: dict[str, Tensor]) -> ModelConfig:
+    """The ModelConfig whose model has these shapes (our names); what shapes do not tell is that of the size it fits.
+
+    Raises:
+        KeyError, ValueError, ...: tensors that it reads are missing or make no sense.
+    """
+    def width(name: str, dimension: int = 0) -> int:
+        return state[name].shape[dimension]
+
+    def count(layers: str) -> int:
+        return len({m[1] for name in state if (m := re.match(re.escape(layers) + r"\.(\d+)\.", name))})
+
+    def deformable_heads(name: str) -> int:
+        return width(name + ".attention_weights.weight") // 12  # over 3 levels with 4 points each
+
+    block = "backbone.blocks.0.attn."
+    told = {
+        "window": window_of(state[block + POSITION_TABLE]) * PATCH, "embed_dim": width("backbone.patch_embed.weight"),
+        "depth": count("backbone.blocks"), "num_heads": width(block + POSITION_TABLE, 1),
+        "deform_heads": deformable_heads("adapter.interactions.0.injector.attn"),
+        "spm_channels": width("adapter.spatial_prior.stem.0.weight"),
+    }  # fmt: skip
+    if "head.fuse.0.weight" in state:
+        told |= {
+            "head": "upernet", "num_classes": width("head.classifier.weight"),
+            "head_channels": width("head.fuse.0.weight"), "aux_channels": width("auxiliary_head.conv.0.weight"),
+        }  # fmt: skip
+    else:
+        encoder, decoder = "head.pixel_decoder.layers", "head.layers"
+        told |= {
+            "head": "mask2former", "num_classes": width("head.class_embed.weight") - 1,
+            "num_queries": width("head.query_feat"), "head_channels": width("head.query_feat", 1),
+            "mask_heads": deformable_heads(encoder + ".0.attention"),
+            "encoder_layers": count(encoder), "encoder_ffn": width(encoder + ".0.ffn.0.weight"),
+            "decoder_layers": count(decoder), "decoder_ffn": width(decoder + ".0.ffn.0.weight"),
+        }  # fmt: skip
+    config = replace(ModelConfig(), **told)
+    return replace(SIZES.get(size_of(config), config), **told)
+
+
+# ----------------------------------------------------------------------------------------------------- position tables
+
+
+def window_of(table: Tensor) -> int:
+    """Side in tokens of the window that a relative-position table ((2w - 1)^2 + 3, heads) is for; raises ValueError."""
+    side = math.isqrt(max(len(table) - 3, 0))
+    if side * side != len(table) - 3 or side % 2 == 0:
+        raise ValueError(f"a position table of {len(table)} rows fits no square window")
+    return (side + 1) // 2
+
+
+def geometric_coordinates(source: int, target: int) -> np.ndarray:
+    """`source` coordinates around 0 whose steps 1, r, r^2, ... grow so that they reach about target / 2 (BEiT).
+
+    Near positions keep their distance 1, far ones are stretched. As in BEiT the ratio r is bisected in [1.01, 1.5].
+    """
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        ratio = (low + high) / 2
+        reach = (1 - ratio ** (source // 2)) / (1 - ratio)
+        low, high = (low, ratio) if reach > target // 2 else (ratio, high)
+    steps = np.cumsum(ratio ** np.arange(source // 2))
+    return np.concatenate([-steps[::-1], [0.0], steps])
+
+
+def resize_position_table(table: Tensor, window: int) -> Tensor:
+    """Fit a relative-position table to a window of `window` x `window` tokens; raises ValueError where none fits.
+
+    A cubic spline over both axes for each head; the three rows of the class token are copied.
+    ((2v - 1)^2 + 3, heads) -> ((2w - 1)^2 + 3, heads).
+    """
+    source, target = 2 * window_of(table) - 1, 2 * window - 1
+    if source == target:
+        return table
+    known = geometric_coordinates(source, target)
+    wanted = np.arange(target) - target // 2
+    degree = min(3, source - 1)  # a window of 2 tokens has 3 positions: too few for a cubic
+    heads = table[:-3].t().reshape(-1, source, source).double().numpy()
+    splines = [RectBivariateSpline(known, known, head, kx=degree, ky=degree) for head in heads]
+    resized = np.stack([spline(wanted, wanted) for spline in splines])
+    resized = torch.from_numpy(resized).flatten(1).t()  # (heads, 2w - 1, 2w - 1) -> ((2w - 1)^2, heads)
+    return torch.cat([resized.to(table.dtype), table[-3:]])
+
+
+# ------------------------------------------------------------------------------------------------------- into a model
+
+CLASS_LAYERS = r"(head|auxiliary_head)\.(classifier|class_embed)\.(weight|bias)"
+
+
+@dataclass
+class LoadReport:
+    """What `load_weights` did: lists of names, ours but for `dropped`."""
+
+    path: str
+    kind: str  # one of KINDS
+    missing: list[str] = field(default_factory=list)  # the model needs them, the file lacks them
+    unexpected: list[str] = field(default_factory=list)  # the file holds them, the model has no place
+    mismatched: list[str] = field(default_factory=list)  # of another shape or type; with both
+    resized: list[str] = field(default_factory=list)  # position tables fitted to the window
+    reinitialised: list[str] = field(default_factory=list)  # new by design, at their starting values
+    dropped: list[str] = field(default_factory=list)  # in the file, needed by no model
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {KINDS[self.kind]}"]
+        for what in ("missing", "unexpected", "mismatched", "resized", "reinitialised", "dropped"):
+            names = getattr(self, what)
+            if names or what in ("missing", "unexpected"):
+                lines.append(f"  {what:14}{len(names):4}  {listing(names)}".rstrip())
+        return "\n".join(lines)
+
+
+def listing(names: list[str], most: int = 4) -> str:
+    """The first names, and how many more."""
+    shown = ", ".join(printable(name[:100]) for name in names[:most])
+    return shown + (f", ... ({len(names) - most} more)" if len(names) > most else "")
+
+
+def load_weights(model: Segmenter, path: str | os.PathLike, strict: bool = True) -> LoadReport:
+    """Load a file of any supported format into `model`, and print what was done.
+
+    Position tables are resized to the model's window. Class layers with another number of classes, and for BEiT files
+    everything beside the backbone, keep their starting values.
+
+    Raises:
+        WeightsError: an unusable file; with `strict` also tensors missing, unexpected or of another shape. The model is
+            then unchanged.
+    """
+    report = load_into(model, read_weights(path), str(path), strict)
+    print(report)
+    return report
+
+
+def load_into(model: Segmenter, weights: Weights, name: str, strict: bool = True) -> LoadReport:
+    """`load_weights` for weights that are read already."""
+    report = LoadReport(name, weights.kind, dropped=list(weights.dropped))
+    fitting = fit(weights, model.state_dict(), report)
+    problems = {"missing": report.missing, "unexpected": report.unexpected, "of another shape": report.mismatched}
+    if strict and any(problems.values()):
+        listed = "; ".join(f"{len(names)} {what}: {listing(names)}" for what, names in problems.items() if names)
+        raise WeightsError(f"{name} does not fit this {model.config.head} of {size_of(model.config)} size; {listed} "
+                           f"(`python weights.py {name}` tells what it is)")
+    # A model without memory, on the meta device, takes the file's tensors themselves; any other one copies them.
+    model.load_state_dict(fitting, strict=False, assign=model.backbone.cls_token.is_meta)
+    return report
+
+
+def fit(weights: Weights, wanted: dict[str, Tensor], report: LoadReport) -> dict[str, Tensor]:
+    """The tensors that a model with the state dict `wanted` can take; the report notes what becomes of all others."""
+    fitting = {}
+    for name, tensor in weights.state.items():
+        if name not in wanted:
+            spare = name.startswith("auxiliary_head.") and "auxiliary_head.classifier.weight" not in wanted
+            (report.dropped if spare else report.unexpected).append(name)
+            continue
+        like = wanted[name]
+        if name.endswith(POSITION_TABLE) and tensor.shape != like.shape and tensor.shape[1:] == like.shape[1:]:
+            with contextlib.suppress(ValueError):  # of no square window: mismatched
+                tensor = resize_position_table(tensor, window_of(like))
+                report.resized.append(name)
+        if tensor.shape == like.shape and tensor.is_floating_point() == like.is_floating_point():
+            fitting[name] = tensor.to(like.dtype)
+        elif re.fullmatch(CLASS_LAYERS, name) and tensor.shape[1:] == like.shape[1:]:
+            report.reinitialised.append(name)
+        else:
+            found, needed = (f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (tensor, like))
+            report.mismatched.append(f"{name} {found} should be {needed}")
+    for name in (name for name in wanted if name not in weights.state):
+        new = weights.kind == "beit" and not name.startswith("backbone.")
+        (report.reinitialised if new else report.missing).append(name)
+    return fitting
+
+
+def load_model(path: str | os.PathLike) -> tuple[Segmenter, dict[str, Any]]:
+    """A model in eval mode from our own or a released checkpoint, its configuration stored or told by its shapes.
+
+    Returns:
+        The model, and what the checkpoint says of itself, if it does: "classes" (names), "palette" ([red, green, blue]
+        for each), "iteration".
+
+    Raises:
+        WeightsError: an unusable file, or one without a head (BEiT pre-training).
+    """
+    weights = read_weights(path)
+    model = empty_model(weights, str(path))
+    load_into(model, weights, str(path))
+    grid = model.config.window // PATCH
+    model.backbone.position_index = relative_position_index(grid, grid)  # the one tensor that is computed, not loaded
+    return model.eval(), facts(weights.info, model.config.num_classes)
+
+
+def empty_model(weights: Weights, name: str) -> Segmenter:
+    """The model that weights are of, on the meta device: without memory, whatever sizes a damaged file may claim."""
+    if weights.kind == "beit":
+        raise WeightsError(f"{name}: BEiT pre-training has no segmentation head; give it to train.py --pretrained")
+    try:
+        stored = weights.info.get("config") if weights.kind == "ours" else None
+        told = infer_config(weights.state)
+        config = ModelConfig(**stored) if stored else told
+        if (config.head, config.num_classes, config.window) != (told.head, told.num_classes, told.window):
+            raise ValueError("its configuration is not that of its tensors")
+        if max(config.depth, config.encoder_layers, config.decoder_layers) > len(weights.state):
+            raise ValueError("it claims more layers than it has tensors")
+        with torch.device("meta"):
+            return Segmenter(config)
+    except Exception as error:  # of any type: sizes that make no sense break constructors anywhere
+        raise WeightsError(f"{name}: fits no model here ({type(error).__name__}: {error})") from None
+
+
+def facts(info: dict[Any, Any], num_classes: int) -> dict[str, Any]:
+    """Class names, palette and iteration in our or mmcv's spelling, those that are what they should be."""
+    found = {}
+    with contextlib.suppress(Exception):  # they come from a file: anything may be in their place
+        classes = [str(name) for name in info.get("classes", info.get("CLASSES"))]
+        palette = np.uint8(info.get("palette", info.get("PALETTE"))).reshape(num_classes, 3)
+        if len(classes) == num_classes:
+            found = {"classes": classes, "palette": palette.tolist()}
+    iteration = info.get("iteration", info.get("iter"))
+    return {**found, "iteration": iteration} if isinstance(iteration, int) else found
+
+
+# ------------------------------------------------------------------------------------------------------------ command
+
+
+def describe(path: Path) -> str:
+    """What a file is, in a few lines; raises WeightsError."""
+    weights = read_weights(path)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    tensors = weights.state.values()
+    rows = {"file": path, "sha256": digest, "format": KINDS[weights.kind],
+            "numbers": f"{sum(tensor.numel() for tensor in tensors):,} in {len(tensors)} tensors"}
+    if weights.kind == "beit":
+        qkv = [tensor for name, tensor in weights.state.items() if "qkv." in name]
+        rows["fits"] = f"a backbone of width {math.isqrt(qkv[0].numel() // 3)} and depth {len(qkv)}"
+    else:
+        config = empty_model(weights, str(path)).config
+        known = facts(weights.info, config.num_classes)
+        rows["fits"] = f"{config.head}, {size_of(config)} size, window {config.window}"
+        rows["classes"] = f"{config.num_classes} {listing(known.get('classes', []), 8)}"
+        rows["iteration"] = known.get("iteration")
+    rows["not needed"] = listing(weights.dropped)
+    return "\n".join(f"{what:12}{value}" for what, value in rows.items() if value)
+
+
+def save(content: dict[str, Any], path: Path) -> None:
+    """torch.save that leaves at `path` the old file or the new one, never half of it; raises WeightsError."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as the latter
+        reason = type(error).__name__
+        raise WeightsError(f"{path}: cannot be written ({reason}): no such folder, or no room on the disk?") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Tell what a weights file is; convert it to this project's format.")
+    parser.add_argument("file", type=Path, help="released (.pth, .zip), BEiT (.pth, .safetensors) or our own (.pt)")
+    parser.add_argument("--to", type=Path, metavar="OUT.pt", help="write it in our format, with its configuration")
+    args = parser.parse_args()
+    try:
+        print(describe(args.file))
+        if args.to:
+            model, known = load_model(args.file)
+            save({"format": FORMAT, "config": asdict(model.config), "model": model.state_dict(), **known}, args.to)
+            print(f"{'written':12}{args.to}")
+    except WeightsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

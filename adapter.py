@@ -1,9 +1,9 @@
-"""ViT-Adapter: a convolutional pyramid and a plain ViT exchange features four times (Chen et al., ICLR 2023, section 3).
+"""ViT-Adapter: a convolutional pyramid and a plain ViT exchange features (Chen et al., ICLR 2023, section 3).
 
 Read: SpatialPrior (the pyramid) -> Injector (pyramid into ViT) -> Extractor (ViT into pyramid) -> Interaction (one
 exchange around a quarter of the ViT's blocks) -> ViTAdapter (all of it, and four feature maps by stride).
 
-The ViT itself stays outside: the adapter is given its patch tokens and four callables, one for each quarter of its blocks.
+The ViT itself stays outside: the adapter is given its patch tokens and four callables, each a quarter of its blocks.
 
 Shapes: B batch, D width, (h, w) the ViT's grid at stride 16, L = h * w patch tokens,
 S = (2h * 2w) + (h * w) + (h/2 * w/2) = 21 L / 4 pyramid tokens at strides 8, 16 and 32, in this order.
@@ -58,7 +58,7 @@ def conv_norm_relu(in_channels: int, out_channels: int, stride: int) -> list[nn.
 
 
 class SpatialPrior(nn.Module):
-    """A small convolutional stem and pyramid: image -> map at stride 4 and tokens at strides 8, 16 and 32 (section 3.2)."""
+    """A convolutional stem and pyramid: image -> map at stride 4 and tokens at strides 8, 16 and 32 (section 3.2)."""
 
     def __init__(self, channels: int, dim: int):
         super().__init__()
@@ -121,7 +121,8 @@ class ConvFFN(nn.Module):
 class Extractor(nn.Module):
     """Pyramid tokens look into the ViT, then pass a ConvFFN (section 3.3, equations 2 and 3)."""
 
-    def __init__(self, dim: int, num_heads: int, num_points: int, value_ratio: float, ffn_ratio: float, drop_path: float):
+    def __init__(self, dim: int, num_heads: int, num_points: int, value_ratio: float, ffn_ratio: float,
+                 drop_path: float):
         super().__init__()
         self.query_norm = nn.LayerNorm(dim, eps=1e-6)
         self.feat_norm = nn.LayerNorm(dim, eps=1e-6)
@@ -140,8 +141,8 @@ class Extractor(nn.Module):
 class Interaction(nn.Module):
     """Inject, run a quarter of the ViT, extract; the last interaction extracts three times (figure 4)."""
 
-    def __init__(self, dim: int, num_heads: int, num_points: int, value_ratio: float, ffn_ratio: float, drop_path: float,
-                 num_extractors: int):
+    def __init__(self, dim: int, num_heads: int, num_points: int, value_ratio: float, ffn_ratio: float,
+                 drop_path: float, num_extractors: int):
         super().__init__()
         self.injector = Injector(dim, num_heads, num_points, value_ratio)
         self.extractors = nn.ModuleList(

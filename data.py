@@ -544,16 +544,11 @@ def training_loader(dataset: SegmentationDataset, window: int, *, seed: int, pos
     A fault in a worker is raised here, as its DataError.
     """
     loader = DataLoader(_Crops(dataset, window, seed), sampler=positions, batch_size=None, num_workers=workers,
-                        collate_fn=_as_it_is, worker_init_fn=leave_interrupt_to_parent,
-                        pin_memory=torch.cuda.is_available())
+                        worker_init_fn=leave_interrupt_to_parent, pin_memory=torch.cuda.is_available())
     for batch in loader:
         if isinstance(batch, DataError):
             raise batch
         yield batch
-
-
-def _as_it_is(batch: Batch | DataError) -> Batch | DataError:
-    return batch  # _Crops has made the batch; a function of the module, so that workers can be spawned
 
 
 if __name__ == "__main__":

@@ -384,16 +384,25 @@ def check_classes(info: data.DatasetInfo, classes: Sequence[str], num_classes: i
             raise EvaluationError(f"class '{ours}' of {info.name} is '{theirs}' in the checkpoint: {REMEDY}")
 
 
-def join_processes(device: str | None) -> torch.device:
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name; None takes CUDA if there is one. Raises EvaluationError if it cannot be used."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError):  # what PyTorch raises differs from device to device
+        raise EvaluationError(f"device '{name}' cannot be used here: choose cpu, cuda or mps with --device") from None
+
+
+def join_processes(name: str | None) -> torch.device:
     """This process's device; under torchrun also the process group (NCCL for CUDA, else gloo)."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if "RANK" not in os.environ:
-        return torch.device(device)
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return torch.device(device)
+        return choose_device(name)
+    if (name or "cuda") == "cuda" and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(name)
+    device = choose_device(name)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
 
 
 def to_json(result: Metrics, classes: Sequence[str], **facts: object) -> str:

@@ -6,11 +6,12 @@ Read for Mask2Former: PixelDecoder -> DecoderLayer -> Mask2Former -> semantic_sc
 Both heads take the adapter's maps (f4, f8, f16, f32), (B, D, H/s, W/s) at stride s. Modules only predict; matching and
 losses are free functions of predictions and labels.
 
-Shapes: B batch, C head width, K classes, Q queries, P points, Y decoder outputs (before the first layer and after each),
-S tokens of three levels, M matched masks. Labels are (B, H, W) with 255 = ignore.
+Shapes: B batch, C head width, K classes, Q queries, P points, Y decoder outputs (before the first layer and after
+each), S tokens of three levels, M matched masks. Labels are (B, H, W) with 255 = ignore.
 """
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,12 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 def full_precision(x: Tensor) -> Tensor:
     """float16 and bfloat16 to float32; float32 and float64 as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    """Mixed precision off for what runs inside, on the device of `x`; "meta", which only counts, has none to switch."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 # ------------------------------------------------------------------------------------------------------------ UperNet
@@ -54,7 +61,7 @@ def classifier(channels: int, num_classes: int) -> nn.Conv2d:
 
 
 class UperNet(nn.Module):
-    """Pyramid pooling on the coarsest map, a feature pyramid over the rest, all fused at stride 4 (Xiao et al., ECCV 2018)."""
+    """Pyramid pooling on the coarsest map, a feature pyramid over all, fused at stride 4 (Xiao et al., ECCV 2018)."""
 
     POOL_SIZES = (1, 2, 3, 6)
 
@@ -69,8 +76,9 @@ class UperNet(nn.Module):
         self.classifier = classifier(channels, num_classes)
 
     def pyramid_pooling(self, f32: Tensor) -> Tensor:
-        pooled = [conv(F.adaptive_avg_pool2d(f32, size)) for conv, size in zip(self.pools, self.POOL_SIZES, strict=True)]
-        return self.bottleneck(torch.cat([f32, *(resize(p, f32.shape[2:]) for p in pooled)], dim=1))
+        sized = zip(self.POOL_SIZES, self.pools, strict=True)
+        pooled = [resize(conv(F.adaptive_avg_pool2d(f32, size)), f32.shape[2:]) for size, conv in sized]
+        return self.bottleneck(torch.cat([f32, *pooled], dim=1))
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Four maps -> logits (B, K, H/4, W/4)."""
@@ -107,7 +115,8 @@ def pixel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def upernet_losses(logits: Tensor, auxiliary_logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Losses by name; the auxiliary head weighs 0.4."""
-    return {"pixel": pixel_cross_entropy(logits, labels), "auxiliary": 0.4 * pixel_cross_entropy(auxiliary_logits, labels)}
+    auxiliary = pixel_cross_entropy(auxiliary_logits, labels)
+    return {"pixel": pixel_cross_entropy(logits, labels), "auxiliary": 0.4 * auxiliary}
 
 
 # -------------------------------------------------------------------------------------------------------- Mask2Former
@@ -121,7 +130,7 @@ class Prediction(NamedTuple):
 
 
 def sine_positions(h: int, w: int, channels: int, like: Tensor) -> Tensor:
-    """Sine position encoding of an h x w grid, (h*w, channels): half the channels for y, half for x (DETR, appendix A.4).
+    """Sine position encoding of an h x w grid, (h*w, channels): half the channels for y, half for x (DETR, A.4).
 
     Coordinates run from 1/h to 1 (not from pixel centres), times 2 pi; the temperature is 10,000.
     """
@@ -158,7 +167,7 @@ class PixelDecoderLayer(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """A deformable-attention encoder over f32, f16 and f8, and one feature-pyramid step to stride 4 (Mask2Former, 3.2.2)."""
+    """A deformable-attention encoder over f32, f16, f8 and a pyramid step to stride 4 (Mask2Former, section 3.2.2)."""
 
     def __init__(self, dim: int, channels: int, hidden: int, num_layers: int, num_heads: int):
         super().__init__()
@@ -192,9 +201,8 @@ class PixelDecoder(nn.Module):
         maps = [project(f) for project, f in zip(self.inputs, reversed(coarser), strict=True)]  # low resolution first
         grids = [(m.shape[2], m.shape[3]) for m in maps]
         x = torch.cat([m.flatten(2) for m in maps], dim=2).transpose(1, 2)  # (B, C, S) -> (B, S, C)
-        positions = torch.cat([
-            sine_positions(h, w, x.shape[2], like=x) + embed for (h, w), embed in zip(grids, self.level_embed, strict=True)
-        ])
+        levels = zip(grids, self.level_embed, strict=True)
+        positions = torch.cat([sine_positions(*grid, x.shape[2], like=x) + embed for grid, embed in levels])
         points = reference_points(grids, like=x)
         for layer in self.layers:
             x = layer(x, positions, points, grids)
@@ -305,7 +313,8 @@ def semantic_scores(prediction: Prediction) -> Tensor:
     """Queries -> (B, K, H/4, W/4): class probabilities weigh mask probabilities, "no object" left out (section 3.4)."""
     classes = full_precision(prediction.class_logits).softmax(dim=2)[..., :-1]
     masks = full_precision(prediction.mask_logits).sigmoid()
-    return torch.einsum("bqk,bqhw->bkhw", classes, masks)
+    with no_autocast(masks):  # the product too: bfloat16 would decide near ties by chance
+        return torch.einsum("bqk,bqhw->bkhw", classes, masks)
 
 
 # ------------------------------------------------------------------------------------------- Mask2Former: what to learn
@@ -442,7 +451,7 @@ def match(costs: Tensor, present: Tensor) -> Matches:
 
 @torch.no_grad()
 def uncertain_points(masks: Tensor, num_points: int) -> Tensor:
-    """Points for the mask losses of (M, 1, h, w) logits -> (M, P, 2): mostly near logit 0, the rest anywhere (PointRend)."""
+    """Points for the mask losses of (M, 1, h, w) logits -> (M, P, 2): most near logit 0, some anywhere (PointRend)."""
     candidates = torch.rand(len(masks), OVERSAMPLE * num_points, 2, device=masks.device, dtype=masks.dtype)
     num_important = int(IMPORTANT * num_points)
     nearest = sample(masks, candidates)[:, 0].abs().topk(num_important, dim=1, largest=False).indices
@@ -464,10 +473,10 @@ def class_losses(class_logits: Tensor, matches: Matches, units: LossUnits) -> Te
 
 def mask_losses(mask_logits: Tensor, labels: Tensor, matches: Matches, units: LossUnits,
                 num_points: int) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and dice losses of the matched masks at sampled points: (Y, B, Q, h, w) -> two of (Y,)."""
-    if len(matches.query) == 0:  # no target at all: the loss is 0, but still reaches every parameter, as DDP demands
-        zero = 0 * mask_logits.sum(dim=(1, 2, 3, 4))
-        return zero, zero
+    """Cross-entropy and dice losses of the matched masks at sampled points: (Y, B, Q, h, w) -> two of (Y,).
+
+    Without a single match both are 0, and still reach every parameter with a gradient of 0, as DDP demands.
+    """
     masks = mask_logits[matches.output, matches.image, matches.query][:, None]  # (M, 1, h, w)
     points = uncertain_points(masks, num_points)
     logits = sample(masks, points)[:, 0]  # (M, P)
@@ -491,7 +500,7 @@ def mask2former_losses(predictions: Sequence[Prediction], labels: Tensor, num_po
         num_points: P, points at which masks are compared (12,544 in the released models).
         units: what to divide by; by default that of these images alone.
     """
-    with torch.autocast(labels.device.type, enabled=False):  # matching and losses stay in float32
+    with no_autocast(labels):  # matching and losses stay in float32
         class_logits = full_precision(torch.stack([p.class_logits for p in predictions]))  # (Y, B, Q, K + 1)
         mask_logits = full_precision(torch.stack([p.mask_logits for p in predictions]))  # (Y, B, Q, h, w)
         num_queries, num_classes = class_logits.shape[2], class_logits.shape[3] - 1

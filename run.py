@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,12 +25,15 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from data import Batch, DatasetInfo
 from model import ModelConfig, Segmenter
+from msda_cuda import active_path
 from weights import FORMAT, WeightsError, read_file
 
 RUNS = Path("runs")
@@ -65,9 +69,32 @@ def join_processes(name: str | None) -> Process:
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         return Process(0, 1, device)
+    store, rank, world = next(rendezvous("env://"))
     # Both at once: tensors on the host travel by gloo and need no device to be waited for.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return Process(dist.get_rank(), dist.get_world_size(), device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=among_the_living(store, rank, world), rank=rank, world_size=world)
+    return Process(rank, world, device)
+
+
+def among_the_living(store: dist.Store, rank: int, world: int) -> dist.Store:
+    """A corner of the launcher's store whose name only the processes of this life know.
+
+    torchrun keeps one store over its restarts, and in it the addresses of the dead: without this a restarted process
+    may take one of those for its neighbour's and wait for ever.
+    """
+    if rank:
+        name = uuid.uuid4().hex
+        store.set(f"hello/{rank}", name)
+        corner = store.get(f"welcome/{name}").decode()  # waits for process 0 to answer to this very name
+        store.add(f"met/{corner}", 1)
+    else:
+        corner = uuid.uuid4().hex
+        while store.add(f"met/{corner}", 0) < world - 1:
+            for other in range(1, world):
+                name = store.get(f"hello/{other}").decode()  # it may be a dead one's: hence again and again
+                store.set(f"welcome/{name}", corner)
+            time.sleep(0.05)
+    return dist.PrefixStore(corner, store)
 
 
 def on_first(process: Process, call: Callable[[], T]) -> T:
@@ -152,6 +179,7 @@ def environment(device: torch.device, world: int) -> dict:
         "command": sys.argv, "commit": git("rev-parse", "HEAD"), "uncommitted": bool(git("status", "--porcelain")),
         "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
+        "deformable_attention": active_path(device.type),
         "devices": world, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
     }  # fmt: skip
 
@@ -357,10 +385,12 @@ class Stopwatch:
 def forward_flops(config: ModelConfig) -> int:
     """Floating-point operations of a forward pass of one window, matrix products and convolutions only.
 
-    Counted on a twin without storage ("meta"), which takes no time or memory at any size.
+    Counted on a twin made of fake tensors, which takes next to no time or memory at any size.
     """
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        Segmenter(config).eval().requires_grad_(False)(torch.empty(1, 3, config.window, config.window))
+    with torch.device("meta"):
+        twin = Segmenter(config).eval().requires_grad_(False)
+    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+        twin.to_empty(device="cpu")(torch.empty(1, 3, config.window, config.window))
     return counter.get_total_flops()
 
 

@@ -165,7 +165,7 @@ def draw_scene(rng: np.random.Generator, size: tuple[int, int] = (192, 256)) -> 
         draw_water(scene)
     if rng.random() < 0.7:
         draw_road(scene)
-    things = (draw_house, draw_tree, draw_tree, draw_crate, draw_crate, draw_ball, draw_ball, draw_pole, draw_sign)
+    things = (draw_house, draw_sign, *(draw_tree, draw_crate, draw_ball, draw_pole) * 2)
     depths = np.sort(rng.uniform(0.04, 0.85, rng.integers(6, 12))) ** 1.2  # far things first: near ones cover them
     for depth in depths:
         foot = scene.horizon + depth * (size[0] - scene.horizon)

@@ -94,7 +94,8 @@ def architectures(ahead: bool) -> str:
 def cache_folders() -> list[Path]:
     """Where libraries lie: PyTorch's extension cache, and a private one for when that is read-only."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
-    return [Path(os.environ.get("TORCH_EXTENSIONS_DIR") or home) / "msda", Path(tempfile.gettempdir()) / f"msda-{os.getuid()}"]
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or home)
+    return [root / "msda", Path(tempfile.gettempdir()) / f"msda-{os.getuid()}"]
 
 
 def writable_folder() -> Path:

@@ -1,6 +1,6 @@
 """The attention layer of Deformable DETR around the function: four linear layers.
 
-Read: MSDeformAttn.forward -> reset_parameters.
+Read: MSDeformAttn.forward -> reset_parameters -> reference_points.
 
 Shapes: B batch, Q queries, C width, M heads, L levels, P points of a level, S = sum of h * w over levels.
 """
@@ -67,7 +67,7 @@ class MSDeformAttn(nn.Module):
 
 
 def level_sizes(shapes: Shapes, like: Tensor) -> Tensor:
-    """(w, h) of each level as (L, 2). Filled on the device: `torch.tensor(shapes)` would copy from the host and wait."""
+    """(w, h) of each level, (L, 2). Filled on the device: `torch.tensor(shapes)` would copy from the host and wait."""
     sizes = like.new_empty(len(shapes), 2)
     for level, (h, w) in enumerate(shapes):
         sizes[level, 0].fill_(w)
@@ -76,7 +76,7 @@ def level_sizes(shapes: Shapes, like: Tensor) -> Tensor:
 
 
 def reference_points(shapes: Shapes, like: Tensor) -> Tensor:
-    """Pixel centres of all levels as (x, y) in [0, 1], (sum of h * w, 2), in at least float32 on the device of `like`."""
+    """Pixel centres of all levels as (x, y) in [0, 1], (sum of h * w, 2), at least float32, on the device of `like`."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     levels = []
     for h, w in shapes:

@@ -44,8 +44,9 @@ def official_state(head: str) -> dict[str, torch.Tensor]:
 def golden_config(head: str) -> ModelConfig:
     tiny = json.loads((GOLDEN / "tiny.json").read_text())
     return ModelConfig(
-        head=head, num_classes=tiny["num_classes"], window=tiny["window"], embed_dim=tiny["embed_dim"], depth=tiny["depth"],
-        num_heads=tiny["num_heads"], drop_path=0.0, deform_heads=tiny["deform_num_heads"], spm_channels=tiny["spm_channels"],
+        head=head, num_classes=tiny["num_classes"], window=tiny["window"], embed_dim=tiny["embed_dim"],
+        depth=tiny["depth"], num_heads=tiny["num_heads"], drop_path=0.0, deform_heads=tiny["deform_num_heads"],
+        spm_channels=tiny["spm_channels"],
         head_channels=tiny["feat_channels"] if head == "mask2former" else tiny["upernet_channels"],
         aux_channels=tiny["aux_channels"], dropout=0.0, num_queries=tiny["num_queries"], mask_heads=tiny["mask_heads"],
         encoder_layers=tiny["encoder_layers"], encoder_ffn=tiny["encoder_ffn"], decoder_layers=tiny["decoder_layers"],

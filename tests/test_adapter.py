@@ -205,13 +205,13 @@ def test_the_class_token_takes_part_in_the_vit_only():
 
     def run_blocks(sequence: Tensor) -> Tensor:
         seen.append(sequence)
-        return sequence + torch.arange(sequence.shape[1])[:, None]  # which token is which
+        return sequence + torch.arange(1, TOKENS + 2)[:, None]  # tells which token is which
 
     new_cls, new_x, new_pyramid = interaction(cls_token, x, pyramid, run_blocks, place)
     injected = interaction.injector(x, pyramid, place)
     assert seen[0].equal(torch.cat([cls_token, injected], dim=1))
-    assert new_cls.equal(cls_token)
-    assert new_x.equal(injected + torch.arange(1, TOKENS + 1)[:, None])
+    assert new_cls.equal(cls_token + 1)
+    assert new_x.equal(injected + torch.arange(2, TOKENS + 2)[:, None])
     assert new_pyramid.equal(interaction.extractors[0](pyramid, new_x, place))
 
 

@@ -350,11 +350,12 @@ def test_command_takes_the_newest_run_and_writes_table_json_and_labels(run_folde
     ("arguments", "message"),
     [
         (["--data", "nowhere"], "no data at nowhere"),
+        (["--device", "abacus"], "device 'abacus' cannot be used here"),
         (["--original-ids", "--save-labels", "x"], "has no original ids"),
     ],
 )
 def test_user_errors_are_one_line_and_status_2(run_folder, capsys, arguments, message):
-    assert evaluate.main([*arguments, "--device", "cpu"]) == 2
+    assert evaluate.main(["--device", "cpu", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not Path("x").exists()

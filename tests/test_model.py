@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, OFFICIAL, fill, golden_config, load_golden, noise
+
 from model import SIZES, Attention, Block, ModelConfig, Segmenter, build_model, relative_position_index
 from weights import rename_official
 

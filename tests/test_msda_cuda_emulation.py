@@ -52,7 +52,7 @@ def run(library, shapes, value, locations, weights, cotangent):
     (B, _, M, D), (_, Q, _, L, P, _) = value.shape, locations.shape
     sizes, flat, type_ = integers([B, M, D, Q, L, P]), integers([x for s in shapes for x in s]), TYPES[value.dtype]
     output = torch.full((B, Q, M * D), float("nan"), dtype=value.dtype)  # NaN: what is not written shows
-    grads = [torch.zeros(value.shape), torch.full(locations.shape, float("nan")), torch.full(weights.shape, float("nan"))]
+    grads = [torch.zeros(value.shape), *(torch.full(x.shape, float("nan")) for x in (locations, weights))]
     inputs = [pointer(x) for x in (value, locations, weights)]
     assert library.emulated_forward(type_, sizes, flat, *inputs, pointer(output)) == 0
     assert library.emulated_backward(type_, sizes, flat, pointer(cotangent), *inputs, *map(pointer, grads)) == 0
@@ -84,7 +84,7 @@ def test_golden(emulated, name):
     with np.load(GOLDEN / f"{name}.npz") as file:
         g = {key: torch.from_numpy(file[key]) for key in file.files}
     shapes = [tuple(shape) for shape in g["shapes"].tolist()]
-    got = run(emulated, shapes, *(g[key].float().contiguous() for key in ("value", "locations", "weights", "cotangent")))
+    got = run(emulated, shapes, *(g[key].float() for key in ("value", "locations", "weights", "cotangent")))
     assert_same(got, (g["out"], g["grad_value"], g["grad_locations"], g["grad_weights"]), 1e-5, 1e-4)
 
 
@@ -144,8 +144,9 @@ def test_nvcc_compiles_every_architecture_without_spills(tmp_path):
     """ptxas' report of all kernels: no spilled register, at most 64 of them, so that four blocks share a processor."""
     numbers = re.sub(r"[.]|\+PTX", "", build.ARCHITECTURES).split(";")
     codes = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
-    command = [str(build.find_cuda_home() / "bin" / "nvcc"), "-c", "-std=c++17", "-O3", "--threads=2", "-Xptxas=-v", *codes,
-               f"-I{TORCH_HEADERS}", str(ROOT / "msda_cuda/csrc/kernels.cu"), "-o", str(tmp_path / "kernels.o")]
+    nvcc, source = build.find_cuda_home() / "bin" / "nvcc", ROOT / "msda_cuda" / "csrc" / "kernels.cu"
+    command = [str(nvcc), "-c", "-std=c++17", "-O3", "--threads=2", "-Xptxas=-v", *codes, f"-I{TORCH_HEADERS}",
+               str(source), "-o", str(tmp_path / "kernels.o")]
     done = subprocess.run(command, capture_output=True, text=True)
     report = done.stdout + done.stderr
     assert done.returncode == 0 and "warning" not in report, report

@@ -169,6 +169,13 @@ def test_no_picture_at_all_is_status_2(checkpoints, tmp_path, monkeypatch, capsy
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("opacity", ["1.5", "-1", "much"])
+def test_an_opacity_outside_0_to_1_is_status_2(opacity):
+    with pytest.raises(SystemExit) as stop:
+        predict.main(["a.png", f"--opacity={opacity}"])
+    assert stop.value.code == 2
+
+
 def test_a_missing_checkpoint_is_status_2(tmp_path, capsys):
     Image.fromarray(photograph()).save(tmp_path / "a.png")
     assert predict.main([str(tmp_path / "a.png"), "--checkpoint", str(tmp_path / "no.pt")]) == 2

@@ -4,10 +4,12 @@ import errno
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import run
 from model import TINY
@@ -101,6 +103,17 @@ def test_damaged_config(tmp_path, monkeypatch):
     assert run.find_run("") == run.find_run("a") == tmp_path / "a"
     with pytest.raises(RunError, match="cannot be read"):
         run.read_config(tmp_path / "a")
+
+
+def test_restarted_processes_meet_among_the_living():
+    """Three lives on one store, in which the earlier ones leave their keys; every life has a corner of its own."""
+    store = dist.HashStore()
+    with ThreadPoolExecutor(3) as threads:
+        for life in range(3):
+            stores = list(threads.map(lambda rank: run.among_the_living(store, rank, 3), range(3)))
+            assert not stores[2].check(["x"])  # nothing of an earlier life is in sight
+            stores[0].set("x", str(life))
+            assert [s.get("x") for s in stores] == [str(life).encode()] * 3
 
 
 def test_stopwatch_splits_time():

@@ -1,6 +1,7 @@
 """toy.py: deterministic, complete, drawn whole or not at all, and worth learning."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -70,23 +71,15 @@ def test_a_cut_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_process_that_comes_too_late_keeps_the_first_ones_data(
+def test_a_process_that_comes_too_late_keeps_the_other_ones_data(
         small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root, rename = tmp_path / "data", Path.rename
+    def too_late(self: Path, target: Path) -> None:
+        shutil.copytree(small, target)  # the other process was here just before
+        raise OSError(39, "Directory not empty")
 
-    def late(self: Path, target: Path) -> Path:
-        rename(Path(str(self) + "_copy"), target) if Path(str(self) + "_copy").exists() else None
-        return rename(self, target)
-
-    def drop_first(self: Path, target: Path) -> Path:
-        import shutil
-
-        shutil.copytree(small, str(self) + "_copy")
-        return late(self, target)
-
-    monkeypatch.setattr(Path, "rename", drop_first)
-    assert toy.make_toy(root, **SMALL) == root
-    assert contents(root) == contents(small) and [p.name for p in tmp_path.iterdir()] == ["data"]
+    monkeypatch.setattr(Path, "rename", too_late)
+    root = toy.make_toy(tmp_path / "data", **SMALL)
+    assert contents(root) == contents(small) and [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def test_open_dataset_draws_toy_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,8 +113,9 @@ def test_colour_alone_does_not_tell_the_classes(scenes: list) -> None:
     table = np.zeros((4096, 10))
     np.add.at(table, (colours, labels), 1)
     prediction = table.argmax(axis=1)[test_colours]
-    iou = [((prediction == k) & (test_labels == k)).sum() / ((prediction == k) | (test_labels == k)).sum() for k in range(10)]
-    assert np.mean(iou) < 0.4
+    both = [((prediction == k) & (test_labels == k)).sum() for k in range(10)]
+    either = [((prediction == k) | (test_labels == k)).sum() for k in range(10)]
+    assert 0.3 < np.mean(np.divide(both, either)) < 0.5  # of which sky, grass and road have 0.7 and more
 
 
 def test_labels_follow_the_picture() -> None:

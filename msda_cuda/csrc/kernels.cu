@@ -1,4 +1,4 @@
-// CUDA kernels, free of PyTorch so that nvcc takes seconds. Read: Vector -> forward_kernel -> backward_kernel -> launch.
+// CUDA kernels, free of PyTorch, so nvcc takes seconds. Read: forward_kernel -> backward_kernel -> launch -> choose.
 //
 // One group of lanes serves one (image, query, head). With 32 channels, as in every released model, a lane takes 16
 // bytes of them: 8 lanes in float, 4 in 16-bit types. Any other width takes a whole warp, one channel a lane and turn.
@@ -17,7 +17,7 @@
 namespace msda {
 namespace {
 
-constexpr int kThreads = 256, kBlocks = 4;  // four blocks on a multiprocessor at once: at most 64 registers a thread
+constexpr int kThreads = 256, kBlocks = 4;  // four blocks share a multiprocessor: at most 64 registers a thread
 constexpr unsigned kWarp = 0xffffffffu;
 
 // Aligned to its size, so that it moves in one instruction.
@@ -58,7 +58,9 @@ __device__ float group_sum(float x) {
 }
 
 // Group `row` of (B, Q, M); value's row s of the same head lies at value + s * M * D.
-__device__ int64_t head_start(const Problem& p, int64_t row) { return (row / (p.Q * p.M) * p.S * p.M + row % p.M) * p.D; }
+__device__ int64_t head_start(const Problem& p, int64_t row) {
+  return (row / (p.Q * p.M) * p.S * p.M + row % p.M) * p.D;
+}
 
 template <typename T, int N, int kLanes, int kChannels>
 __global__ void __launch_bounds__(kThreads, kBlocks)

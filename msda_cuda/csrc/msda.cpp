@@ -55,7 +55,8 @@ Problem problem(const Tensor& value, IntArrayRef shapes, const Tensor& locations
   for (const Tensor& x : {locations, weights})
     TORCH_CHECK(x.scalar_type() == precise(value) && x.device() == value.device(),
                 "ms_deform_attn: with value in ", value.scalar_type(), " on ", value.device(),
-                ", locations and weights must be ", precise(value), " there, got ", x.scalar_type(), " on ", x.device());
+                ", locations and weights must be ", precise(value), " there, got ", x.scalar_type(), " on ",
+                x.device());
   if (grad_output != nullptr)
     TORCH_CHECK(grad_output->sizes() == IntArrayRef({p.B, p.Q, p.M * p.D}) && grad_output->device() == value.device(),
                 "ms_deform_attn: gradient of shape ", grad_output->sizes(), " on ", grad_output->device());

@@ -1,0 +1,331 @@
+"""prepare.py: Pascal Context from both of its sources, a plain folder from users' files, and the check."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.io import savemat
+
+import data
+import prepare
+from data import DataError
+
+GOLDEN = Path(__file__).parent / "golden"
+SAMPLE, SAMPLE_LABELS = GOLDEN / "context_sample.json", np.load(GOLDEN / "context_sample_labels.npz")
+IDS = {c["original_id"]: c["index"] for c in json.loads(data.CONTEXT_CLASSES.read_text())["classes"]}
+NAMES = {split: SAMPLE_LABELS[f"{split}_names"].tolist() for split in ("train", "val")}
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess:
+    """Run `python data.py ...` as a user does."""
+    script = Path(data.__file__)
+    return subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def voc(tmp_path: Path) -> Path:
+    """A VOC2010 tree with the images of the sample."""
+    (tmp_path / "VOC" / "JPEGImages").mkdir(parents=True)
+    for name in sum(NAMES.values(), []):
+        Image.new("RGB", SAMPLE_LABELS[name].shape[::-1]).save(tmp_path / "VOC" / "JPEGImages" / f"{name}.jpg")
+    return tmp_path / "VOC"
+
+
+def read_back(voc: Path) -> dict[str, np.ndarray]:
+    return {path.stem: np.asarray(Image.open(path)) for path in (voc / "SegmentationClassContext").glob("*.png")}
+
+
+# ------------------------------------------------------------------------------------------------ Pascal Context
+
+
+def test_json_gives_what_the_detail_package_gives(voc: Path) -> None:
+    assert prepare.prepare_context(voc, SAMPLE, "json", workers=2) == {"train": 2, "val": 2}
+    found = read_back(voc)
+    assert sorted(found) == sorted(sum(NAMES.values(), []))
+    for name, labels in found.items():
+        np.testing.assert_array_equal(labels, SAMPLE_LABELS[name])
+    for split, names in NAMES.items():
+        assert (voc / "ImageSets" / "SegmentationContext" / f"{split}.txt").read_text().split() == names
+    dataset = data.open_dataset(voc, "train")
+    np.testing.assert_array_equal(dataset.labels(0), SAMPLE_LABELS[NAMES["train"][0]] - np.uint8(1))
+
+
+def write_mats(voc: Path, folder: Path) -> dict[str, np.ndarray]:
+    """LabelMap files with random ids of the 459 classes, and VOC's own lists; returns the labels by a second way."""
+    rng, expected = np.random.default_rng(0), {}
+    folder.mkdir()
+    (voc / "ImageSets" / "Main").mkdir(parents=True)
+    for split, names in NAMES.items():
+        (voc / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
+        for name in names:
+            label_map = rng.integers(0, 460, SAMPLE_LABELS[name].shape, dtype=np.uint16)
+            savemat(folder / f"{name}.mat", {"LabelMap": label_map})
+            expected[name] = np.array([[IDS.get(int(value), 0) for value in row] for row in label_map])
+    return expected
+
+
+def test_mat_files_are_mapped_pixel_by_pixel(voc: Path, tmp_path: Path) -> None:
+    expected = write_mats(voc, tmp_path / "trainval")
+    assert prepare.prepare_context(voc, tmp_path / "trainval", "mat", workers=1) == {"train": 2, "val": 2}
+    found = read_back(voc)
+    for name, labels in expected.items():
+        np.testing.assert_array_equal(found[name], labels)
+
+
+def test_a_cut_run_goes_on_and_sources_are_not_mixed(voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    images = [voc / "JPEGImages" / f"{name}.jpg" for name in NAMES["val"]]
+    content = images[1].read_bytes()
+    images[1].unlink()
+    with pytest.raises(DataError, match=f"{NAMES['val'][1]}.jpg is no file, but there are labels for it"):
+        prepare.prepare_context(voc, SAMPLE, "json", workers=1)
+    assert not (voc / "ImageSets" / "SegmentationContext").exists()  # the data set cannot be opened by mistake
+    assert all(path.suffix == ".png" for path in (voc / "SegmentationClassContext").glob("[!.]*"))
+    images[1].write_bytes(content)
+    kept = (voc / "SegmentationClassContext" / f"{NAMES['train'][0]}.png").stat().st_mtime_ns
+    prepare.prepare_context(voc, SAMPLE, "json", workers=1)
+    assert (voc / "SegmentationClassContext" / f"{NAMES['train'][0]}.png").stat().st_mtime_ns == kept
+    assert "3 label images were there already" in capsys.readouterr().out
+    write_mats(voc, tmp_path / "trainval")
+    with pytest.raises(DataError, match="holds labels from the json source, not from mat: remove it first"):
+        prepare.prepare_context(voc, tmp_path / "trainval", "mat", workers=1)
+
+
+def test_counts_that_differ_are_reported(voc: Path, capsys: pytest.CaptureFixture) -> None:
+    prepare.main(["prepare-context", "--voc", str(voc), "--json", str(SAMPLE), "--workers", "1"])
+    assert capsys.readouterr().out.splitlines() == ["train: 2 images, DIFFERENT from the 4996 of the full data set",
+                                                    "val: 2 images, DIFFERENT from the 5104 of the full data set"]
+
+
+def encode_runs(mask: np.ndarray) -> str:
+    """COCO's compressed run-length code, one number and one character at a time."""
+    pixels, runs, value = mask.T.ravel().tolist(), [0], False
+    for pixel in pixels:
+        if pixel != value:
+            runs.append(0)
+            value = pixel
+        runs[-1] += 1
+    code = ""
+    for i, run in enumerate(runs):
+        number, more = run - (runs[i - 2] if i > 2 else 0), True
+        while more:
+            group, number = number & 31, number >> 5
+            more = number != (-1 if group & 16 else 0)
+            code += chr(group + 32 * more + 48)
+    return code
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.floats(0, 1), st.integers(0, 10**6))
+def test_run_lengths_are_the_inverse_of_an_encoder(height: int, width: int, density: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    mask = np.kron(rng.random((height, width)) < density, np.ones(rng.integers(1, 9, 2), bool))
+    np.testing.assert_array_equal(prepare.decode_runs(encode_runs(mask), mask.shape), mask)
+
+
+@pytest.mark.parametrize("code", ["", "0", "e0W", "\x10", "zzz"])
+def test_broken_run_lengths_are_refused(code: str) -> None:
+    with pytest.raises(DataError, match="run-length code"):
+        prepare.decode_runs(code, (60, 81))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100, 1 << 20])
+def test_json_is_streamed_the_same_in_any_chunks(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = {"info": {"n": [1, 2]}, "a": [{"x": "ü, ] }"}, {"y": [1.5, None]}], "empty": [], "n": 12345, "b": [77, 8]}
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
+    monkeypatch.setattr(prepare.JsonStream, "CHUNK", chunk)
+    with path.open("rb") as file:
+        items = list(prepare.JsonStream(file).items())
+    raw = path.read_bytes()
+    assert [key for key, *_ in items] == ["a", "a", "b", "b"]
+    assert [json.loads(raw[start:start + length]) for _, _, start, length in items] == [*content["a"], *content["b"]]
+
+
+@pytest.mark.parametrize("cut", [1, 200, 2000, -1, -40])
+def test_a_cut_off_download_is_named(cut: int, voc: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cut.json"
+    path.write_bytes(SAMPLE.read_bytes()[:cut])
+    with pytest.raises(DataError, match="cut.json, byte .*: broken or cut off JSON: get the file again"):
+        prepare.prepare_context(voc, path, "json", workers=1)
+    assert not (voc / "SegmentationClassContext").exists()
+
+
+def test_annotations_may_come_before_their_images_and_unknown_classes_are_named(voc: Path, tmp_path: Path) -> None:
+    content = json.loads(SAMPLE.read_text())
+    turned = tmp_path / "turned.json"
+    turned.write_text(json.dumps(dict(reversed(content.items()))))
+    prepare.prepare_context(voc, turned, "json", workers=1)
+    for name, labels in read_back(voc).items():
+        np.testing.assert_array_equal(labels, SAMPLE_LABELS[name])
+    content["annos_segmentation"][0]["category_id"] = 3
+    turned.write_text(json.dumps(content))
+    image = prepare.index_json(turned)["train"][0]
+    with pytest.raises(DataError, match="category_id 3 is none of the 59 classes"):
+        prepare.labels_from_json(turned, image)
+
+
+# ---------------------------------------------------------------------------------------- your own images and labels
+
+COLOURS = np.array([[255, 0, 0], [0, 0, 255], [9, 9, 9]], np.uint8)
+
+
+def write_folders(root: Path, count: int = 10, coloured: bool = False) -> None:
+    """Images and labels in two folders, with noise of two classes and an ignored value."""
+    rng = np.random.default_rng(0)
+    for folder in ("photos", "masks"):
+        (root / folder).mkdir()
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(root / "photos" / f"p{i}.jpg")
+        values = rng.integers(0, 3, (20, 30))
+        picture = COLOURS[values] if coloured else np.array([0, 1, 255], np.uint8)[values]
+        Image.fromarray(picture).save(root / "masks" / f"p{i}.png")
+
+
+def test_a_number_of_classes_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_folders(tmp_path)
+    out = tmp_path / "own"
+    prepare.main(["from-folders", "--images", f"{tmp_path}/photos", "--labels", f"{tmp_path}/masks", "--classes", "2",
+                  "--out", str(out), "--workers", "1"])
+    assert f"train with `python train.py --data {out}`" in capsys.readouterr().out
+    train, val = data.open_dataset(out, "train"), data.open_dataset(out, "val")
+    assert sorted(train.names + val.names) == [f"p{i}" for i in range(10)] and len(val) >= 1
+    assert train.info.classes == ("class 0", "class 1")
+    np.testing.assert_array_equal(val.labels(0), np.asarray(Image.open(tmp_path / "masks" / f"{val.names[0]}.png")))
+    image = f"{val.names[0]}.jpg"
+    assert (out / "images" / image).read_bytes() == (tmp_path / "photos" / image).read_bytes()
+
+
+def test_colours_are_converted_and_images_linked(tmp_path: Path) -> None:
+    write_folders(tmp_path, coloured=True)
+    (tmp_path / "classes.txt").write_text("red car 255 0 0\nwater, 0, 0, 255\n\nignore 9 9 9\n")
+    classes = str(tmp_path / "classes.txt")
+    prepare.from_folders(tmp_path / "photos", tmp_path / "masks", classes, tmp_path / "own", True, 1)
+    train = data.open_dataset(tmp_path / "own", "train")
+    assert train.info.classes == ("red car", "water") and train.info.palette.tolist() == COLOURS[:2].tolist()
+    colours = np.asarray(Image.open(tmp_path / "masks" / f"{train.names[0]}.png"))
+    expected = [[{255: 0, 0: 1, 9: 255}[int(pixel[0])] for pixel in row] for row in colours]
+    assert train.labels(0).tolist() == expected
+    assert train.image_paths[0].is_symlink()
+
+
+def test_split_is_one_in_five_and_keeps_its_choice() -> None:
+    names = [f"image_{i}" for i in range(2000)]
+    large, small = prepare.split_by_hash(names), prepare.split_by_hash(names[:500])
+    assert 340 < len(large["val"]) < 460
+    assert set(small["val"]) == set(large["val"]) & set(names[:500])
+    assert {split: len(part) for split, part in prepare.split_by_hash(["a", "b"]).items()} == {"train": 1, "val": 1}
+
+
+@pytest.mark.parametrize(("fault", "message"), [
+    ("value", "masks/p3.png: label value 9 is none of the 2 classes: no class is 255"),
+    ("size", r"photos/p3.jpg is \(20, 30\) \(height, width\) but .*masks/p3.png is \(19, 30\)"),
+    ("colours", "masks/p3.png is colour-coded: give each class its colour"),
+    ("alone", "1 files have no partner of the same name .*photos/p3.jpg"),
+    ("twice", r"photos holds several files named p3.\*"),
+    ("unreadable", "masks/p3.png: not a readable image"),
+    ("list", r"--classes .*nowhere.txt: cannot be read \(No such file or directory\)"),
+    ("zero", "--classes 0: 1 to 255 different names are needed, not 0"),
+])
+def test_faults_leave_nothing_behind(tmp_path: Path, fault: str, message: str) -> None:
+    write_folders(tmp_path)
+    label, classes = tmp_path / "masks" / "p3.png", "2"
+    match fault:
+        case "value":
+            Image.fromarray(np.full((20, 30), 9, np.uint8)).save(label)
+        case "size":
+            Image.fromarray(np.zeros((19, 30), np.uint8)).save(label)
+        case "colours":
+            Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(label)
+        case "alone":
+            label.unlink()
+        case "twice":
+            (tmp_path / "photos" / "p3.png").write_bytes(label.read_bytes())
+        case "unreadable":
+            label.write_text("no image")
+        case "list":
+            classes = str(tmp_path / "nowhere.txt")
+        case "zero":
+            classes = "0"
+    with pytest.raises(DataError, match=message):
+        prepare.from_folders(tmp_path / "photos", tmp_path / "masks", classes, tmp_path / "own", False, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["masks", "photos"]
+
+
+def test_an_unknown_colour_is_named(tmp_path: Path) -> None:
+    Image.fromarray(COLOURS[[[0, 1, 2]]]).save(tmp_path / "x.png")
+    classes = prepare.ClassList(["a", "b"], COLOURS[:2], {0xFF0000: 0, 0x0000FF: 1})
+    with pytest.raises(DataError, match="x.png: label colour 9 9 9 is none of the 2 classes: add it to the list"):
+        prepare.convert_labels(tmp_path / "x.png", classes)
+
+
+# --------------------------------------------------------------------------------------------------------- check
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    write_folders(tmp_path)
+    prepare.from_folders(tmp_path / "photos", tmp_path / "masks", "3", tmp_path / "own", False, 1)
+    return tmp_path / "own"
+
+
+def test_check_of_a_sound_data_set(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert prepare.check(own, tmp_path / "sheet.png", workers=1) == 0
+    printed = capsys.readouterr().out
+    labels = [data.open_dataset(own, "train").labels(i) for i in range(len(data.open_dataset(own, "train")))]
+    pixels = np.bincount(np.stack(labels).ravel(), minlength=256)
+    row = next(line for line in printed.splitlines() if line.startswith("class 0")).split()
+    assert float(row[2]) == pytest.approx(100 * pixels[0] / pixels[:3].sum(), abs=6e-4) and int(row[3]) == len(labels)
+    assert "class 2" in printed and printed.count("never in training") == 1
+    sheet = Image.open(tmp_path / "sheet.png")
+    assert sheet.width >= 4 * 30 and sheet.height >= 3 * 20
+
+
+def test_check_finds_what_is_wrong(own: Path, tmp_path: Path) -> None:
+    train, val = data.open_dataset(own, "train"), data.open_dataset(own, "val")
+    Image.fromarray(np.full((20, 30), 200, np.uint8)).save(train.label_path(0))
+    train.image_paths[1].write_bytes(train.image_paths[1].read_bytes()[:300])
+    val.image_paths[0].write_bytes(train.image_paths[2].read_bytes())
+    Image.fromarray(np.full((20, 30), 255, np.uint8)).save(train.label_path(3))
+    Image.new("L", (30, 20)).save(train.image_paths[4])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (20, 30)).save(train.image_paths[5], exif=exif)
+    os.rename(train.image_paths[6], tmp_path / "away.jpg")
+    train.image_paths[6].symlink_to(tmp_path / "away.jpg")
+    result = command("check", own, "--sheet", tmp_path / "sheet.png", "--workers", 2)
+    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith(f"error: 2 faults in {own}")
+    for line in (f"fault: {train.label_path(0)}: label value 200 is no class",
+                 f"fault: {train.image_paths[1]}: not a readable image",
+                 f"remark: a validation image that is in training too: 1 (val/{val.names[0]} = train/{train.names[2]})",
+                 f"remark: no labelled pixel: 1 (train/{train.names[3]})",
+                 f"remark: mode L, converted to RGB: 1 (train/{train.names[4]})",
+                 f"remark: turned upright by its EXIF tag: 1 (train/{train.names[5]})",
+                 f"remark: a link that leads out of the folder: 1 (train/{train.names[6]})"):
+        assert line in result.stdout
+
+
+# -------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize("arguments", [
+    ("check", "nowhere"), ("prepare-context", "--voc", "nowhere", "--json", "x.json"), ("toy", "--train", "0"),
+    ("from-folders", "--images", "nowhere", "--labels", "nowhere", "--classes", "3"), ("nonsense",),
+])
+def test_a_wrong_command_is_one_line_and_status_2(arguments: tuple[str, ...], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        prepare.main(arguments)
+    printed = capsys.readouterr()
+    assert leaving.value.code == 2 and "error: " in printed.err.splitlines()[-1] and not printed.out
+
+
+def test_toy_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    prepare.main(["toy", "--out", f"{tmp_path}/t", "--train", "2", "--val", "1", "--size", "64", "80"])
+    assert capsys.readouterr().out == f"toy data at {tmp_path}/t\n"
+    assert data.open_dataset(tmp_path / "t", "train").image(1).shape == (64, 80, 3)

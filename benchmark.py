@@ -1,24 +1,116 @@
-"""Speed and memory, side by side, in one run: `python benchmark.py op`.
+"""Speed and memory, measured side by side: `python benchmark.py [op|loader|evaluate|all] [--json FILE]`.
 
-Read: OP_SHAPES -> op_case -> op_table -> main.
+    op         deformable attention: the native operator against the grid_sample reference
+    loader     images per second of each stage of the training pipeline, and what the model asks for
+    evaluate   multi-scale + flip: windows in full batches against one window of one view at a time
 
-The candidates take turns and the median of each is printed, so that a busy machine slows all of them alike.
+Read: Table -> markdown, interleaved -> op_table, loader_table, plain_predictions -> evaluate_table -> main.
+
+The candidates take turns and the median of each is printed, so that a busy machine slows all of them alike. Ratios of
+one run may be compared; times of two runs only on a quiet machine, and the first line says whether it was one.
+
+Shapes: B batch, Q queries, M heads, D channels of a head, L levels, P points; image (H, W, 3), views (1, 3, h, w).
 """
 
 import argparse
+import json
+import math
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import data
+import evaluate
+from model import SIZES, Segmenter, build_model
 from msda_cuda import ms_deform_attn, ms_deform_attn_torch
 from msda_cuda.build import BuildError
 from msda_cuda.ops import active_path, native
+
+GLOBAL_BATCH = 16  # images of an iteration in the published recipes
+Number = int | float
+
+# ---------------------------------------------------------------------------------------------- tables and timing
+
+
+class Table(NamedTuple):
+    """What a benchmark found: rows with the same keys, which name the columns, and sentences below them."""
+
+    title: str
+    rows: list[dict[str, str | Number]]
+    notes: list[str]
+
+
+def figure(value: str | Number) -> str:
+    """A cell: texts and whole numbers as they are, other numbers with three significant digits or all before the point.
+
+    12.345 -> 12.3, 0.012345 -> 0.0123, 1234.5 -> 1,234.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) or not math.isfinite(value) or value == 0:
+        return f"{value:,}"
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def markdown(table: Table) -> str:
+    """The table in Markdown, padded so that it also reads well in a terminal; numbers stand to the right."""
+    names = list(table.rows[0])
+    numeric = [not isinstance(value, str) for value in table.rows[0].values()]
+    grid = [names, *([figure(value) for value in row.values()] for row in table.rows)]
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    rule = ["-" * (width - 1) + (":" if right else "-") for width, right in zip(widths, numeric, strict=True)]
+    lines = [
+        " | ".join(f"{cell:{'>' if right else '<'}{width}}" for cell, width, right in zip(row, widths, numeric, strict=True))
+        for row in [names, rule, *grid[1:]]
+    ]
+    return "\n".join([f"### {table.title}", "", *(f"| {line} |" for line in lines), "", *table.notes])
+
+
+def machine(device: str) -> str:
+    """What the numbers were taken on, and whether it had other work (to be asked before one's own begins)."""
+    load, cores = os.getloadavg()[0], os.cpu_count()
+    where = f"{torch.cuda.get_device_name()}, " if device == "cuda" else ""
+    busy = "under load from other programs: measure again on a quiet machine" if load > 0.3 else "quiet"
+    return (f"PyTorch {torch.__version__} on {where}{torch.get_num_threads()} threads of {cores} CPU cores; "
+            f"load average {load:.1f} at the start ({busy})")  # fmt: skip
+
+
+def seconds(work: Callable[[], object], device: str = "cpu") -> float:
+    """How long one call takes, until the device has finished."""
+    wait(device)
+    start = time.perf_counter()
+    work()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleaved(candidates: dict[str, Callable[[], float]], rounds: int, title: str,
+                warm: int = 1) -> dict[str, float]:  # fmt: skip
+    """Median of what each candidate returns, its seconds; they take turns. The first `warm` rounds do not count."""
+    taken: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in tqdm(range(warm + rounds), desc=title, unit="round", disable=None, leave=False):
+        for name, candidate in candidates.items():
+            taken[name].append(candidate())
+    return {name: statistics.median(each[warm:]) for name, each in taken.items()}
+
+
+# ------------------------------------------------------------------------------------------- deformable attention
 
 
 class OpShape(NamedTuple):
@@ -54,25 +146,6 @@ def op_case(shape: OpShape, device: str) -> list[Tensor]:
     return [x.to(device) for x in (value, centres + offsets / sizes, weights)]
 
 
-def interleaved(candidates: dict[str, Callable[[], object]], rounds: int, device: str, bar: tqdm) -> dict[str, float]:
-    """Median milliseconds of each candidate; the first round warms up and does not count."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds + 1):
-        for name, candidate in candidates.items():
-            wait(device)
-            start = time.perf_counter()
-            candidate()
-            wait(device)
-            times[name].append((time.perf_counter() - start) * 1e3)
-        bar.update()
-    return {name: statistics.median(each[1:]) for name, each in times.items()}
-
-
-def wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def kept_bytes(function: Callable, shape: OpShape, inputs: list[Tensor]) -> int:
     """Bytes of all storages that autograd keeps between forward and backward."""
     storages = {}
@@ -86,8 +159,8 @@ def kept_bytes(function: Callable, shape: OpShape, inputs: list[Tensor]) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def op_row(shape: OpShape, device: str, rounds: int, bar: tqdm) -> str:
-    """One line of the table."""
+def op_row(shape: OpShape, device: str, rounds: int) -> dict[str, str | Number]:
+    """One line of the table: forward, forward + backward, and what is kept between them."""
     inputs = op_case(shape, device)
     leaves = [x.clone().requires_grad_() for x in inputs]
     cotangent = torch.ones(1, shape.Q, shape.M * shape.D, device=device)
@@ -96,49 +169,284 @@ def op_row(shape: OpShape, device: str, rounds: int, bar: tqdm) -> str:
     def training(function: Callable) -> None:
         torch.autograd.grad(function(leaves[0], shape.levels, *leaves[1:]), leaves, cotangent)
 
+    @torch.no_grad()
     def inference(function: Callable) -> None:
-        with torch.no_grad():
-            function(inputs[0], shape.levels, *inputs[1:])
+        function(inputs[0], shape.levels, *inputs[1:])
 
-    forward = interleaved({name: lambda f=f: inference(f) for name, f in functions.items()}, rounds, device, bar)
-    both = interleaved({name: lambda f=f: training(f) for name, f in functions.items()}, rounds, device, bar)
-    kept = {name: kept_bytes(f, shape, leaves) / 1e6 for name, f in functions.items()}
-    moved = 4 * (sum(x.numel() for x in inputs) + cotangent.numel()) / 1e6  # each array once: the least possible
-    columns = [f"{shape.name:34}"]
-    for result, digits in ((forward, 1), (both, 1), (kept, 0)):
-        ratio = result["torch"] / result["native"]
-        columns.append(f"{result['torch']:8.{digits}f} {result['native']:7.{digits}f} {ratio:5.1f}x")
-    return " | ".join([*columns, f"{moved:6.0f} {moved / forward['native']:7.1f}"])
-
-
-def op_table(device: str = "cpu", rounds: int = 7) -> str:
-    """Native operator against the grid_sample reference, float32, batch 1. Raises BuildError without the operator."""
-    if active_path(device) != "native":
-        raise BuildError(f"there is no native operator for {device} to compare: {native().reason}")
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    titles = ("forward, ms", "forward + backward, ms", "kept for backward, MB")
-    lines = [
-        f"Deformable attention on {where}, float32, batch 1, median of {rounds}, PyTorch {torch.__version__}",
-        " | ".join([f"{'':34}", *(f"{title:^23}" for title in titles), "at least moved"]),
-        " | ".join([f"{'':34}", *["   torch  native  ratio"] * 3, f"{'MB':>6} {'GB/s':>7}"]),
-    ]
-    with tqdm(total=len(OP_SHAPES) * 2 * (rounds + 1), desc="op", unit="round", file=sys.stderr) as bar:
-        lines += [op_row(shape, device, rounds, bar) for shape in OP_SHAPES]
-    return "\n".join(lines)
+    row: dict[str, str | Number] = {"call": shape.name}
+    for title, step in (("forward", inference), ("training", training)):
+        turns = {name: lambda f=f, step=step: seconds(lambda: step(f), device) for name, f in functions.items()}
+        taken = interleaved(turns, rounds, f"{shape.name}, {title}")
+        row |= {f"{title}, ms: {name}": 1e3 * each for name, each in taken.items()}
+        row["ratio" if title == "forward" else "ratio "] = taken["torch"] / taken["native"]
+    row |= {f"kept, MB: {name}": kept_bytes(f, shape, leaves) / 1e6 for name, f in functions.items()}
+    least = 4 * (sum(x.numel() for x in inputs) + cotangent.numel()) / 1e6  # each array once: no kernel can move less
+    return row | {"moved at least, MB": least, "GB/s": least / row["forward, ms: native"]}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Speed and memory, side by side, in one run.")
-    tables = parser.add_subparsers(dest="table", required=True)
-    op = tables.add_parser("op", help="deformable attention: native operator against the grid_sample reference")
-    op.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    op.add_argument("--rounds", type=int, default=7, help="timed rounds; the median is printed (default 7)")
-    arguments = parser.parse_args()
+def op_table(options: argparse.Namespace) -> Table:
+    """Native operator against the grid_sample reference. Raises BuildError without the operator."""
+    if active_path(options.device) != "native":
+        raise BuildError(f"there is no native operator for {options.device} to compare: {native().reason}")
+    rounds = options.rounds or 7
+    rows = [op_row(shape, options.device, rounds) for shape in OP_SHAPES]
+    return Table(f"Deformable attention, float32, batch 1, {options.device}, medians of {rounds}", rows, [
+        "`training` is forward + backward; `kept` is what autograd holds between them; GB/s is of the native forward.",
+    ])  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ training loader
+
+
+def loader_table(options: argparse.Namespace) -> Table:
+    """Images a second of each stage on one core, of the loader with and without workers, and of a training step.
+
+    Every candidate works on `limit` training images a round; only the order of the stream differs.
+    """
+    dataset = data.open_dataset(options.data, "train")
+    window, workers, rounds = options.window or SIZES[options.size].window, options.workers, options.rounds or 5
+    number = max(1, (options.limit or 32) // options.batch) * options.batch
+    candidates = stages(dataset, window, number) | {
+        f"loader, {n} workers" if n else WHOLE: lambda n=n: loader_seconds(dataset, window, number, options.batch, n)
+        for n in sorted({0, workers})
+    }
+    step = f"training step, {options.head} {options.size}, window {window}, batch {options.batch}, {options.device}"
+    work = training_step(options, dataset, window)
+    candidates[step] = lambda: seconds(work, options.device) * number / options.batch
+    rate = {name: number / each for name, each in interleaved(candidates, rounds, "loader").items()}
+    cores = dict.fromkeys(rate, 1) | {f"loader, {workers} workers": max(1, min(workers, os.cpu_count() or 1))}
+    rows: list[dict[str, str | Number]] = [{"stage": name, "images/s": r, "per core": "-" if name == step else figure(r / cores[name]),
+             "ms/image": 1e3 / r} for name, r in rate.items()]  # fmt: skip
+    title = f"Training pipeline, {dataset.info.name}, {number} images a round, medians of {rounds}"
+    return Table(title, rows, loader_notes({name: rate[name] for name in STAGES}, rate[WHOLE],
+                                           max(rate[name] for name in rate if name.startswith("loader")), rate[step]))
+
+
+STAGES = ("read image", "read labels", "transform")
+WHOLE = "loader, in this process"
+
+
+def stages(dataset: data.SegmentationDataset, window: int, number: int) -> dict[str, Callable[[], float]]:
+    """Reading and transforming `number` images, one after the other, each timed as `interleaved` asks."""
+    indices = [i % len(dataset) for i in range(number)]
+    pairs = [(dataset.image(i), dataset.labels(i)) for i in indices]
+
+    def transform() -> None:
+        for position, (image, labels) in enumerate(pairs):
+            data.train_transform(image, labels, window, np.random.default_rng((0, position)))
+
+    works = (lambda: [dataset.image(i) for i in indices], lambda: [dataset.labels(i) for i in indices], transform)
+    return {name: lambda work=work: on_one_core(lambda: seconds(work)) for name, work in zip(STAGES, works, strict=True)}
+
+
+def on_one_core(measure: Callable[[], float]) -> float:
+    """The measurement with one thread, as in a worker."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        print(op_table(arguments.device, arguments.rounds))
-    except BuildError as error:
+        return measure()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def loader_seconds(dataset: data.SegmentationDataset, window: int, number: int, batch: int, workers: int) -> float:
+    """Seconds for `number` images once the workers have started and their first batches are used up.
+
+    The stream has no end, so the workers are as busy at the last batch as at the first: the steady rate.
+    """
+    positions = data.positions(0, 0, 1, batch, 1)
+    with closing(data.training_loader(dataset, window, seed=0, positions=positions, workers=workers)) as stream:
+        for _ in range(1 + 2 * workers):  # a worker prepares two batches ahead
+            next(stream)
+        return on_one_core(lambda: seconds(lambda: [next(stream) for _ in range(number // batch)]))
+
+
+def training_step(options: argparse.Namespace, dataset: data.SegmentationDataset, window: int) -> Callable[[], None]:
+    """One iteration of a fresh model on a batch that is at hand: normalise, forward, backward, optimiser."""
+    torch.manual_seed(0)
+    model = build_model(options.head, options.size, len(dataset.info.classes), window=window).to(options.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    positions = data.positions(0, 0, 1, options.batch, 1)
+    with closing(data.training_loader(dataset, window, seed=0, positions=positions, workers=0)) as stream:
+        batch = next(stream)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        images = data.normalize(batch.images.to(options.device), batch.extents)
+        model(images, batch.labels.to(options.device).long())["loss"].backward()
+        optimizer.step()
+
+    return step
+
+
+def loader_notes(stage_rates: dict[str, float], whole: float, best: float, need: float) -> list[str]:
+    """The slowest stage, who waits for whom, and the cores that another device would need.
+
+    All are images/s: `stage_rates` and `whole` on one core, `best` of the loader with workers, `need` of the model.
+    """
+    slowest = min(stage_rates, key=stage_rates.__getitem__)
+    waits = "the model waits for the loader" if best < need else "the loader is ahead of the model"
+    return [
+        f"Bottleneck of the pipeline: **{slowest}**, {whole / stage_rates[slowest]:.0%} of an image's time on one core.",
+        f"The loader gives {figure(best)} images/s, the training step takes {figure(need)}: {waits}.",
+        f"A device that needs X s for an iteration of {GLOBAL_BATCH} takes {GLOBAL_BATCH}/X images/s, which are "
+        f"{GLOBAL_BATCH}/(X * {figure(whole)}) = {figure(cores_needed(1, whole))}/X cores of this kind.",
+    ]
+
+
+def cores_needed(iteration: float, per_core: float, images: int = GLOBAL_BATCH) -> float:
+    """Cores that keep up with iterations of so many seconds, at `per_core` images/s each; a fraction, not rounded."""
+    return images / iteration / per_core
+
+
+# ---------------------------------------------------------------------------------- multi-scale + flip evaluation
+
+
+@torch.no_grad()
+def plain_predictions(model: Segmenter, images: Iterable[np.ndarray], device: str = "cpu") -> list[Tensor]:
+    """Class indices (H, W) of each image (H, W, 3), by the definition: all 12 views, one window at a time."""
+    return [sum(plain_views(model, image, device)).argmax(dim=0) for image in images]
+
+
+def plain_views(model: Segmenter, image: np.ndarray, device: str) -> Iterator[Tensor]:
+    """The probabilities (K, H, W) that each of the 12 views gives the picture."""
+    for picture in data.multi_scale_images(image, model.config.window):
+        view = data.normalize(torch.from_numpy(picture).to(device).permute(2, 0, 1)[None])  # (1, 3, h, w)
+        for flip in (False, True):
+            scores = plain_slide(model, view.flip(-1) if flip else view)
+            probabilities = F.interpolate(scores, image.shape[:2], mode="bilinear", align_corners=False).softmax(1)[0]
+            yield probabilities.flip(-1) if flip else probabilities
+
+
+def plain_slide(model: Segmenter, view: Tensor) -> Tensor:
+    """Scores (1, K, h, w): the mean over the windows, which step by 2/3 of their side and end at the border."""
+    window, (height, width) = model.config.window, view.shape[2:]
+    stride = window * 2 // 3
+    total = view.new_zeros(1, model.config.num_classes, height, width)
+    count = view.new_zeros(height, width)
+    for bottom in (min(y, height) for y in range(window, height + stride, stride)):
+        for right in (min(x, width) for x in range(window, width + stride, stride)):
+            here = (..., slice(bottom - window, bottom), slice(right - window, right))
+            total[here] += model(view[here])
+            count[here] += 1
+    return total / count
+
+
+def evaluate_table(options: argparse.Namespace) -> Table:
+    """evaluate.predictions against the plain loop, on the same images and a model with starting weights."""
+    dataset, device, rounds = data.open_dataset(options.data, "val"), options.device, options.rounds or 3
+    images = [dataset.image(i) for i in range(min(len(dataset), options.limit or 8))]
+    changes = {"window": options.window} if options.window else {}
+    torch.manual_seed(0)
+    model = build_model(options.head, options.size, len(dataset.info.classes), **changes).to(device).eval()
+    window_batch = evaluate.automatic_window_batch(model, device)
+    warm_up(model, {1, window_batch}, device)
+    ways: dict[str, Callable[[], Iterable[Tensor]]] = {
+        "one window at a time": lambda: plain_predictions(model, images, device),
+        f"evaluate.py, {window_batch} at a time": lambda: evaluate.predictions(
+            model, images, multi_scale=True, device=device, window_batch=window_batch
+        ),
+    }
+    found: dict[str, list[Tensor]] = {}
+    windows: dict[str, int] = {}
+    batches: list[int] = []
+    model.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+
+    def turn(name: str) -> float:
+        batches.clear()
+        taken = seconds(lambda: found.update({name: list(ways[name]())}), device)
+        windows[name] = sum(batches)
+        return taken
+
+    taken = interleaved({name: lambda name=name: turn(name) for name in ways}, rounds, "evaluate", warm=0)
+    rows: list[dict[str, str | Number]] = [
+        {"way": name, "windows": windows[name], "s/image": each / len(images), "images/s": len(images) / each,
+         "ms/window": 1e3 * each / windows[name]} for name, each in taken.items()
+    ]  # fmt: skip
+    title = (f"Multi-scale + flip, {options.head} {options.size}, window {model.config.window}, {len(images)} images of "
+             f"{dataset.info.name}, {device}, medians of {rounds}")  # fmt: skip
+    return Table(title, rows, evaluate_notes(rows, *found.values()))
+
+
+def warm_up(model: Segmenter, batches: Iterable[int], device: str) -> None:
+    """One call for each number of windows: what a first call prepares is no candidate's cost."""
+    side = model.config.window
+    with torch.no_grad():
+        for number in batches:
+            model(torch.zeros(number, 3, side, side, device=device))
+
+
+def evaluate_notes(rows: Sequence[dict], plain: Sequence[Tensor], batched: Sequence[Tensor]) -> list[str]:
+    """How many times faster, how much of that is fewer windows, and how many pixels the two predict differently."""
+    ratio = {key: rows[0][key] / rows[1][key] for key in ("s/image", "windows", "ms/window")}
+    differing = sum(int((a != b).sum()) for a, b in zip(plain, batched, strict=True))
+    pixels = sum(a.numel() for a in plain)
+    return [
+        f"evaluate.py is **{ratio['s/image']:.2f} times** as fast: {ratio['windows']:.2f} by computing equal views "
+        f"once, {ratio['ms/window']:.2f} by the time of a window.",
+        f"The predictions differ in {differing:,} of {pixels:,} pixels.",
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+TABLES: dict[str, Callable[[argparse.Namespace], Table]] = {
+    "op": op_table, "loader": loader_table, "evaluate": evaluate_table,
+}  # fmt: skip
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("Read:")[0],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("table", nargs="?", default="all", choices=[*TABLES, "all"], help="default: all")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="default: cuda if there is one")  # fmt: skip
+    parser.add_argument("--rounds", type=evaluate.positive, metavar="N",
+                        help="timed rounds; default: 7 of op, 5 of loader, 3 of evaluate")  # fmt: skip
+    model = parser.add_argument_group("loader and evaluate")
+    model.add_argument("--data", default="toy", metavar="DIR", help="data set folder; default: the toy data")
+    model.add_argument("--limit", type=evaluate.positive, metavar="N",
+                       help="images a round; default: 32 of loader, 8 of evaluate")  # fmt: skip
+    model.add_argument("--head", default="mask2former", choices=("mask2former", "upernet"), help="default: mask2former")
+    model.add_argument("--size", default="tiny", choices=SIZES, help="of the model, with starting weights; default: tiny")
+    model.add_argument("--window", type=evaluate.positive, metavar="PIXELS", help="default: that of the size")
+    loader = parser.add_argument_group("loader")
+    loader.add_argument("--batch", type=evaluate.positive, default=2, metavar="N", help="images at once; default: 2")
+    loader.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="default: one for each core")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    """What the command line asks for: tables on stdout as they are done, then the JSON file."""
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+    where, found = machine(options.device), {}
+    print(where)
+    for name in TABLES if options.table == "all" else [options.table]:
+        try:
+            found[name] = TABLES[name](options)
+        except BuildError as error:
+            if options.table != "all":
+                raise
+            print(f"left out {name}: {error}", file=sys.stderr)
+            continue
+        print(f"\n{markdown(found[name])}", flush=True)
+    if options.json:
+        tables = {name: table._asdict() for name, table in found.items()}
+        options.json.write_text(json.dumps({"machine": where, **tables}, indent=1) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        run(options)
+    except (BuildError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -248,15 +248,6 @@ def read_labels(path: Path) -> np.ndarray:
                     "convert colour-coded labels with `python data.py from-folders`")
 
 
-def label_picture(labels: np.ndarray, palette: np.ndarray) -> Image.Image:
-    """A picture whose values are the labels (H, W), with a palette (K, 3) for the eye."""
-    colours = np.zeros((256, 3), np.uint8)  # all 256: with 16 or fewer Pillow writes 4 bits, and 255 becomes 15
-    colours[:len(palette)] = palette
-    picture = Image.fromarray(labels)
-    picture.putpalette(colours.tobytes())
-    return picture
-
-
 def image_size(path: Path) -> tuple[int, int]:
     """(height, width) of the upright image, from the file's header alone."""
     try:

@@ -8,6 +8,7 @@ Shapes: H, W height and width in pixels; K classes. Images and pictures are uint
 (K, 3), labels are integers (H, W) with a class index 0 ... K - 1 or `ignore_index` in every pixel.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def colorize(labels: np.ndarray, palette: np.ndarray, ignore_index: int = 255) -
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, palette: np.ndarray, opacity: float = 0.6,
-            ignore_index: int = 255) -> np.ndarray:  # fmt: skip
+            ignore_index: int = 255) -> np.ndarray:
     """The photograph under its labels: colours at `opacity`, class borders drawn, ignored pixels hatched.
 
     Where the photograph's brightness varies, the colour's does too, so texture stays visible beneath the labels.
@@ -100,7 +101,7 @@ def save_labels(labels: np.ndarray, path: Path, palette: np.ndarray | None = Non
         colours[: len(palette)] = palette
         picture.putpalette(colours.tobytes())
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     picture.save(partial, "PNG")
     partial.replace(path)
 
@@ -109,7 +110,7 @@ def save_labels(labels: np.ndarray, path: Path, palette: np.ndarray | None = Non
 
 
 def legend(classes: Sequence[str], palette: np.ndarray, width: int, present: Sequence[int] | None = None,
-           shares: Sequence[float] | None = None, ignored: bool = False) -> Image.Image:  # fmt: skip
+           shares: Sequence[float] | None = None, ignored: bool = False) -> Image.Image:
     """Swatches and names in as many columns as fit `width` pixels.
 
     Args:
@@ -154,7 +155,7 @@ def draw_swatch(picture: Image.Image, box: tuple[int, int, int], color: tuple[in
 
 
 def with_legend(picture: Picture, labels: np.ndarray, classes: Sequence[str], palette: np.ndarray,
-                ignore_index: int = 255) -> Image.Image:  # fmt: skip
+                ignore_index: int = 255) -> Image.Image:
     """The picture with a legend below it: the classes found in `labels`, largest area first, and their shares."""
     picture = to_image(picture)
     areas = np.bincount(labels[labels != ignore_index].ravel(), minlength=len(classes))

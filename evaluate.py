@@ -241,7 +241,7 @@ def stride_of(model: nn.Module) -> int:
 
 
 def predictions(model: nn.Module, images: Iterable[np.ndarray], *, multi_scale: bool = False,
-                device: torch.device | str = "cpu", window_batch: int | None = None) -> Iterator[Tensor]:  # fmt: skip
+                device: torch.device | str = "cpu", window_batch: int | None = None) -> Iterator[Tensor]:
     """Class indices, uint8 (H, W), of each image, uint8 (H, W, 3), in order.
 
     Images are read and resized in a thread while the model works on those before, and windows of consecutive images
@@ -325,7 +325,7 @@ def cell(fraction: float) -> str:
 def evaluate(model: nn.Module, dataset: data.SegmentationDataset, *, multi_scale: bool = False,
              device: torch.device | str = "cpu", limit: int | None = None, progress: bool = True,
              window_batch: int | None = None, amp: torch.dtype | None = None,
-             save: Save | None = None) -> Tensor:  # fmt: skip
+             save: Save | None = None) -> Tensor:
     """Confusion matrix int64 (K, K), summed over the first `limit` images of the data set and over all processes.
 
     Under torch.distributed process r takes the images r, r + world, ...: none is counted twice, none is padded on.
@@ -458,7 +458,7 @@ def run(options: argparse.Namespace) -> None:
     confusion = evaluate(
         model.to(device), dataset, multi_scale=options.ms, device=device, limit=options.limit, save=save,
         window_batch=options.window_batch, amp=torch.bfloat16 if options.amp else None,
-    )  # fmt: skip
+    )
     if rank() == 0:
         result = metrics(confusion)
         scales = "multi-scale + flip" if options.ms else "single-scale"

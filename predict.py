@@ -56,7 +56,7 @@ class Predictor:
     """
 
     def __init__(self, checkpoint: str | Path, device: str | None = None, multi_scale: bool = False,
-                 window_batch: int | None = None, amp: torch.dtype | None = None):  # fmt: skip
+                 window_batch: int | None = None, amp: torch.dtype | None = None):
         self.device = evaluate.choose_device(device)
         model, facts = weights.load_model(checkpoint)
         self.model = model.to(self.device).eval()
@@ -68,7 +68,7 @@ class Predictor:
         """Class index of every pixel, uint8 (H, W), of a file, a Pillow image or a uint8 (H, W, 3) array."""
         with self.autocast():
             results = evaluate.predictions(self.model, [as_array(picture)], multi_scale=self.multi_scale,
-                                           device=self.device, window_batch=self.window_batch)  # fmt: skip
+                                           device=self.device, window_batch=self.window_batch)
             return next(results).cpu().numpy()
 
     def probabilities(self, picture: str | Path | Image.Image | np.ndarray) -> np.ndarray:
@@ -182,7 +182,7 @@ def central_window(image: np.ndarray, window: int) -> np.ndarray:
 
 
 def sampling(attention: torch.nn.Module, query: Tensor, reference_points: Tensor, _: Tensor,
-             shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:  # fmt: skip
+             shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     """Where a deformable attention samples: places (Q, M, L, P, 2) as (x, y) in 0 ... 1, and weights (Q, M, L, P).
 
     Each query's M heads look at P points in each of L levels; offsets are learned in pixels of their level.

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import data
 from data import CONTEXT_CLASSES, IGNORE, PASCAL_CONTEXT, DataError, SegmentationDataset
+from draw import save_labels
 
 EXPECTED_COUNTS = {"json": {"train": 4996, "val": 5104}, "mat": {"train": 4998, "val": 5105}}
 
@@ -47,11 +48,6 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
-
-
-def write_labels(path: Path, labels: np.ndarray, palette: np.ndarray) -> None:
-    """A PNG whose values are the labels; the palette is for the eye alone."""
-    write_atomically(path, partial(data.label_picture(labels, palette).save, format="PNG"))
 
 
 # ------------------------------------------------------------------------------------------------ Pascal Context
@@ -120,7 +116,7 @@ def _write_context_labels(voc: Path, make_labels: Callable, job: Annotated | str
     if data.image_size(image) != labels.shape:
         raise DataError(f"{image} is {data.image_size(image)} (height, width) but its labels are {labels.shape}: "
                         "images and labels are not of one release")
-    write_labels(path, labels, np.vstack([[[0, 0, 0]], data.context_info().palette]))
+    save_labels(labels, path, np.vstack([[[0, 0, 0]], data.context_info().palette]))
     return False
 
 
@@ -396,7 +392,7 @@ def _adopt(draft: Path, classes: ClassList, link: bool, pair: tuple[Path, Path])
     if values.shape != data.image_size(image):
         raise DataError(f"{image} is {data.image_size(image)} (height, width) but {label} is {values.shape}: "
                         "an image and its labels must be of one size")
-    write_labels(draft / "labels" / f"{label.stem}.png", values, classes.palette)
+    save_labels(values, draft / "labels" / f"{label.stem}.png", classes.palette)
     target = draft / "images" / image.name
     if link:
         target.symlink_to(image.resolve())

@@ -80,7 +80,7 @@ def curve(points: Sequence[Point], title: str, unit: str = "") -> str:
         f'<line class="grid" x1="{left}" x2="{left + width}" y1="{v:.1f}" y2="{v:.1f}"/>'
         f'<text class="note" x="{left - 5}" y="{v + 4:.1f}" text-anchor="end">{tick(value)}</text>'
         for value in np.linspace(low, high, 4) for v in [top + height * (high - value) / (high - low)]
-    )  # fmt: skip
+    )
     dots = "".join(
         f'<circle class="mark" cx="{a:.1f}" cy="{b:.1f}" r="{2.5 if len(x) < 60 else 1}">'
         f"<title>iteration {i:.0f}: {v:.4g}{unit}</title></circle>"
@@ -170,7 +170,7 @@ def confusion_picture(confusion: np.ndarray, classes: Sequence[str]) -> str:
     frame = f'<rect class="grid" x="{left - 1}" y="{top - 1}" width="{extent + 1}" height="{extent + 1}" fill="none"/>'
     width, height = left + extent + 70, top + extent + 2
     return (f'<div class="wide"><svg viewBox="0 0 {width} {height}" style="min-width: {round(0.8 * width)}px; '
-            f'max-width: {round(1.5 * width)}px">{frame}{cells}{names}</svg></div>')  # fmt: skip
+            f'max-width: {round(1.5 * width)}px">{frame}{cells}{names}</svg></div>')
 
 
 # ---------------------------------------------------------------------------------------------------- examples
@@ -191,7 +191,7 @@ def choose_examples(scores: Sequence[float], number: int = SHOWN) -> tuple[list[
 
 
 def examples(model: nn.Module, dataset: data.SegmentationDataset, chosen: Sequence[int], scores: Sequence[float],
-             device: torch.device, multi_scale: bool) -> Iterator[str]:  # fmt: skip
+             device: torch.device, multi_scale: bool) -> Iterator[str]:
     """A figure for each chosen image: photograph, labels, prediction, error map."""
     images = (dataset.image(i) for i in chosen)
     results = evaluate.predictions(model, images, multi_scale=multi_scale, device=device)
@@ -257,7 +257,7 @@ def write_report(folder: Path, root: str | None, multi_scale: bool, limit: int |
 
 
 def page(name: str, config: dict, log: Sequence[dict], info: data.DatasetInfo, confusion: np.ndarray, facts: dict,
-         worst: str, typical: str) -> str:  # fmt: skip
+         worst: str, typical: str) -> str:
     """The whole document."""
     result = evaluate.metrics(torch.from_numpy(confusion))
     headline = "".join(

@@ -181,7 +181,7 @@ def environment(device: torch.device, world: int) -> dict:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
         "deformable_attention": active_path(device.type),
         "devices": world, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-    }  # fmt: skip
+    }
 
 
 def git(*arguments: str) -> str | None:
@@ -214,9 +214,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None], keep: Path |
             os.replace(link, keep)
             link.unlink(missing_ok=True)  # renaming one name of a file to another of the same does nothing
         os.replace(partial, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         partial.unlink(missing_ok=True)
-        raise RunError(f"{path} cannot be written ({error.strerror or error}): what was there before is whole; "
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise RunError(f"{path} cannot be written ({reason}): what was there before is whole; "
                        "make room, then --resume") from None
     sync_folder(path.parent)
 
@@ -248,7 +249,7 @@ def rng_state(device: torch.device) -> dict[str, Tensor]:
 
 def save(path: Path, process: Process, model: Segmenter, info: DatasetInfo, progress: Progress,
          optimizer: torch.optim.Optimizer | None = None,
-         scaler: torch.amp.GradScaler | None = None) -> None:  # fmt: skip
+         scaler: torch.amp.GradScaler | None = None) -> None:
     """Write a checkpoint: for use (no optimizer), or with everything that the run is, to go on with.
 
     All processes must call it, because each has random numbers of its own; process 0 writes.
@@ -256,7 +257,7 @@ def save(path: Path, process: Process, model: Segmenter, info: DatasetInfo, prog
     state = {
         "format": FORMAT, "model": model.state_dict(), "config": asdict(model.config), "classes": list(info.classes),
         "palette": info.palette.tolist(), "iteration": progress.iteration, "progress": asdict(progress),
-    }  # fmt: skip
+    }
     if optimizer:
         rng = [rng_state(process.device)] * process.world
         if process.world > 1:
@@ -291,7 +292,7 @@ def load_last(folder: Path) -> dict | None:
 
 
 def restore(state: dict | None, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, seed: int,
-            process: Process) -> None:  # fmt: skip
+            process: Process) -> None:
     """Put optimizer, scaler and random numbers where a checkpoint left them, or where a new run begins."""
     torch.manual_seed(seed + process.rank)
     if not state:
@@ -335,7 +336,7 @@ class NonFiniteLoss(RuntimeError):
 
 
 def stop_for_replay(folder: Path, process: Process, model: Segmenter, progress: Progress, batches: Sequence[Batch],
-                    losses: dict[str, float], rng: dict[str, Tensor]) -> None:  # fmt: skip
+                    losses: dict[str, float], rng: dict[str, Tensor]) -> None:
     """Save what led to a non-finite loss (weights before the step, crops, random state) and raise NonFiniteLoss."""
     path = folder / f"nonfinite-{progress.iteration}-process{process.rank}.pt"
     names = [name for batch in batches for name in batch.names]
@@ -343,7 +344,7 @@ def stop_for_replay(folder: Path, process: Process, model: Segmenter, progress: 
     write_checkpoint(path, {
         "format": FORMAT, "model": model.state_dict(), "config": asdict(model.config), "iteration": progress.iteration,
         "losses": losses, "names": names, "rng": rng, **crops,
-    })  # fmt: skip
+    })
     bad = ", ".join(f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value))
     raise NonFiniteLoss(f"iteration {progress.iteration}: {bad}; images {', '.join(names)}; {path} has weights, crops "
                         "and random state to replay it; a lower --lr, or --amp bf16 instead of fp16, may help")
@@ -425,7 +426,7 @@ class Log:
     """
 
     def __init__(self, folder: Path, start: int, total: int, device: torch.device, images: int = 0, flops: float = 0,
-                 rate: float = math.inf) -> None:  # fmt: skip
+                 rate: float = math.inf) -> None:
         self.path, self.total, self.device = folder / "log.jsonl", total, device
         self.images, self.flops, self.rate = images, flops, rate
         kept = [line for line in read_log(self.path) if line["iteration"] <= start]
@@ -454,7 +455,7 @@ class Log:
             "matmul_fraction": self.images * self.flops / elapsed / self.rate,
             "eta_seconds": elapsed * (self.total - iteration),
             **{f"seconds/{name}": value for name, value in split.items()},
-        }  # fmt: skip
+        }
         self.write(iteration, "train", {**losses, "lr": lr, "gradient_norm": gradient_norm})
         self.write(iteration, "speed", speed)
         self.say(f"{iteration}/{self.total}  loss {losses['loss']:.4f} ({grouped(losses)})  lr {lr:.2e}  "

@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data import IGNORE, DataError, label_picture, leave_interrupt_to_parent
+from data import IGNORE, DataError, leave_interrupt_to_parent
+from draw import save_labels
 
 CLASSES = ("sky", "grass", "road", "water", "house", "tree", "crate", "ball", "pole", "sign")
 SKY, GRASS, ROAD, WATER, HOUSE, TREE, CRATE, BALL, POLE, SIGN = range(len(CLASSES))
@@ -85,7 +86,7 @@ def _draw_pair(job: tuple[int, int, int, tuple[int, int], Path]) -> str:
     name = f"{('train', 'val')[split]}_{i:04}"
     image, labels = draw_scene(np.random.default_rng((seed, split, i)), size)
     Image.fromarray(image).save(root / "images" / f"{name}.jpg", quality=92)
-    label_picture(labels, PALETTE).save(root / "labels" / f"{name}.png")
+    save_labels(labels, root / "labels" / f"{name}.png", PALETTE)
     return name
 
 

@@ -161,7 +161,7 @@ def is_plain(value: Any) -> bool:
         isinstance(value, Tensor) and value.dtype in NUMBERS and value.device.type == "cpu"
         and value.layout is torch.strided and not value.is_nested
         and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
-    )  # fmt: skip
+    )
 
 
 def spread_shared_table(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -261,12 +261,12 @@ def infer_config(state: dict[str, Tensor]) -> ModelConfig:
         "depth": count("backbone.blocks"), "num_heads": width(block + POSITION_TABLE, 1),
         "deform_heads": deformable_heads("adapter.interactions.0.injector.attn"),
         "spm_channels": width("adapter.spatial_prior.stem.0.weight"),
-    }  # fmt: skip
+    }
     if "head.fuse.0.weight" in state:
         told |= {
             "head": "upernet", "num_classes": width("head.classifier.weight"),
             "head_channels": width("head.fuse.0.weight"), "aux_channels": width("auxiliary_head.conv.0.weight"),
-        }  # fmt: skip
+        }
     else:
         encoder, decoder = "head.pixel_decoder.layers", "head.layers"
         told |= {
@@ -275,7 +275,7 @@ def infer_config(state: dict[str, Tensor]) -> ModelConfig:
             "mask_heads": deformable_heads(encoder + ".0.attention"),
             "encoder_layers": count(encoder), "encoder_ffn": width(encoder + ".0.ffn.0.weight"),
             "decoder_layers": count(decoder), "decoder_ffn": width(decoder + ".0.ffn.0.weight"),
-        }  # fmt: skip
+        }
     config = replace(ModelConfig(), **told)
     return replace(SIZES.get(size_of(config), config), **told)
 

@@ -27,11 +27,11 @@ CHANGES = {
     "window": 64, "embed_dim": 32, "num_heads": 2, "deform_heads": 2, "spm_channels": 8, "head_channels": 32,
     "aux_channels": 16, "num_queries": 8, "mask_heads": 2, "encoder_layers": 1, "encoder_ffn": 32, "decoder_layers": 3,
     "decoder_ffn": 32, "num_points": 64,
-}  # fmt: skip
+}
 NOISE = {"drop_path": 0.3, "dropout": 0.1}  # so that a run depends on every random number
 OPTIONS = [
     "--data", "data", "--size", "tiny", "--global-batch", "4", "--batch", "2", "--workers", "0", "--device", "cpu",
-]  # fmt: skip
+]
 
 
 def small_model(head: str, size: str, num_classes: int, **changes) -> model.Segmenter:
@@ -79,7 +79,7 @@ def cut_before(iteration: int, number: int, process: int) -> None:
 FLOPS, RATE = 1_000_000, 1e11
 REPLACED = {
     "build_model": small_model, "LOG_EVERY": 1, "forward_flops": lambda _: FLOPS, "matmul_rate": lambda *_: RATE,
-}  # fmt: skip
+}
 
 if __name__ == "__main__":
     for attribute, value in REPLACED.items():

@@ -356,12 +356,6 @@ def test_default_palette_has_distinct_colours() -> None:
     assert palette.shape == (255, 3) and len(np.unique(palette, axis=0)) == 255
 
 
-def test_label_pictures_keep_255_with_few_colours(tmp_path: Path) -> None:
-    labels = np.array([[0, 1, 255]], np.uint8)
-    data.label_picture(labels, np.array([[10, 20, 30], [40, 50, 60]])).save(tmp_path / "x.png")
-    assert np.asarray(Image.open(tmp_path / "x.png")).tolist() == [[0, 1, 255]]
-
-
 @pytest.mark.skipif(not CAMVID.is_dir(), reason=f"no CamVid at {CAMVID}; set VITSEG_CAMVID")
 def test_camvid() -> None:
     train, val = data.open_dataset(CAMVID, "train"), data.open_dataset(CAMVID, "val")

@@ -231,7 +231,7 @@ def test_confusion_counts_rows_of_labels_and_columns_of_predictions_without_the_
 def test_table_shows_percent_and_a_dash_for_a_class_that_is_nowhere():
     text = evaluate.table(metrics(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])), ["sky", "road", "unicorn"])
     assert [line.split() for line in text.splitlines()[2:5]] == [
-        ["sky", "75.00", "75.00", "4"], ["road", "80.00", "100.00", "4"], ["unicorn", "-", "-", "0"]]  # fmt: skip
+        ["sky", "75.00", "75.00", "4"], ["road", "80.00", "100.00", "4"], ["unicorn", "-", "-", "0"]]
     assert text.splitlines()[-1] == "aAcc 87.50   mIoU 77.50   mAcc 87.50"
 
 
@@ -298,9 +298,9 @@ def test_any_number_of_processes_gives_the_same_confusion_matrix(folder, process
     (folder / "worker.py").write_text(WORKER)
     paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone",
-               str(folder / "worker.py"), str(folder), str(folder / "confusion.pt")]  # fmt: skip
+               str(folder / "worker.py"), str(folder), str(folder / "confusion.pt")]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, timeout=120)  # fmt: skip
+                          capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     alone = evaluate.evaluate(PlaceModel().eval(), data.open_dataset(folder, "val"), multi_scale=True, progress=False)
     assert torch.load(folder / "confusion.pt").equal(alone)

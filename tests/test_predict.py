@@ -19,7 +19,7 @@ from predict import Predictor
 CLASSES = ["sky", "road", "tree", "car", "sign"]
 PALETTE = [[60, 120, 200], [90, 90, 90], [40, 140, 40], [200, 40, 40], [230, 200, 40]]
 SMALL = {"window": 64, "embed_dim": 32, "spm_channels": 8, "head_channels": 32, "aux_channels": 8,
-         "num_queries": 6, "encoder_layers": 1, "encoder_ffn": 32, "decoder_layers": 2, "decoder_ffn": 32}  # fmt: skip
+         "num_queries": 6, "encoder_layers": 1, "encoder_ffn": 32, "decoder_layers": 2, "decoder_ffn": 32}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def checkpoints(tmp_path_factory):
         torch.manual_seed(1)
         model = build_model(head, "tiny", len(CLASSES), **SMALL)
         torch.save({"format": "vit-adapter-seg/1", "model": model.state_dict(), "config": asdict(model.config),
-                    "classes": CLASSES, "palette": PALETTE, "iteration": 3}, folder / f"{head}.pt")  # fmt: skip
+                    "classes": CLASSES, "palette": PALETTE, "iteration": 3}, folder / f"{head}.pt")
     return folder
 
 

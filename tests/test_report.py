@@ -38,7 +38,7 @@ def test_a_curve_passes_through_its_points():
     # 300 x 150 pixels from (48, 26) on; the axis runs from 0 below to the largest value above.
     assert points == [(48, 26), (198, 138.5), (348, 101)]
     assert [c.find("title").text for c in chart.iter("circle")] == [
-        "iteration 0: 4", "iteration 50: 1", "iteration 100: 2"]  # fmt: skip
+        "iteration 0: 4", "iteration 50: 1", "iteration 100: 2"]
 
 
 def test_a_long_curve_is_averaged_to_400_points_and_a_short_one_left_out():
@@ -122,7 +122,7 @@ def run_folder(tmp_path, monkeypatch):
     run = Path("runs/first try")
     run.mkdir(parents=True)
     checkpoint = {"format": "vit-adapter-seg/1", "model": model.state_dict(), "config": asdict(model.config),
-                  "classes": ["sky", "<b>road</b>", "c"], "palette": [[0, 0, 0]] * 3, "iteration": 40}  # fmt: skip
+                  "classes": ["sky", "<b>road</b>", "c"], "palette": [[0, 0, 0]] * 3, "iteration": 40}
     torch.save(checkpoint, run / "best.pt")
     config = {"data": "set", "lr": 0.001, "environment": {"command": ["train.py", "--name", "<x>"], "torch": "2"}}
     (run / "config.json").write_text(json.dumps(config))

@@ -85,11 +85,12 @@ def test_a_crash_at_any_moment_leaves_a_whole_checkpoint(folder, monkeypatch, st
     assert {path.name for path in folder.iterdir()} == {"last.pt", "previous.pt", "best.pt"}
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_whole(folder, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), RuntimeError("No space left")])
+def test_a_full_disk_leaves_the_old_checkpoint_whole(folder, monkeypatch, error):
     def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
-    with monkeypatch.context() as patch, pytest.raises(RunError, match="No space left on device"):
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="No space left"):
         patch.setattr(run.os, "fsync", full)
         write_checkpoint(folder / "last.pt", checkpoint(4))
     assert load_last(folder)["iteration"] == 3

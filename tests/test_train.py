@@ -100,7 +100,7 @@ def test_the_five_query_parameters_learn_as_slowly_as_the_patch_embedding():
     groups = train.parameter_groups(model, 2e-5, 0.05, 0.9)
     scales = {id(p): group["scale"] for group in groups for p in group["params"]}
     for parameter in (model.head.query_embed, model.head.query_feat, model.head.level_embed,
-                      model.head.class_embed.weight, model.head.mask_embed[0].bias):  # fmt: skip
+                      model.head.class_embed.weight, model.head.mask_embed[0].bias):
         assert scales[id(parameter)] == pytest.approx(0.9**25) == pytest.approx(0.0718, abs=1e-4)
     assert scales[id(model.head.pixel_decoder.level_embed)] == 1
 
@@ -114,7 +114,7 @@ def test_recipes_are_the_published_ones():
     for key, expected in table.items():
         r = train.RECIPES[key]
         assert expected == (r.iterations, r.lr, r.layer_decay, r.validate_every, r.save_every, r.checkpoint_activations,
-                            r.official)  # fmt: skip
+                            r.official)
         assert (r.warmup, r.weight_decay, r.batch) == (1500, 0.05, 2)
         options = train.parse(["--head", key[0], "--size", key[1]])
         assert (options.warmup, options.global_batch, options.data) == (1500, 16, "data/VOCdevkit/VOC2010")
@@ -163,7 +163,7 @@ def test_faults_are_one_line(place, capsys):
 
 @pytest.mark.parametrize(("values", "message"), [
     ([255], "every pixel is ignored"), ([0], "nothing but 'ground'"), ([0, 7], "label value 7 is no class"),
-])  # fmt: skip
+])
 def test_preflight_stops_on_labels_that_teach_nothing(place, capsys, values, message):
     for path in Path("data/labels").glob("*.png"):
         labels = np.resize(np.array(values, np.uint8), (48, 64))
@@ -273,7 +273,7 @@ def test_sigterm_finishes_the_iteration_saves_and_exits_0(place):
     process = subprocess.run(
         [sys.executable, small.__file__, *small.OPTIONS, "--iterations", "9", "--name", "cut"], capture_output=True,
         text=True, env={**os.environ, "SMALL_CUT": "2:SIGTERM:0"}, check=False,
-    )  # fmt: skip
+    )
     assert process.returncode == 0 and "stopped: go on with --resume cut" in process.stdout
     assert load("runs/cut/last.pt")["iteration"] == 2
 
@@ -364,3 +364,31 @@ def test_memory_does_not_grow(place, monkeypatch):
     start("--iterations", "1200", "--validate-every", "10000", "--save-every", "10000", "--global-batch", "2")
     print(f"{time.time() - started:.0f} s, {resident} MB")
     assert resident[1] - resident[0] < 20
+
+
+def bytes_kept(model, images, labels) -> int:
+    """What one training step keeps for its backward pass, each storage once; runs the backward pass, too."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    torch.manual_seed(0)  # the same paths are dropped
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(images, labels)["loss"]
+    loss.backward()
+    return sum(kept.values())
+
+
+def test_checkpointed_activations_give_the_same_gradients_for_less_memory():
+    torch.manual_seed(1)
+    images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64))
+    model = train.build_model("upernet", "tiny", 3, window=64, head_channels=16, drop_path=0.3, depth=8).train()
+    plain = bytes_kept(model, images, labels)
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    train.checkpoint_activations(model)
+    assert bytes_kept(model, images, labels) < 0.6 * plain
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-7, msg=name)

@@ -34,7 +34,7 @@ META = {
     "env_info": "sys.platform: linux\nPython: 3.8", "mmcv_version": "1.4.2", "seed": None, "epoch": 8, "iter": 40000,
     "CLASSES": ("a", "b", "c", "d", "e", "f", "g"), "PALETTE": [[i, 2 * i, 255] for i in range(7)], "lr": (2e-5, 1e-6),
     "hook_msgs": {"best_score": np.float64(0.68), "count": np.int64(3), "done": np.bool_(True), "small": np.float32(1)},
-}  # fmt: skip
+}
 
 
 def small_config(head: str = "mask2former", **changes) -> ModelConfig:
@@ -44,7 +44,7 @@ def small_config(head: str = "mask2former", **changes) -> ModelConfig:
         "deform_heads": 2, "spm_channels": 8, "head_channels": 32, "aux_channels": 8, "dropout": 0.0, "num_queries": 4,
         "mask_heads": 2, "encoder_layers": 1, "encoder_ffn": 32, "decoder_layers": 1, "decoder_ffn": 32,
         "num_points": 16,
-    }  # fmt: skip
+    }
     return ModelConfig(head=head, **{**sizes, **changes})
 
 
@@ -143,7 +143,7 @@ def beit(shared: bool = False) -> dict:
     backbone = Segmenter(small_config(window=224)).backbone.state_dict()
     shapes = {name.replace("patch_embed.", "patch_embed.proj."): tensor.shape for name, tensor in backbone.items()}
     shapes |= {"mask_token": (1, 1, 32), "norm.weight": (32,), "fc_norm.weight": (32,), "head.weight": (2, 32),
-               "lm_head.bias": (9,)}  # fmt: skip
+               "lm_head.bias": (9,)}
     prefix = "blocks.0.attn"
     if shared:
         prefix = "rel_pos_bias"
@@ -175,7 +175,7 @@ def test_beit_pretraining(tmp_path, shared):
     assert set(report.dropped) == {
         "mask_token", "norm.weight", "fc_norm.weight", "head.weight", "lm_head.bias",
         f"{'rel_pos_bias' if shared else 'blocks.0.attn'}.relative_position_index",
-    }  # fmt: skip
+    }
     assert all(torch.equal(after[name], before[name]) for name in report.reinitialised)
 
 
@@ -293,7 +293,7 @@ def test_uper_net_into_mask2former(tmp_path):
     (TABLE, torch.zeros(53, 2), r"blocks\.0\.attn\.\w+ float32 \(53, 2\) should be float32 \(52, 2\)"),
     (TABLE, torch.zeros(732, 4), r"blocks\.0\.attn\.\w+ float32 \(732, 4\) should be float32 \(52, 2\)"),
     (TABLE, torch.zeros(()), r"blocks\.0\.attn\.\w+ float32 \(\) should be float32 \(52, 2\)"),
-])  # fmt: skip
+])
 def test_strict_and_not(tmp_path, name, value, message):
     """Each misfit is an error that leaves the model alone; with strict=False the rest is loaded."""
     state = own_checkpoint(small_config())["model"]
@@ -420,7 +420,7 @@ WRONG_VALUES = {
     "without memory": torch.empty(32, device="meta"),
     "of one number": torch.zeros(1).expand(32), "scalar": torch.zeros(()), "empty": torch.zeros(0),
     "integers": torch.zeros(32, dtype=torch.long),
-}  # fmt: skip
+}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -445,7 +445,7 @@ def test_wrong_values(tmp_path, wrong, legacy):
     {"a\nname\x1b[2J\ud800" + 10_000 * "x": torch.zeros(1)},
     {"state_dict": {"decode_head.query_feat.weight": torch.zeros(3, 3)}, "meta": 3},
     {"state_dict": {f"decode_head.{i}\n" + 500 * "x": torch.zeros(1) for i in range(9)}},
-])  # fmt: skip
+])
 def test_wrong_contents(tmp_path, monkeypatch, content):
     path = write(tmp_path / "x.pt", to_bytes(content))
     assert outcome(path) is None
@@ -458,7 +458,7 @@ def test_wrong_contents(tmp_path, monkeypatch, content):
     {"depth": 10**9}, {"decoder_layers": 10**9}, {"num_heads": 0}, {"embed_dim": -32}, {"window": 32 * 10**6},
     {"head_channels": 33}, {"embed_dim": 32.5}, {"head": "upernet"}, {"num_classes": 2**40}, {"num_classes": 4},
     {"window": 96}, {"window": 32000},
-])  # fmt: skip
+])
 def test_wrong_configurations(tmp_path, config):
     """Sizes are compared with the tensors before any memory is asked for."""
     content = own_checkpoint(small_config())
@@ -469,7 +469,7 @@ def test_wrong_configurations(tmp_path, config):
 @pytest.mark.parametrize("info", [
     {"classes": 3}, {"classes": None, "palette": None}, {"classes": ["a"]}, {"palette": [[1, 2]]}, {"palette": "red"},
     {"palette": [[0, 0, 300]] * 3}, {"classes": {}}, {"palette": [[None] * 3] * 3},
-])  # fmt: skip
+])
 def test_classes_that_make_no_sense_are_left_out(tmp_path, info):
     content = own_checkpoint(small_config()) | info | {"iteration": "x"}
     assert load_model(write(tmp_path / "x.pt", to_bytes(content)))[1] == {}

@@ -44,7 +44,10 @@ Number = int | float
 
 
 class Table(NamedTuple):
-    """What a benchmark found: rows with the same keys, which name the columns, and sentences below them."""
+    """What a benchmark found: rows with the same keys, which name the columns, and sentences below them.
+
+    A column is one of numbers if its first cell is.
+    """
 
     title: str
     rows: list[dict[str, str | Number]]
@@ -68,12 +71,10 @@ def markdown(table: Table) -> str:
     names = list(table.rows[0])
     numeric = [not isinstance(value, str) for value in table.rows[0].values()]
     grid = [names, *([figure(value) for value in row.values()] for row in table.rows)]
-    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    widths = [max(2, *map(len, column)) for column in zip(*grid, strict=True)]
     rule = ["-" * (width - 1) + (":" if right else "-") for width, right in zip(widths, numeric, strict=True)]
-    lines = [
-        " | ".join(f"{cell:{'>' if right else '<'}{width}}" for cell, width, right in zip(row, widths, numeric, strict=True))
-        for row in [names, rule, *grid[1:]]
-    ]
+    sides = [f"{'>' if right else '<'}{width}" for width, right in zip(widths, numeric, strict=True)]
+    lines = [" | ".join(map(format, row, sides)) for row in [names, rule, *grid[1:]]]
     return "\n".join([f"### {table.title}", "", *(f"| {line} |" for line in lines), "", *table.notes])
 
 
@@ -82,7 +83,7 @@ def machine(device: str) -> str:
     load, cores = os.getloadavg()[0], os.cpu_count()
     where = f"{torch.cuda.get_device_name()}, " if device == "cuda" else ""
     busy = "under load from other programs: measure again on a quiet machine" if load > 0.3 else "quiet"
-    return (f"PyTorch {torch.__version__} on {where}{torch.get_num_threads()} threads of {cores} CPU cores; "
+    return (f"PyTorch {torch.__version__} on {where}{torch.get_num_threads()} of {cores} CPU cores; "
             f"load average {load:.1f} at the start ({busy})")  # fmt: skip
 
 
@@ -177,11 +178,11 @@ def op_row(shape: OpShape, device: str, rounds: int) -> dict[str, str | Number]:
     for title, step in (("forward", inference), ("training", training)):
         turns = {name: lambda f=f, step=step: seconds(lambda: step(f), device) for name, f in functions.items()}
         taken = interleaved(turns, rounds, f"{shape.name}, {title}")
-        row |= {f"{title}, ms: {name}": 1e3 * each for name, each in taken.items()}
-        row["ratio" if title == "forward" else "ratio "] = taken["torch"] / taken["native"]
-    row |= {f"kept, MB: {name}": kept_bytes(f, shape, leaves) / 1e6 for name, f in functions.items()}
+        row |= {f"{title}: {name} ms": 1e3 * each for name, each in taken.items()}
+        row[f"{title}: ratio"] = taken["torch"] / taken["native"]
+    row |= {f"kept: {name} MB": kept_bytes(f, shape, leaves) / 1e6 for name, f in functions.items()}
     least = 4 * (sum(x.numel() for x in inputs) + cotangent.numel()) / 1e6  # each array once: no kernel can move less
-    return row | {"moved at least, MB": least, "GB/s": least / row["forward, ms: native"]}
+    return row | {"moved at least, MB": least, "GB/s": least / row["forward: native ms"]}
 
 
 def op_table(options: argparse.Namespace) -> Table:
@@ -198,32 +199,35 @@ def op_table(options: argparse.Namespace) -> Table:
 # ------------------------------------------------------------------------------------------------ training loader
 
 
+STAGES = ("read image", "read labels", "transform")
+WHOLE = "loader, in this process"
+
+
 def loader_table(options: argparse.Namespace) -> Table:
     """Images a second of each stage on one core, of the loader with and without workers, and of a training step.
 
-    Every candidate works on `limit` training images a round; only the order of the stream differs.
+    In a round every candidate works on the same number of training images; a step counts as often as it would run.
     """
-    dataset = data.open_dataset(options.data, "train")
-    window, workers, rounds = options.window or SIZES[options.size].window, options.workers, options.rounds or 5
-    number = max(1, (options.limit or 32) // options.batch) * options.batch
-    candidates = stages(dataset, window, number) | {
-        f"loader, {n} workers" if n else WHOLE: lambda n=n: loader_seconds(dataset, window, number, options.batch, n)
-        for n in sorted({0, workers})
-    }
-    step = f"training step, {options.head} {options.size}, window {window}, batch {options.batch}, {options.device}"
+    dataset, batch, workers = data.open_dataset(options.data, "train"), options.batch, options.workers
+    window, rounds = options.window or SIZES[options.size].window, options.rounds or 5
+    number = max(1, (options.limit or 64) // batch) * batch
+    many, step = f"loader, {workers} workers", f"training step on {options.device}"
     work = training_step(options, dataset, window)
-    candidates[step] = lambda: seconds(work, options.device) * number / options.batch
+    candidates = stages(dataset, window, number) | {
+        WHOLE: lambda: loader_seconds(dataset, window, number, batch, 0),
+        many: lambda: loader_seconds(dataset, window, number, batch, workers),
+        step: lambda: seconds(work, options.device) * number / batch,
+    }
     rate = {name: number / each for name, each in interleaved(candidates, rounds, "loader").items()}
-    cores = dict.fromkeys(rate, 1) | {f"loader, {workers} workers": max(1, min(workers, os.cpu_count() or 1))}
-    rows: list[dict[str, str | Number]] = [{"stage": name, "images/s": r, "per core": "-" if name == step else figure(r / cores[name]),
-             "ms/image": 1e3 / r} for name, r in rate.items()]  # fmt: skip
-    title = f"Training pipeline, {dataset.info.name}, {number} images a round, medians of {rounds}"
-    return Table(title, rows, loader_notes({name: rate[name] for name in STAGES}, rate[WHOLE],
-                                           max(rate[name] for name in rate if name.startswith("loader")), rate[step]))
-
-
-STAGES = ("read image", "read labels", "transform")
-WHOLE = "loader, in this process"
+    cores = {many: min(workers, os.cpu_count() or 1)}
+    rows: list[dict[str, str | Number]] = [
+        {"stage": name, "images/s": each, "images/s per core": "" if name == step else each / cores.get(name, 1),
+         "ms/image": 1e3 / each} for name, each in rate.items()
+    ]  # fmt: skip
+    what = f"{options.head} {options.size}, window {window}, batch {batch}"
+    title = f"Training pipeline, {dataset.info.name}, {what}, {number} images a round, medians of {rounds}"
+    notes = loader_notes({name: rate[name] for name in STAGES}, rate[WHOLE], max(rate[WHOLE], rate[many]), rate[step])
+    return Table(title, rows, notes)
 
 
 def stages(dataset: data.SegmentationDataset, window: int, number: int) -> dict[str, Callable[[], float]]:
@@ -236,15 +240,15 @@ def stages(dataset: data.SegmentationDataset, window: int, number: int) -> dict[
             data.train_transform(image, labels, window, np.random.default_rng((0, position)))
 
     works = (lambda: [dataset.image(i) for i in indices], lambda: [dataset.labels(i) for i in indices], transform)
-    return {name: lambda work=work: on_one_core(lambda: seconds(work)) for name, work in zip(STAGES, works, strict=True)}
+    return {stage: lambda work=work: on_one_core(work) for stage, work in zip(STAGES, works, strict=True)}
 
 
-def on_one_core(measure: Callable[[], float]) -> float:
-    """The measurement with one thread, as in a worker."""
+def on_one_core(work: Callable[[], object]) -> float:
+    """Seconds for the work with one thread, as in a worker of the loader."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return measure()
+        return seconds(work)
     finally:
         torch.set_num_threads(threads)
 
@@ -258,11 +262,13 @@ def loader_seconds(dataset: data.SegmentationDataset, window: int, number: int, 
     with closing(data.training_loader(dataset, window, seed=0, positions=positions, workers=workers)) as stream:
         for _ in range(1 + 2 * workers):  # a worker prepares two batches ahead
             next(stream)
-        return on_one_core(lambda: seconds(lambda: [next(stream) for _ in range(number // batch)]))
+        return on_one_core(lambda: [next(stream) for _ in range(number // batch)])
 
 
 def training_step(options: argparse.Namespace, dataset: data.SegmentationDataset, window: int) -> Callable[[], None]:
     """One iteration of a fresh model on a batch that is at hand: normalise, forward, backward, optimiser."""
+    if options.head == "upernet" and options.batch == 1:
+        raise ValueError("a training step of UperNet needs 2 images for its batch norm: use --batch 2")
     torch.manual_seed(0)
     model = build_model(options.head, options.size, len(dataset.info.classes), window=window).to(options.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -287,7 +293,7 @@ def loader_notes(stage_rates: dict[str, float], whole: float, best: float, need:
     slowest = min(stage_rates, key=stage_rates.__getitem__)
     waits = "the model waits for the loader" if best < need else "the loader is ahead of the model"
     return [
-        f"Bottleneck of the pipeline: **{slowest}**, {whole / stage_rates[slowest]:.0%} of an image's time on one core.",
+        f"Bottleneck of the pipeline: **{slowest}**, {whole / stage_rates[slowest]:.0%} of an image's time on a core.",
         f"The loader gives {figure(best)} images/s, the training step takes {figure(need)}: {waits}.",
         f"A device that needs X s for an iteration of {GLOBAL_BATCH} takes {GLOBAL_BATCH}/X images/s, which are "
         f"{GLOBAL_BATCH}/(X * {figure(whole)}) = {figure(cores_needed(1, whole))}/X cores of this kind.",
@@ -363,8 +369,8 @@ def evaluate_table(options: argparse.Namespace) -> Table:
         {"way": name, "windows": windows[name], "s/image": each / len(images), "images/s": len(images) / each,
          "ms/window": 1e3 * each / windows[name]} for name, each in taken.items()
     ]  # fmt: skip
-    title = (f"Multi-scale + flip, {options.head} {options.size}, window {model.config.window}, {len(images)} images of "
-             f"{dataset.info.name}, {device}, medians of {rounds}")  # fmt: skip
+    what = f"{options.head} {options.size}, window {model.config.window}"
+    title = f"Multi-scale + flip, {what}, {len(images)} images of {dataset.info.name}, {device}, medians of {rounds}"
     return Table(title, rows, evaluate_notes(rows, *found.values()))
 
 
@@ -381,10 +387,11 @@ def evaluate_notes(rows: Sequence[dict], plain: Sequence[Tensor], batched: Seque
     ratio = {key: rows[0][key] / rows[1][key] for key in ("s/image", "windows", "ms/window")}
     differing = sum(int((a != b).sum()) for a, b in zip(plain, batched, strict=True))
     pixels = sum(a.numel() for a in plain)
+    classes = len(torch.cat([a.flatten() for a in plain]).unique())  # of one class alone, equality would mean nothing
     return [
         f"evaluate.py is **{ratio['s/image']:.2f} times** as fast: {ratio['windows']:.2f} by computing equal views "
         f"once, {ratio['ms/window']:.2f} by the time of a window.",
-        f"The predictions differ in {differing:,} of {pixels:,} pixels.",
+        f"The predictions differ in {differing:,} of {pixels:,} pixels; {classes} classes occur in them.",
     ]
 
 
@@ -407,13 +414,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     model = parser.add_argument_group("loader and evaluate")
     model.add_argument("--data", default="toy", metavar="DIR", help="data set folder; default: the toy data")
     model.add_argument("--limit", type=evaluate.positive, metavar="N",
-                       help="images a round; default: 32 of loader, 8 of evaluate")  # fmt: skip
+                       help="images a round; default: 64 of loader, 8 of evaluate")  # fmt: skip
     model.add_argument("--head", default="mask2former", choices=("mask2former", "upernet"), help="default: mask2former")
-    model.add_argument("--size", default="tiny", choices=SIZES, help="of the model, with starting weights; default: tiny")
+    model.add_argument("--size", default="tiny", choices=SIZES, help="of the untrained model; default: tiny")
     model.add_argument("--window", type=evaluate.positive, metavar="PIXELS", help="default: that of the size")
     loader = parser.add_argument_group("loader")
     loader.add_argument("--batch", type=evaluate.positive, default=2, metavar="N", help="images at once; default: 2")
-    loader.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="default: one for each core")
+    loader.add_argument("--workers", type=evaluate.positive, default=os.cpu_count() or 1, metavar="N",
+                        help="default: one for each core")  # fmt: skip
     return parser.parse_args(arguments)
 
 

@@ -164,10 +164,12 @@ def automatic_window_batch(model: nn.Module, device: torch.device | str) -> int:
     window = model.config.window
     if torch.device(device).type != "cuda":
         return max(1, min(32, 4 * 480**2 // window**2))
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
+    probe = torch.zeros(1, 3, window, window, device=device)
     with torch.no_grad():
-        model(torch.zeros(1, 3, window, window, device=device))
+        model(probe)  # once for what stays: workspaces, and weights cast by autocast
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        model(probe)
     used = max(1, torch.cuda.max_memory_allocated(device) - before)
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's, but free to use
     return max(1, min(64, int(0.6 * (torch.cuda.mem_get_info(device)[0] + idle) / used)))

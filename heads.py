@@ -357,7 +357,8 @@ def loss_units(counts: Tensor, mine: slice, num_queries: int) -> LossUnits:
     matched = counts.clamp(max=num_queries)
     pair = torch.arange(len(counts), device=counts.device) // 2
     num_pairs = (len(counts) + 1) // 2
-    weight = matched + NO_OBJECT_WEIGHT * (num_queries - matched).double()
+    precise = torch.float32 if counts.device.type == "mps" else torch.float64  # MPS has no float64
+    weight = matched + NO_OBJECT_WEIGHT * (num_queries - matched).to(precise)
     pair_weight = weight.new_zeros(num_pairs).index_add_(0, pair, weight)
     masks = (matched.sum() / num_pairs).clamp(min=1)
     return LossUnits(pair_weight[pair][mine], masks, len(counts[mine]) / len(counts) * num_pairs)

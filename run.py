@@ -409,7 +409,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Gigabytes at most so far: of the device's memory on a GPU, of this process on a CPU."""
+    """Gigabytes at most: of the device's memory since the last validation, on a CPU of this process since its start."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
@@ -466,6 +466,8 @@ class Log:
 
     def write(self, iteration: int, kind: str, values: dict) -> None:
         """One line of log.jsonl, and one TensorBoard scalar for each number."""
+        # fp16's scaler skips steps whose gradients overflow; their infinite norm is no JSON.
+        values = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
         with open(self.path, "a") as file:
             file.write(json.dumps({"iteration": iteration, "kind": kind, **values}) + "\n")
         for name, value in values.items():

@@ -28,7 +28,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -124,11 +124,7 @@ MASK2FORMER_TINY = Recipe(
     official=None, cost="not measured",
     iterations=300, lr=1e-3, layer_decay=1.0, warmup=15, validate_every=150, save_every=100, batch=8,
 )
-UPERNET_TINY = Recipe(
-    command="python train.py --data toy --head upernet",
-    official=None, cost="not measured",
-    iterations=300, lr=1e-3, layer_decay=1.0, warmup=15, validate_every=150, save_every=100, batch=8,
-)
+UPERNET_TINY = replace(MASK2FORMER_TINY, command="python train.py --data toy --head upernet")
 RECIPES = {
     ("mask2former", "tiny"): MASK2FORMER_TINY, ("upernet", "tiny"): UPERNET_TINY,
     ("mask2former", "base"): MASK2FORMER_BASE, ("upernet", "base"): UPERNET_BASE,
@@ -187,6 +183,7 @@ def train(options: argparse.Namespace, process: Process) -> None:
     training, validation = open_datasets(options.data, process)
     folder, state = open_run(options.name or default_name(options), options.resume, options.name is not None, process)
     torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = options.tf32  # convolutions have a switch of their own, on by default
     torch.manual_seed(options.seed)  # the same starting values everywhere
     model = make_model(options, state, training.info.classes, process)
     groups = parameter_groups(model, options.lr, options.weight_decay, options.layer_decay)
@@ -326,8 +323,11 @@ def validate(model: Segmenter, dataset: SegmentationDataset, progress: Progress,
         scores |= {f"IoU/{name}": iou for name, iou in zip(classes, result.iou, strict=True)}
         scores = {name: float(value) for name, value in scores.items() if not math.isnan(value)}
         log.validation(progress.iteration, scores, table(result, classes))
-        picture = draw_predictions(model, dataset, device)
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            picture = draw_predictions(model, dataset, device)
         log.picture(progress.iteration, "validation/image, labels, prediction", picture)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # validation fills the device on purpose: log what training needs
 
 
 def draw_predictions(model: Segmenter, dataset: SegmentationDataset, device: torch.device) -> Image.Image:

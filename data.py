@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 
 IGNORE = 255
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, in grey levels, RGB
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".JPG", ".JPEG", ".PNG")
+LOWER_CASE = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+EXTENSIONS = LOWER_CASE + tuple(extension.upper() for extension in LOWER_CASE)
 TEST_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 CONTEXT_CLASSES = Path(__file__).with_name("pascal_context.json")
 
@@ -203,7 +204,7 @@ def find_image(folder: Path, name: str, split_file: Path) -> Path:
         path = folder / f"{name}{extension}"
         if path.is_file():
             return path
-    raise DataError(f"{split_file} names '{name}', but {folder} has no {name}.jpg (nor {', '.join(EXTENSIONS[1:7])}): "
+    raise DataError(f"{split_file} names '{name}', but {folder} has no {name}.jpg (nor {', '.join(LOWER_CASE[1:])}): "
                     "add the image or remove the name")
 
 

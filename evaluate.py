@@ -371,6 +371,8 @@ def newest_checkpoint(runs: Path = Path("runs")) -> Path:
 
 def data_of_run(checkpoint: Path) -> str:
     """The data folder that the checkpoint's run was trained on, from the config.json beside it."""
+    if not checkpoint.is_file():
+        raise EvaluationError(f"{checkpoint}: no such file; name a checkpoint, or none for the newest run's best")
     config = checkpoint.parent / "config.json"
     with contextlib.suppress(OSError, json.JSONDecodeError, KeyError):
         return json.loads(config.read_text())["data"]

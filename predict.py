@@ -119,7 +119,7 @@ def find_pictures(arguments: Sequence[str]) -> list[Path]:
     for argument in arguments:
         path = Path(argument)
         if path.is_dir():
-            found = [file for file in sorted(path.iterdir()) if file.name.endswith(data.EXTENSIONS)]
+            found = [file for file in sorted(path.iterdir()) if file.suffix.lower() in data.EXTENSIONS]
         else:
             found = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(argument, recursive=True))]
         if not found:
@@ -255,7 +255,7 @@ def fraction(text: str) -> float:
 
 
 def run(options: argparse.Namespace) -> list[str]:
-    """Predict all pictures; returns a line for each that could not be."""
+    """Predict all pictures; returns a line for each that could not be. Raises PredictError where not one could."""
     pictures = find_pictures(options.pictures)
     amp = torch.bfloat16 if options.amp else None
     checkpoint = options.checkpoint or evaluate.newest_checkpoint()
@@ -272,6 +272,9 @@ def run(options: argparse.Namespace) -> list[str]:
                 explain(predictor, data.read_image(picture)).save(f"{stem}_explain.png")
         except (ValueError, OSError) as error:
             failures.append(str(error))
+    if len(failures) == len(pictures):
+        others = f" (nor can {len(failures) - 1} others be read)" if len(failures) > 1 else ""
+        raise PredictError(failures[0] + others)
     print(f"{len(pictures) - len(failures)} of {len(pictures)} pictures: overlays and labels in {options.out}/")
     return failures
 

@@ -36,7 +36,7 @@ def in_parallel(function: Callable, jobs: Sequence, workers: int, title: str) ->
     """The function's results in the order of the jobs, from worker processes, under a progress bar."""
     with ProcessPoolExecutor(max(1, workers), initializer=data.leave_interrupt_to_parent) as pool:
         results = pool.map(function, jobs, chunksize=max(1, min(32, len(jobs) // (4 * max(1, workers)))))
-        yield from tqdm(results, desc=title, total=len(jobs), unit="image")
+        yield from tqdm(results, desc=title, total=len(jobs), unit="image", disable=None)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -245,7 +245,8 @@ def index_json(path: Path) -> dict[str, list[Annotated]]:
     splits: dict[str, list[Annotated]] = {"train": [], "val": []}
     places: dict[int, list[tuple[int, int]]] = defaultdict(list)  # annotations may come before their image
     try:
-        with path.open("rb") as file, tqdm(total=path.stat().st_size, desc="index", unit="B", unit_scale=True) as bar:
+        bar = tqdm(total=path.stat().st_size, desc="index", unit="B", unit_scale=True, disable=None)
+        with path.open("rb") as file, bar:
             for key, item, offset, length in JsonStream(file).items():
                 if key == "images":
                     name, image_id = Path(item["file_name"]).stem, item["image_id"]
@@ -307,7 +308,8 @@ def read_classes(classes: str) -> ClassList:
         if colour is None or name != "ignore":
             names.append(name)
     if len(set(names)) < len(names) or not 1 <= len(names) <= IGNORE:
-        raise DataError(f"--classes {classes}: 1 to {IGNORE} different names are needed, not {len(names)}")
+        raise DataError(f"--classes {classes}: 1 to {IGNORE} different names are needed, not {len(names)} "
+                        f"with {len(names) - len(set(names))} repeated")
     palette = data.default_palette(len(names))
     for colour, k in colours.items():
         if k != IGNORE:

@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -141,7 +142,7 @@ def new_run(name: str, unique: bool) -> Path:
     folder, number = RUNS / name, 1
     while (folder / "config.json").exists():
         if unique:
-            raise RunError(f"{folder} exists: continue it with --resume {name}, or choose another --name")
+            raise RunError(f"{folder} exists: continue it with --resume {shlex.quote(name)}, or choose another --name")
         number += 1
         folder = RUNS / f"{name}-{number}"
     return folder
@@ -214,6 +215,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None], keep: Path |
             os.replace(link, keep)
             link.unlink(missing_ok=True)  # renaming one name of a file to another of the same does nothing
         os.replace(partial, path)
+    except KeyboardInterrupt:
+        partial.unlink(missing_ok=True)
+        raise
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         partial.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]

@@ -52,7 +52,8 @@ def make_toy(root: str | Path = "data/toy", train: int = 400, val: int = 60, siz
         jobs = [(seed, number, i, size, draft) for number, count in enumerate((train, val)) for i in range(count)]
         with ProcessPoolExecutor(os.cpu_count(), initializer=leave_interrupt_to_parent) as pool:
             drawn = pool.map(_draw_pair, jobs, chunksize=8)
-            names = list(tqdm(drawn, desc=f"drawing {root}", total=len(jobs), unit="scene", disable=not progress))
+            hidden = None if progress else True  # None: shown on a terminal only
+            names = list(tqdm(drawn, desc=f"drawing {root}", total=len(jobs), unit="scene", disable=hidden))
         (draft / "train.txt").write_text("\n".join(names[:train]) + "\n")
         (draft / "val.txt").write_text("\n".join(names[train:]) + "\n")
         info = {"name": "toy", "classes": CLASSES, "palette": PALETTE, "ignore_index": IGNORE, "made_by": made_by}

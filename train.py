@@ -23,6 +23,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -191,6 +192,9 @@ def train(options: argparse.Namespace, process: Process) -> None:
     amp = AMP[options.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
     progress = Progress(**state["progress"]) if state else Progress()
+    if progress.iteration > options.iterations:
+        raise RunError(f"{folder} has done {progress.iteration} iterations, more than the {options.iterations} asked "
+                       "for: name a larger number with --iterations")
     stream = training_loader(
         training, model.config.window, seed=options.seed, workers=options.workers,
         positions=positions(progress.iteration, rank, world, options.batch, accumulation),
@@ -262,8 +266,10 @@ def train(options: argparse.Namespace, process: Process) -> None:
     save(folder / "last.pt", process, model, training.info, progress, optimizer, scaler)
     stop.release()
     if log:
-        done = f"done: best mIoU {progress.best:.4f}; python evaluate.py --checkpoint {folder}/best.pt"
-        log.say(done if progress.iteration == options.iterations else f"stopped: go on with --resume {folder.name}")
+        best = shlex.quote(f"{folder}/best.pt")
+        done = f"done: best mIoU {progress.best:.4f}; python evaluate.py --checkpoint {best}"
+        stopped = f"stopped: go on with --resume {shlex.quote(folder.name)}"
+        log.say(done if progress.iteration == options.iterations else stopped)
         log.close()
 
 
@@ -361,6 +367,8 @@ def preflight(dataset: SegmentationDataset, sample: int = 32) -> Tensor:
         DataError: an unreadable file, a label outside the classes, no labelled pixel, or one class alone.
     """
     chosen = np.unique(np.linspace(0, len(dataset) - 1, sample).astype(int)).tolist()
+    for i in chosen:
+        dataset.image(i)  # a file cut off in the middle has a sound header: only reading it tells
     pixels = sum(torch.bincount(torch.from_numpy(dataset.labels(i).ravel()).long(), minlength=256) for i in chosen)
     classes = dataset.info.classes
     present = [k for k in range(len(classes)) if pixels[k]]
@@ -445,6 +453,9 @@ def start_log(options: argparse.Namespace, process: Process, folder: Path, model
             f"{accumulation} accumulated; {flops / 1e9:,.0f} GFLOP an image; {device} does {rate / 1e9:,.0f} GFLOP/s; "
             f"iterations {iteration} to {options.iterations}")
     log.write(iteration, "start", surroundings)
+    pixels = preflight(dataset)
+    shares = (pixels / pixels.sum()).tolist()  # the histogram of the labels, beside the picture of one of them
+    log.write(iteration, "labels", dict(zip(info.classes, shares, strict=False)) | {"ignored": shares[255]})
     picture, labels = dataset.image(0), dataset.labels(0)
     picture = draw.with_legend(draw.overlay(picture, labels, info.palette), labels, info.classes, info.palette)
     log.picture(iteration, "data", picture)
@@ -483,7 +494,7 @@ def parser() -> Parser:
     how.add_argument("--global-batch", type=positive, default=16, metavar="N",
                      help="images in a step, over all devices; default: 16")
     how.add_argument("--batch", type=positive, metavar="N", help="images on a device at once")
-    how.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    how.add_argument("--seed", type=natural, default=0, metavar="N", help="default: 0")
     where = p.add_argument_group("on what")
     where.add_argument("--device", metavar="NAME", help="cpu, cuda or mps; default: cuda if there is one")
     where.add_argument("--workers", type=int, choices=range(65), default=2, metavar="N",
@@ -501,6 +512,12 @@ def parser() -> Parser:
     run.add_argument("--validate-every", type=positive, metavar="N", help="iterations")
     run.add_argument("--save-every", type=positive, metavar="N", help="iterations")
     return p
+
+
+def natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 up")
+    return int(text)
 
 
 def positive(text: str) -> int:
@@ -534,6 +551,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         p.set_defaults(**{key: value for key, value in read_config(folder).items() if key not in NOT_OPTIONS})
         options = p.parse_args(arguments)
         options.resume = str(folder)
+        for name in ("head", "size", "window", "freeze_backbone"):
+            if getattr(options, name) != read_config(folder).get(name):
+                raise RunError(f"{folder} was begun with another --{name.replace('_', '-')}: leave the option out, "
+                               "or start a new run")
     recipe = RECIPES[options.head, options.size]
     length = (options.iterations or recipe.iterations) / recipe.iterations
     for name, value in {**asdict(recipe), "warmup": round(recipe.warmup * length)}.items():
@@ -554,10 +575,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         options = parse(arguments)
         train(options, join_processes(options.device))
-    except (DataError, RunError, WeightsError) as error:
+    except (DataError, RunError, WeightsError, OSError) as error:
         complain(str(error), 2)
     except NonFiniteLoss as error:
         complain(str(error), 1)
+    except KeyboardInterrupt:  # before the loop; in it, StopSignal finishes the iteration and saves
+        complain("interrupted; what was saved is whole, and --resume goes on from there", 130)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -75,7 +75,8 @@ def read_file(path: str | os.PathLike) -> Any:
         raise
     except Exception as error:  # damage shows itself as BadZipFile, EOFError, KeyError, MemoryError, UnicodeError ...
         reason = type(error).__name__
-        raise WeightsError(f"{name}: cannot be read ({reason}): truncated or damaged? Download it again") from None
+        raise WeightsError(f"{name}: cannot be read ({reason}): truncated, damaged, or no checkpoint at all? "
+                           "Download it again") from None
 
 
 def read_zip(file: BinaryIO, name: str) -> Any:

@@ -155,6 +155,7 @@ def test_a_bad_picture_does_not_stop_the_others_and_is_named_at_the_end(checkpoi
     assert output.err.startswith(f"error: {tmp_path}/bad.png: not a readable image") and output.err.count("\n") == 1
     assert "1 of 2 pictures" in output.out
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["good_labels.png", "good_overlay.jpg"]
+    assert run(checkpoints, tmp_path / "bad.png", "--out", tmp_path / "out") == 2  # nothing could be done
 
 
 @pytest.mark.parametrize(

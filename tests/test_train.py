@@ -161,6 +161,36 @@ def test_faults_are_one_line(place, capsys):
     assert "empty.pth" in fault(capsys, "--size", "large", "--pretrained", "empty.pth")
 
 
+def test_faults_of_resumption_and_of_the_folder(place, capsys):
+    assert "not a whole number from 0 up" in fault(capsys, "--seed", "-1")
+    start("--iterations", "2", "--name", "done")
+    for options, message in (
+        (("--iterations", "1"), "has done 2 iterations, more than the 1 asked for"),
+        (("--head", "upernet"), "begun with another --head"),
+        (("--freeze-backbone",), "begun with another --freeze-backbone"),
+        (("--window", "96"), "begun with another --window"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            start("--resume", "done", *options)
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert load("runs/done/last.pt")["progress"]["iteration"] == 2
+    shares = next(line for line in run.read_log(Path("runs/done/log.jsonl")) if line["kind"] == "labels")
+    assert shares["ignored"] == pytest.approx(4 / 48) and shares["ground"] > shares["disk"] > 0
+
+
+def test_a_runs_folder_that_cannot_be_made(place, capsys):
+    Path("runs").touch()
+    with pytest.raises(SystemExit) as stopped:
+        start("--iterations", "1")
+    assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_preflight_reads_pictures_to_their_end(place, capsys):
+    path = Path("data/images/00.png")
+    path.write_bytes(path.read_bytes()[:-400])
+    assert "00.png" in fault(capsys)
+
+
 @pytest.mark.parametrize(("values", "message"), [
     ([255], "every pixel is ignored"), ([0], "nothing but 'ground'"), ([0, 7], "label value 7 is no class"),
 ])

@@ -122,10 +122,13 @@ UPERNET_BASE = Recipe(  # not among the released models: UperNet's length with t
 # From random weights on a CPU: no pre-training to preserve, hence a high rate and no layer decay.
 MASK2FORMER_TINY = Recipe(
     command="python train.py --data toy --head mask2former",
-    official=None, cost="not measured",
+    official=None, cost="300 iterations of 0.65 s as 2 processes on 2 CPU cores",
     iterations=300, lr=1e-3, layer_decay=1.0, warmup=15, validate_every=150, save_every=100, batch=8,
 )
-UPERNET_TINY = replace(MASK2FORMER_TINY, command="python train.py --data toy --head upernet")
+UPERNET_TINY = replace(
+    MASK2FORMER_TINY, command="python train.py --data toy --head upernet",
+    cost="300 iterations of 0.80 s as 2 processes on 2 CPU cores",
+)
 RECIPES = {
     ("mask2former", "tiny"): MASK2FORMER_TINY, ("upernet", "tiny"): UPERNET_TINY,
     ("mask2former", "base"): MASK2FORMER_BASE, ("upernet", "base"): UPERNET_BASE,

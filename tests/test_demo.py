@@ -21,6 +21,6 @@ def test_demo_reaches_its_scores(tmp_path, head):
     scores = {}
     for mode in ([], ["--ms"]):
         run(tmp_path, str(ROOT / "evaluate.py"), *mode, "--json", "scores.json")
-        scores[bool(mode)] = json.loads((tmp_path / "scores.json").read_text())["mIoU"]
+        scores[bool(mode)] = json.loads((tmp_path / "scores.json").read_text())["mean_iou"]
     assert scores[False] >= 0.80
     assert scores[True] >= scores[False] - 0.01

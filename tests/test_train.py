@@ -290,9 +290,10 @@ def test_cut_and_resumed_is_uncut_bit_for_bit(place, monkeypatch):
 def test_a_run_cut_in_a_validation_makes_up_for_it(place, monkeypatch):
     options = ("--iterations", "4", "--validate-every", "2", "--save-every", "2")
     start(*options, "--name", "uncut")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(train, "evaluate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         start(*options, "--name", "cut")
+    assert stopped.value.code == 130
     assert load("runs/cut/last.pt")["progress"] == {"iteration": 2, "validated": 0, "best": -1.0, "best_iteration": 0}
     train.main(["--resume", "cut"])
     assert same(load("runs/uncut/last.pt"), load("runs/cut/last.pt"))

@@ -381,7 +381,7 @@ def test_truncated_files(tmp_path, samples, kind):
         assert outcome(write(path, whole[:length]), model) is None, length
     with pytest.raises(WeightsError, match="the file is empty; download it again"):
         load_model(write(path, b""))
-    with pytest.raises(WeightsError, match="truncated or damaged"):
+    with pytest.raises(WeightsError, match="truncated, damaged, or no checkpoint at all"):
         load_model(write(path, whole[:-1]))
 
 
@@ -649,7 +649,8 @@ def test_command_line_from_a_shell(tmp_path):
     bomb = write(tmp_path / "x.pth", pickle.dumps(Bomb(tmp_path / "marker"), protocol=4))
     done = subprocess.run([sys.executable, ROOT / "weights.py", bomb], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: {bomb}: cannot be read (UnpicklingError): truncated or damaged? Download it again\n"
+    reason = "truncated, damaged, or no checkpoint at all? Download it again"
+    assert done.stderr == f"error: {bomb}: cannot be read (UnpicklingError): {reason}\n"
     assert not (tmp_path / "marker").exists()
 
 

@@ -215,14 +215,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None], keep: Path |
             os.replace(link, keep)
             link.unlink(missing_ok=True)  # renaming one name of a file to another of the same does nothing
         os.replace(partial, path)
-    except KeyboardInterrupt:
-        partial.unlink(missing_ok=True)
-        raise
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        partial.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise RunError(f"{path} cannot be written ({reason}): what was there before is whole; "
                        "make room, then --resume") from None
+    finally:
+        partial.unlink(missing_ok=True)  # still there after a fault or Ctrl-C
     sync_folder(path.parent)
 
 

@@ -554,8 +554,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         p.set_defaults(**{key: value for key, value in read_config(folder).items() if key not in NOT_OPTIONS})
         options = p.parse_args(arguments)
         options.resume = str(folder)
+        begun = read_config(folder)
         for name in ("head", "size", "window", "freeze_backbone"):
-            if getattr(options, name) != read_config(folder).get(name):
+            if getattr(options, name) != begun.get(name):
                 raise RunError(f"{folder} was begun with another --{name.replace('_', '-')}: leave the option out, "
                                "or start a new run")
     recipe = RECIPES[options.head, options.size]

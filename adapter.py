@@ -53,6 +53,7 @@ def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def conv_norm_relu(in_channels: int, out_channels: int, stride: int) -> list[nn.Module]:
+    """The layers of a 3x3 convolution without bias, batch norm and ReLU, to be chained in one Sequential."""
     convolution = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
     return [convolution, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
 

@@ -84,7 +84,7 @@ def machine(device: str) -> str:
     where = f"{torch.cuda.get_device_name()}, " if device == "cuda" else ""
     busy = "under load from other programs: measure again on a quiet machine" if load > 0.3 else "quiet"
     return (f"PyTorch {torch.__version__} on {where}{torch.get_num_threads()} of {cores} CPU cores; "
-            f"load average {load:.1f} at the start ({busy})")  # fmt: skip
+            f"load average {load:.1f} at the start ({busy})")
 
 
 def seconds(work: Callable[[], object], device: str = "cpu") -> float:
@@ -97,12 +97,13 @@ def seconds(work: Callable[[], object], device: str = "cpu") -> float:
 
 
 def wait(device: str) -> None:
+    """Let the device finish what it was given, so that the clock sees all of it."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def interleaved(candidates: dict[str, Callable[[], float]], rounds: int, title: str,
-                warm: int = 1) -> dict[str, float]:  # fmt: skip
+                warm: int = 1) -> dict[str, float]:
     """Median of what each candidate returns, its seconds; they take turns. The first `warm` rounds do not count."""
     taken: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in tqdm(range(warm + rounds), desc=title, unit="round", disable=None, leave=False):
@@ -193,7 +194,7 @@ def op_table(options: argparse.Namespace) -> Table:
     rows = [op_row(shape, options.device, rounds) for shape in OP_SHAPES]
     return Table(f"Deformable attention, float32, batch 1, {options.device}, medians of {rounds}", rows, [
         "`training` is forward + backward; `kept` is what autograd holds between them; GB/s is of the native forward.",
-    ])  # fmt: skip
+    ])
 
 
 # ------------------------------------------------------------------------------------------------ training loader
@@ -223,7 +224,7 @@ def loader_table(options: argparse.Namespace) -> Table:
     rows: list[dict[str, str | Number]] = [
         {"stage": name, "images/s": each, "images/s per core": "" if name == step else each / cores.get(name, 1),
          "ms/image": 1e3 / each} for name, each in rate.items()
-    ]  # fmt: skip
+    ]
     what = f"{options.head} {options.size}, window {window}, batch {batch}"
     title = f"Training pipeline, {dataset.info.name}, {what}, {number} images a round, medians of {rounds}"
     notes = loader_notes({name: rate[name] for name in STAGES}, rate[WHOLE], max(rate[WHOLE], rate[many]), rate[step])
@@ -368,7 +369,7 @@ def evaluate_table(options: argparse.Namespace) -> Table:
     rows: list[dict[str, str | Number]] = [
         {"way": name, "windows": windows[name], "s/image": each / len(images), "images/s": len(images) / each,
          "ms/window": 1e3 * each / windows[name]} for name, each in taken.items()
-    ]  # fmt: skip
+    ]
     what = f"{options.head} {options.size}, window {model.config.window}"
     title = f"Multi-scale + flip, {what}, {len(images)} images of {dataset.info.name}, {device}, medians of {rounds}"
     return Table(title, rows, evaluate_notes(rows, *found.values()))
@@ -399,29 +400,30 @@ def evaluate_notes(rows: Sequence[dict], plain: Sequence[Tensor], batched: Seque
 
 TABLES: dict[str, Callable[[argparse.Namespace], Table]] = {
     "op": op_table, "loader": loader_table, "evaluate": evaluate_table,
-}  # fmt: skip
+}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("Read:")[0],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", nargs="?", default="all", choices=[*TABLES, "all"], help="default: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="default: cuda if there is one")  # fmt: skip
+                        help="default: cuda if there is one")
     parser.add_argument("--rounds", type=evaluate.positive, metavar="N",
-                        help="timed rounds; default: 7 of op, 5 of loader, 3 of evaluate")  # fmt: skip
+                        help="timed rounds; default: 7 of op, 5 of loader, 3 of evaluate")
     model = parser.add_argument_group("loader and evaluate")
     model.add_argument("--data", default="toy", metavar="DIR", help="data set folder; default: the toy data")
     model.add_argument("--limit", type=evaluate.positive, metavar="N",
-                       help="images a round; default: 64 of loader, 8 of evaluate")  # fmt: skip
+                       help="images a round; default: 64 of loader, 8 of evaluate")
     model.add_argument("--head", default="mask2former", choices=("mask2former", "upernet"), help="default: mask2former")
     model.add_argument("--size", default="tiny", choices=SIZES, help="of the untrained model; default: tiny")
     model.add_argument("--window", type=evaluate.positive, metavar="PIXELS", help="default: that of the size")
     loader = parser.add_argument_group("loader")
     loader.add_argument("--batch", type=evaluate.positive, default=2, metavar="N", help="images at once; default: 2")
     loader.add_argument("--workers", type=evaluate.positive, default=os.cpu_count() or 1, metavar="N",
-                        help="default: one for each core")  # fmt: skip
+                        help="default: one for each core")
     return parser.parse_args(arguments)
 
 
@@ -446,6 +448,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
     options = parse(arguments)
     try:
         run(options)

@@ -38,7 +38,6 @@ import data
 import draw
 import weights
 
-IGNORED = 255
 Save = Callable[[int, np.ndarray], None]  # takes an image's index and its prediction, uint8 (H, W)
 REMEDY = "evaluate it on the data that it was trained on (--data DIR)"
 STRIP = 2**27  # numbers in a slab of probabilities (512 MiB of float32): larger pictures are voted on in strips
@@ -275,7 +274,7 @@ def prefetch(items: Iterable, ahead: int = 2) -> Iterator:
 
 def confusion_matrix(prediction: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """int64 (K, K) pixel counts: row = label, column = prediction. Pixels labelled 255 are left out."""
-    cells = torch.where(labels == IGNORED, num_classes**2, labels.long() * num_classes + prediction)
+    cells = torch.where(labels == data.IGNORE, num_classes**2, labels.long() * num_classes + prediction)
     return torch.bincount(cells.flatten(), minlength=num_classes**2 + 1)[:-1].view(num_classes, num_classes)
 
 
@@ -424,6 +423,7 @@ def to_json(result: Metrics, classes: Sequence[str], **facts: object) -> str:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(
         description="Evaluate a checkpoint: IoU and accuracy per class, aAcc, mIoU, mAcc.",
         epilog="Share the work out with: torchrun --nproc_per_node=N evaluate.py ...",
@@ -443,10 +443,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+    """A whole number from 1 up, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(text)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -497,6 +497,7 @@ def label_writer(folder: Path, dataset: data.SegmentationDataset, original_ids: 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status: 0, 2 for a user's fault, 130 for Ctrl-C."""
     options = parse(arguments)
     try:
         run(options)

@@ -44,6 +44,8 @@ def no_autocast(x: Tensor) -> AbstractContextManager:
 
 
 class ConvNormReLU(nn.Sequential):
+    """Convolution without bias, batch norm, ReLU: (B, in, h, w) -> (B, out, h, w)."""
+
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
         super().__init__(
             nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
@@ -54,6 +56,7 @@ class ConvNormReLU(nn.Sequential):
 
 
 def classifier(channels: int, num_classes: int) -> nn.Conv2d:
+    """The 1x1 convolution that ends both UperNet heads, with their start: normal 0.01, bias 0."""
     layer = nn.Conv2d(channels, num_classes, 1)
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)
@@ -147,6 +150,8 @@ def sine_positions(h: int, w: int, channels: int, like: Tensor) -> Tensor:
 
 
 class FeedForward(nn.Sequential):
+    """Two linear layers with a ReLU between, (B, S, C) -> (B, S, C)."""
+
     def __init__(self, channels: int, hidden: int):
         super().__init__(nn.Linear(channels, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, channels))
 
@@ -304,6 +309,7 @@ def where_to_look(mask_embed: Tensor, level_features: Tensor) -> Tensor:
 
 
 def xavier_normal_matrices(module: nn.Module) -> None:
+    """Mask2Former's start of its two transformers: every matrix Xavier normal, vectors as their layers made them."""
     for parameter in module.parameters():
         if parameter.dim() > 1:
             nn.init.xavier_normal_(parameter)

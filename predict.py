@@ -233,6 +233,7 @@ def sampling_picture(image: np.ndarray, places: np.ndarray, points: np.ndarray, 
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description="Segment pictures: an overlay with a legend and a label PNG for each.")
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="a file, a folder or a quoted glob")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: the newest runs/*/best.pt")
@@ -248,6 +249,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def fraction(text: str) -> float:
+    """A number from 0 to 1, for argparse."""
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")

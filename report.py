@@ -293,6 +293,7 @@ classes in the image's labels.</p>
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
     parser = argparse.ArgumentParser(description="Write a run's report: runs/NAME/report/index.html.")
     parser.add_argument("run", nargs="?", default="", help="name or folder of a run; default: the newest")
     parser.add_argument("--data", metavar="DIR", help="data set folder; default: the one the run was trained on")

@@ -44,7 +44,7 @@ from torch.utils.checkpoint import checkpoint
 import draw
 from adapter import Extractor, Injector
 from data import Batch, DataError, SegmentationDataset, normalize, open_dataset, positions, training_loader
-from evaluate import evaluate, metrics, predictions, table
+from evaluate import evaluate, metrics, positive, predictions, table
 from heads import loss_units, mask_counts
 from model import Block, ModelConfig, Segmenter, build_model
 from run import (
@@ -184,7 +184,7 @@ def train(options: argparse.Namespace, process: Process) -> None:
     accumulation = share_batch(options.global_batch, world, options.batch)
     if options.head == "upernet" and world * options.batch == 1:
         raise RunError("UperNet's batch norm needs 2 images at once, on all devices together: use --batch 2")
-    training, validation = open_datasets(options.data, process)
+    training, validation, pixels = open_datasets(options.data, process)
     folder, state = open_run(options.name or default_name(options), options.resume, options.name is not None, process)
     torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = options.tf32  # convolutions have a switch of their own, on by default
@@ -203,7 +203,9 @@ def train(options: argparse.Namespace, process: Process) -> None:
         positions=positions(progress.iteration, rank, world, options.batch, accumulation),
     )
     stream = itertools.chain([next(stream)], stream)  # it draws from torch's RNG as it starts: before that is restored
-    log = start_log(options, process, folder, model, training, progress.iteration, accumulation) if rank == 0 else None
+    log = None
+    if rank == 0:
+        log = start_log(options, process, folder, model, training, pixels, progress.iteration, accumulation)
     if options.compile:
         model.compile()
     parallel: nn.Module = model
@@ -354,10 +356,11 @@ def draw_predictions(model: Segmenter, dataset: SegmentationDataset, device: tor
 # -------------------------------------------------------------------------------------------------- what comes before
 
 
-def open_datasets(root: str, process: Process) -> tuple[SegmentationDataset, SegmentationDataset]:
-    """Training and validation split; process 0 goes first, makes the toy data if need be, and looks for mistakes."""
-    on_first(process, lambda: [preflight(open_dataset(root, split)) for split in ("train", "val")])
-    return open_dataset(root, "train"), open_dataset(root, "val")
+def open_datasets(root: str, process: Process) -> tuple[SegmentationDataset, SegmentationDataset, Tensor]:
+    """Training split, validation split, and what `preflight` counted in the first; process 0 goes ahead, makes the toy
+    data if need be, and looks for mistakes."""
+    pixels, _ = on_first(process, lambda: [preflight(open_dataset(root, split)) for split in ("train", "val")])
+    return open_dataset(root, "train"), open_dataset(root, "val"), pixels
 
 
 def preflight(dataset: SegmentationDataset, sample: int = 32) -> Tensor:
@@ -438,7 +441,7 @@ def find_pretrained(name: str | None, size: str) -> Path | None:
 
 
 def start_log(options: argparse.Namespace, process: Process, folder: Path, model: Segmenter,
-              dataset: SegmentationDataset, iteration: int, accumulation: int) -> Log:
+              dataset: SegmentationDataset, pixels: Tensor, iteration: int, accumulation: int) -> Log:
     """Make the folder, write config.json, say what is about to run. From here on there is something on the disk."""
     folder.mkdir(parents=True, exist_ok=True)
     device, window, info = process.device, model.config.window, dataset.info
@@ -456,7 +459,6 @@ def start_log(options: argparse.Namespace, process: Process, folder: Path, model
             f"{accumulation} accumulated; {flops / 1e9:,.0f} GFLOP an image; {device} does {rate / 1e9:,.0f} GFLOP/s; "
             f"iterations {iteration} to {options.iterations}")
     log.write(iteration, "start", surroundings)
-    pixels = preflight(dataset)
     shares = (pixels / pixels.sum()).tolist()  # the histogram of the labels, beside the picture of one of them
     log.write(iteration, "labels", dict(zip(info.classes, shares, strict=False)) | {"ignored": shares[255]})
     picture, labels = dataset.image(0), dataset.labels(0)
@@ -520,12 +522,6 @@ def parser() -> Parser:
 def natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 up")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return int(text)
 
 

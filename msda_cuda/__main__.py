@@ -31,6 +31,7 @@ def self_test(device: str, dtype: torch.dtype) -> float:
 
 
 def main() -> int:
+    """Say what is active, and compare it with the reference; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m msda_cuda", description=__doc__)
     parser.parse_args()
     try:

@@ -105,10 +105,12 @@ def register() -> None:
 
 
 def forward_fake(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
+    """The output's shape and type, without data."""
     return value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
 
 
 def backward_fake(grad: Tensor, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor):
+    """The shapes and types of the three gradients, without data."""
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (value, locations, weights))
 
 
@@ -119,10 +121,12 @@ def keep(ctx, inputs, output) -> None:
 
 
 def forward_derivative(ctx, grad: Tensor):
+    """Gradients of value, locations and weights from one of (B, Q, M*D); the sizes have none."""
     value, locations, weights = ctx.saved_tensors
     to_value, to_locations, to_weights = torch.ops.msda.backward(grad, value, ctx.shapes, locations, weights)
     return to_value, None, to_locations, to_weights
 
 
 def no_second_derivative(ctx, *grads):
+    """Refuse clearly what is not implemented."""
     raise NotImplementedError("ms_deform_attn: second derivatives are not implemented (nor are grid_sample's)")

@@ -32,7 +32,7 @@ def photograph(height, width):
     ("value", "text"),
     [("torch", "torch"), (0, "0"), (1234567, "1,234,567"), (12.345, "12.3"), (0.012345, "0.0123"), (1234.5, "1,234"),
      (-3.14159, "-3.14"), (0.0, "0.0"), (float("inf"), "inf")],
-)  # fmt: skip
+)
 def test_figures_have_three_digits(value, text):
     assert figure(value) == text
 
@@ -86,7 +86,7 @@ def test_loader_table_counts_images_per_second_and_core(small, monkeypatch):
     assert [row["stage"] for row in table.rows] == [
         "read image", "read labels", "transform", "loader, in this process", "loader, 2 workers",
         "training step on cpu",
-    ]  # fmt: skip
+    ]
     for row in table.rows[:-1]:
         assert row["images/s"] > 0 and row["images/s per core"] == row["images/s"]
         assert row["ms/image"] == pytest.approx(1000 / row["images/s"])

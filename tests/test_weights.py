@@ -674,8 +674,10 @@ def test_released_models_at_full_size(tmp_path, name):
     """A file in the official format gives the official features, scores and labels of a 480 x 480 image, in float32."""
     golden, path = load_golden(f"full_{name}.npz"), tmp_path / "iter_40000.pth"
     shapes = json.loads((GOLDEN / "official_state_dicts.json").read_text())[name]
-    writer = multiprocessing.get_context("fork").Process(target=write_official_file, args=(shapes, path))
-    writer.start()  # a process of its own, so that its memory does not count in the peak
+    # A process of its own, so that its memory does not count in the peak; a forked one would wait for ever for the
+    # threads of the forward pass of the model before.
+    writer = multiprocessing.get_context("spawn").Process(target=write_official_file, args=(shapes, path))
+    writer.start()
     writer.join()
     assert writer.exitcode == 0
     start = time.perf_counter()

@@ -1,10 +1,16 @@
-"""Speed and memory, measured side by side: `python benchmark.py [op|loader|evaluate|all] [--json FILE]`.
+"""Speed and memory, measured side by side: `python benchmark.py [TABLE] [--systems NAME,...] [--json FILE]`.
 
+    systems    forward, training step, pictures: time, share of the matmul rate, memory, waits, and where the time goes
+    losses     matching and losses of Mask2Former: time and dispatches, by number of images
+    growth     how time grows with the batch, the window and the classes, against the arithmetic
+    compile    torch.compile: graph breaks, the time to compile, and with and without it
     op         deformable attention: the native operator against the grid_sample reference
     loader     images per second of each stage of the training pipeline, and what the model asks for
     evaluate   multi-scale + flip: windows in full batches against one window of one view at a time
+    all        what is quick: every table but compile, of tiny models
 
-Read: Table -> markdown, interleaved -> op_table, loader_table, plain_predictions -> evaluate_table -> main.
+Read: Table -> markdown, interleaved -> Subject, systems_tables -> losses_table -> growth_table -> compile_table ->
+op_table, loader_table, plain_predictions -> evaluate_table -> main.
 
 The candidates take turns and the median of each is printed, so that a busy machine slows all of them alike. Ratios of
 one run may be compared; times of two runs only on a quiet machine, and the first line says whether it was one.
@@ -13,32 +19,53 @@ Shapes: B batch, Q queries, M heads, D channels of a head, L levels, P points; i
 """
 
 import argparse
+import gc
 import json
 import math
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
+import command
 import data
 import evaluate
-from model import SIZES, Segmenter, build_model
+import heads
+from measure import (
+    Dispatches,
+    forward_flops,
+    keep_freed_memory,
+    kept_for_backward,
+    matmul_rate,
+    model_kept,
+    model_waits,
+    module_times,
+    peak_of,
+    places,
+    seconds,
+    training_flops,
+)
+from model import SIZES, ModelConfig, Segmenter, build_model
 from msda_cuda import ms_deform_attn, ms_deform_attn_torch
 from msda_cuda.build import BuildError
 from msda_cuda.ops import active_path, native
+from peers import build_peer
 
 GLOBAL_BATCH = 16  # images of an iteration in the published recipes
 Number = int | float
+Row = dict[str, str | Number]
 
 # ---------------------------------------------------------------------------------------------- tables and timing
 
@@ -46,11 +73,11 @@ Number = int | float
 class Table(NamedTuple):
     """What a benchmark found: rows with the same keys, which name the columns, and sentences below them.
 
-    A column is one of numbers if its first cell is.
+    A column is one of numbers if any cell is; "" stands for none.
     """
 
     title: str
-    rows: list[dict[str, str | Number]]
+    rows: list[Row]
     notes: list[str]
 
 
@@ -69,7 +96,7 @@ def figure(value: str | Number) -> str:
 def markdown(table: Table) -> str:
     """The table in Markdown, padded so that it also reads well in a terminal; numbers stand to the right."""
     names = list(table.rows[0])
-    numeric = [not isinstance(value, str) for value in table.rows[0].values()]
+    numeric = [any(not isinstance(row[name], str) for row in table.rows) for name in names]
     grid = [names, *([figure(value) for value in row.values()] for row in table.rows)]
     widths = [max(2, *map(len, column)) for column in zip(*grid, strict=True)]
     rule = ["-" * (width - 1) + (":" if right else "-") for width, right in zip(widths, numeric, strict=True)]
@@ -87,21 +114,6 @@ def machine(device: str) -> str:
             f"load average {load:.1f} at the start ({busy})")
 
 
-def seconds(work: Callable[[], object], device: str = "cpu") -> float:
-    """How long one call takes, until the device has finished."""
-    wait(device)
-    start = time.perf_counter()
-    work()
-    wait(device)
-    return time.perf_counter() - start
-
-
-def wait(device: str) -> None:
-    """Let the device finish what it was given, so that the clock sees all of it."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def interleaved(candidates: dict[str, Callable[[], float]], rounds: int, title: str,
                 warm: int = 1) -> dict[str, float]:
     """Median of what each candidate returns, its seconds; they take turns. The first `warm` rounds do not count."""
@@ -110,6 +122,338 @@ def interleaved(candidates: dict[str, Callable[[], float]], rounds: int, title: 
         for name, candidate in candidates.items():
             taken[name].append(candidate())
     return {name: statistics.median(each[warm:]) for name, each in taken.items()}
+
+
+# --------------------------------------------------------------------------------------------------- whole models
+
+# GFLOP of a forward pass and of a training step, for one image of 480 x 480, as the official code does them: they stay
+# the denominators where algebra saves some of it, so that 100 % can be passed. For tiny models: what ours does.
+OFFICIAL = {"mask2former-large": (1905, 5746), "upernet-large": (2284, 6884), "mask2former-base": (356, 1084)}
+TINY = ("mask2former-tiny", "upernet-tiny")
+PRESENT = 8  # classes in a crop
+PICTURE = (375, 500)  # (H, W) of a typical picture for a window of 480, in proportion for others
+Turn = Callable[[], object]
+
+
+def chosen(options: argparse.Namespace, default: Sequence[str] = TINY) -> Sequence[str]:
+    """The systems that the command line names, or the table's own; the tiny ones where all tables are asked for."""
+    return options.systems or (TINY if options.table == "all" else default)
+
+
+def config_of(system: str, **changes) -> ModelConfig:
+    """The configuration of HEAD-SIZE, for 59 classes. Raises ValueError for a name that does not exist."""
+    head, _, size = system.partition("-")
+    if size not in SIZES or head not in ("mask2former", "upernet"):
+        raise ValueError(f"--systems: {system!r} does not exist; join mask2former or upernet and one of "
+                         f"{', '.join(SIZES)} with a dash, as in {TINY[0]}")
+    return replace(SIZES[size], head=head, **changes)
+
+
+def accept_single_values(norm: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
+    """Batch norm refuses to train on one value a channel, what UperNet's coarsest pooling makes of one image. It, and
+    no other, then takes its running statistics."""
+    norm.training = norm.training and inputs[0].numel() > norm.num_features
+
+
+def updater(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[Tensor, Tensor], None]:
+    """A training step on images and labels: forward, losses, backward, optimiser."""
+    def update(images: Tensor, labels: Tensor) -> None:
+        model(images, labels)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()  # here rather than before: who waits for a turn holds no gradients
+
+    return update
+
+
+class Subject:
+    """A model to be measured, with noise for images and classes in squares; methods are what one does with it."""
+
+    def __init__(self, build: Callable[..., nn.Module], system: str, batch: int, device: str, **changes):
+        self.config, self.device = config_of(system, **changes), device
+        torch.manual_seed(0)
+        self.model = build(*system.split("-"), **{"num_classes": self.config.num_classes, **changes}).to(device)
+        self.model.config = self.config  # evaluate.py asks for its window, also a peer
+        for norm in self.model.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.register_forward_pre_hook(accept_single_values)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
+        self.update = updater(self.model, self.optimizer)
+        window, classes = self.config.window, min(PRESENT, self.config.num_classes)
+        self.images = torch.randn(batch, 3, window, window).to(device)
+        self.labels = F.interpolate(torch.randint(classes, (batch, 1, 8, 8)).float(), window)[:, 0].long().to(device)
+        size = [side * window // 480 for side in PICTURE]
+        self.picture = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+
+    @torch.no_grad()
+    def forward(self, number: int | None = None) -> Tensor:
+        return self.model.eval()(self.images[:number])
+
+    def train(self) -> None:
+        self.model.train()
+        self.update(self.images, self.labels)
+
+    def segment(self, multi_scale: bool) -> list[Tensor]:
+        return list(evaluate.predictions(self.model.eval(), [self.picture], multi_scale=multi_scale,
+                                         device=self.device))
+
+    def works(self, pictures: bool) -> dict[str, Turn]:
+        """What is measured, by name; the training step first, for it leaves nothing that others would keep."""
+        found = {f"training step, batch {len(self.images)}": self.train, "forward, batch 1": partial(self.forward, 1)}
+        if pictures:
+            found |= {"picture, single-scale": partial(self.segment, False),
+                      "picture, multi-scale + flip": partial(self.segment, True)}
+        return found
+
+    def fits_beside(self, kept: float) -> bool:
+        """Whether a training step has room with a model of the same size there too; `kept` as ours for backward."""
+        if self.device == "cuda":
+            return True
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        numbers = sum(p.numel() for p in self.model.parameters())
+        return 4 * numbers * (2 * 3 + 1) + 2 * kept < 0.95 * memory  # both with two moments, one with gradients
+
+
+def systems_tables(options: argparse.Namespace) -> list[Table]:
+    """What each model costs, and where its time goes; one after the other, for two large ones fill the memory."""
+    rows, split = [], []
+    for system in chosen(options, (*OFFICIAL, *TINY)):
+        for row, parts in measured(system, options):
+            rows.append(row)
+            split.append({"system": system, "work": row["work"], **parts})
+        gc.collect()
+    names = [name for name in PARTS if any(name in parts for parts in split)]
+    split = [{name: parts.get(name, "") for name in names} for parts in split]
+    where = f"{options.device}, float32"
+    return [Table(f"Systems, {where}, medians of {options.rounds or ROUNDS} rounds", rows, SYSTEMS_NOTES),
+            Table(f"Milliseconds by part, {where}, one call", split, SPLIT_NOTES)]
+
+
+ROUNDS = 5
+PARTS = ("system", "work", "backbone", "adapter", "pixel decoder", "decoder", "scores", "matching", "losses",
+         "optimiser", "other")
+SYSTEMS_NOTES = [
+    "The matmul rate, of (4725, 1024) @ (1024, 4096), is taken right before and after a row; % is of their mean. GFLOP "
+    "of base and large are the official code's, of tiny ours; a picture counts its windows.",
+    "`kept`: for the backward pass, without parameters, a crop; in bfloat16 counted on tensors without data, with a "
+    "CPU's kernels. `peak`: of the process, weights and optimiser included.",
+    "A training step beside which the other model has no room in the memory is not compared.",
+    "`waits`: how often the host would have to wait for a GPU, counted on tensors without data.",
+    "A batch norm that gets one value a channel (UperNet's coarsest pooling at batch 1) uses its running statistics.",
+]
+SPLIT_NOTES = ["Forward and backward together. `other`: resizing the scores, summing the losses; of a picture reading, "
+               "cutting and voting."]
+
+
+def measured(system: str, options: argparse.Namespace) -> Iterator[tuple[Row, Row]]:
+    """For each work the row of the first table and that of the second."""
+    batch, pictures = 1 if system.endswith("large") else 2, options.full or system.endswith("tiny")
+    ours = Subject(build_model, system, batch, options.device)
+    works = ours.works(pictures)
+    alone = {work: measured_alone(ours, work, turn) for work, turn in works.items()}  # while no peer fills the memory
+    subjects = {"": ours}
+    if options.against:
+        subjects[f"{options.against} "] = Subject(build_peer, system, batch, options.device)
+    for index, work in enumerate(works):
+        facts, parts, windows, flop = alone[work]
+        fits = index > 0 or ours.fits_beside(1e6 * batch * facts["kept MB"])
+        turns = {f"{name}s": each.works(pictures)[work] for name, each in subjects.items() if each is ours or fits}
+        taken, before, after = rated(turns, options, f"{system}, {work}")
+        for subject in subjects.values():
+            subject.optimizer.state.clear()  # only training needs it
+        row: Row = {"system": system, "work": work, **{f"{name}s": taken.get(f"{name}s", "") for name in subjects}}
+        if options.against:
+            row["ratio"] = taken[f"{options.against} s"] / taken["s"] if fits else ""
+        gflop = windows * OFFICIAL[system][index == 0] if system in OFFICIAL else flop / 1e9
+        row |= {"GFLOP": gflop, "% of matmul": 100 * 2 * gflop / taken["s"] / (before + after),
+                "GFLOP/s before": before, "after": after,
+                "valid": "rate moved" if max(before, after) > 1.1 * min(before, after) else ""}
+        yield row | facts, parts
+
+
+def rated(turns: dict[str, Turn], options: argparse.Namespace, title: str) -> tuple[dict[str, float], float, float]:
+    """Median seconds of each candidate, and the matmul rate in GFLOP/s before and after them."""
+    before = matmul_rate(options.device, torch.float32, 7) / 1e9
+    timed = {name: partial(seconds, turn, options.device) for name, turn in turns.items()}
+    taken = interleaved(timed, options.rounds or ROUNDS, title)
+    return taken, before, matmul_rate(options.device, torch.float32, 7) / 1e9
+
+
+def measured_alone(subject: Subject, work: str, turn: Turn) -> tuple[Row, Row, int, int]:
+    """One call after a first one: memory and waits; milliseconds by part; windows and FLOP that it takes."""
+    model, config, training = subject.model, subject.config, turn == subject.train
+    windows: list[int] = []
+    counting = model.register_forward_pre_hook(lambda _, inputs: windows.append(len(inputs[0])))
+    turn()
+    counting.remove()
+    parts: dict[str, float] = {}
+    peak = peak_of(lambda: parts.update(
+        module_times(model, turn, places(model, subject.optimizer), subject.device)), subject.device)
+    facts: Row = {"kept MB": "", "bf16 MB": "", "peak GB": peak, "waits": ""}
+    if training:
+        subject.optimizer.state.clear()  # no part of a forward pass's peak
+        facts["kept MB"] = kept_for_backward(lambda: model(subject.images, subject.labels), model) / 1e6 / windows[0]
+        facts["bf16 MB"] = model_kept(config, windows[0], torch.bfloat16) / 1e6 / windows[0]
+    if not work.startswith("picture"):
+        facts["waits"] = model_waits(config, windows[0], training).waits.total()
+    flop = training_flops(config) if training else forward_flops(config)
+    return facts, {name: 1e3 * each for name, each in parts.items()}, sum(windows), sum(windows) * flop
+
+
+# ------------------------------------------------------------------------------------------------- losses and growth
+
+
+def losses_table(options: argparse.Namespace) -> list[Table]:
+    """Matching and losses alone, for what an untrained model predicts; their dispatches should not grow with images."""
+    rows = [losses_row(system, images, options) for system in chosen(options, TINY[:1])
+            if system.startswith("mask2former") for images in (2, 4)]
+    if not rows:
+        raise ValueError("--systems names no mask2former, whose matching and losses the table is about")
+    return [Table(f"Mask2Former's matching and losses, {options.device}, float32", rows, [
+        "Dispatches are ATen operators that do work; views and what else moves nothing stand apart."])]
+
+
+def losses_row(system: str, images: int, options: argparse.Namespace) -> Row:
+    """Milliseconds and dispatches, forward and with backward."""
+    subject = Subject(build_model, system, images, options.device)
+    with torch.no_grad():
+        predicted = subject.model.head(subject.model.features(subject.images), every_layer=True)
+    predicted = tree_map(lambda x: x.detach().requires_grad_(), predicted)
+
+    def losses() -> Tensor:
+        terms = heads.mask2former_losses(predicted, subject.labels, subject.config.num_points)
+        return torch.stack(list(terms.values())).sum()
+
+    with Dispatches() as forward:
+        losses()
+    with Dispatches() as both:
+        losses().backward()
+    turns = {"forward": losses, "both": lambda: losses().backward()}
+    taken = interleaved({name: partial(seconds, turn, options.device) for name, turn in turns.items()},
+                        options.rounds or ROUNDS, f"{system}, losses")
+    return {"system": system, "images": images,
+            "forward ms": 1e3 * taken["forward"], "dispatches": forward.work.total(), "views": forward.views.total(),
+            "with backward ms": 1e3 * taken["both"], "all dispatches": both.work.total(),
+            "all views": both.views.total()}
+
+
+GROWTH = {"batch": (1, 2, 4), "window": (320, 480, 640), "num_classes": (59, 100, 150)}
+
+
+def growth_table(options: argparse.Namespace) -> list[Table]:
+    """How time grows with the batch, the window and the classes, against what the arithmetic does."""
+    rows = [row for system in chosen(options, (*TINY, "mask2former-base")) for quantity, values in GROWTH.items()
+            for row in growth_rows(system, quantity, values, options)]
+    if options.plot:
+        command.write_whole(options.plot, lambda file: file.write(growth_plot(rows).encode()))
+    return [Table(f"Growth, {options.device}, float32, medians of {options.rounds or ROUNDS} rounds", rows, [
+        "`times` is over the first value's seconds; `growth` over what the GFLOP of a forward pass grow by. Window and "
+        "classes at batch 1."])]
+
+
+def growth_rows(system: str, quantity: str, values: Sequence[int], options: argparse.Namespace) -> Iterator[Row]:
+    """A row for each value, first of the forward pass, then of the training step."""
+    changes = [{} if quantity == "batch" else {quantity: value} for value in values]
+    batches = values if quantity == "batch" else [1] * len(values)
+    subjects = [Subject(build_model, system, batch, options.device, **change)
+                for batch, change in zip(batches, changes, strict=True)]
+    flop = [forward_flops(subject.config) * len(subject.images) for subject in subjects]
+    for work in ("forward", "train"):
+        turns = {str(value): partial(seconds, getattr(subject, work), options.device)
+                 for value, subject in zip(values, subjects, strict=True)}
+        taken = list(interleaved(turns, options.rounds or ROUNDS, f"{system}, {work}, {quantity}").values())
+        for value, each, arithmetic in zip(values, taken, flop, strict=True):
+            times, ideal = each / taken[0], arithmetic / flop[0]
+            yield {"system": system, "work": work, "quantity": quantity, "value": value, "s": each, "times": times,
+                   "GFLOP times": ideal, "growth": times / ideal}
+
+
+def growth_plot(rows: Sequence[Row]) -> str:
+    """The table as SVG: a panel for each quantity, a line for each system and work, dashed the arithmetic's."""
+    width, height, left, top = 300, 220, 40, 30
+    colours = dict(zip(dict.fromkeys((row["system"], row["work"]) for row in rows), COLOURS, strict=False))
+    quantities = list(dict.fromkeys(row["quantity"] for row in rows))
+    parts = []
+    for panel, quantity in enumerate(quantities):
+        here = [row for row in rows if row["quantity"] == quantity]
+        low, high = (pick(row["value"] for row in here) for pick in (min, max))
+        most = max(max(row["times"], row["GFLOP times"]) for row in here)
+
+        def at(row: Row, key: str, panel=panel, low=low, high=high, most=most) -> str:
+            x = (row["value"] - low) / (high - low)
+            return f"{panel * (width + 2 * left) + left + width * x:.1f},{top + height * (1 - row[key] / most):.1f}"
+
+        x0 = panel * (width + 2 * left) + left
+        parts.append(f'<path d="M{x0},{top} v{height} h{width}" stroke="#888" fill="none"/>')
+        parts += [text(x0, top - 8, f"time by {quantity.replace('num_', '')}, first = 1; up to {most:.1f}")]
+        parts += [text(x0 + width * (v - low) / (high - low) - 8, top + height + 16, v)
+                  for v in dict.fromkeys(row["value"] for row in here)]
+        for (system, work), colour in colours.items():
+            line = [row for row in here if (row["system"], row["work"]) == (system, work)]
+            for key, dash in (("times", ""), ("GFLOP times", "4")):
+                points = " ".join(at(row, key) for row in line)
+                parts.append(f'<polyline points="{points}" stroke="{colour}" stroke-dasharray="{dash}" fill="none"/>')
+    parts += [text(left + 210 * i, top + height + 40, f"{system}, {work}", colour)
+              for i, ((system, work), colour) in enumerate(colours.items())]
+    size = f'width="{len(quantities) * (width + 2 * left)}" height="{height + 80}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">' \
+           f'<rect {size} fill="white"/>{"".join(parts)}</svg>\n'
+
+
+COLOURS = ("#1b6ca8", "#7fb3d9", "#b5541c", "#e3a57a", "#2f7d4f", "#93c9a8", "#6b4a9e", "#b9a3d6", "#777777", "#bbbbbb")
+
+
+def text(x: float, y: float, what: object, colour: str = "#333") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" fill="{colour}">{what}</text>'
+
+
+# ------------------------------------------------------------------------------------------------------ torch.compile
+
+
+BACKEND = "inductor"
+
+
+def compile_table(options: argparse.Namespace) -> list[Table]:
+    """torch.compile of the model, with its losses outside."""
+    rows = [compile_row(Subject(build_model, system, batch, options.device), system, options)
+            for system in chosen(options) for batch in (1, 2)]
+    return [Table(f"torch.compile, {options.device}, float32, medians of {options.rounds or ROUNDS} rounds", rows, [
+        "Evaluation is the forward pass, batch 1; training is the network's forward and backward, batch 2, with the "
+        "losses outside."])]
+
+
+def compile_row(subject: Subject, system: str, options: argparse.Namespace) -> Row:
+    """Evaluation of a subject of one image, training of one with more."""
+    model, training = subject.model, len(subject.images) > 1
+    model.train(training)
+
+    def network(images: Tensor) -> object:
+        if not training:
+            return model(images)
+        features = model.features(images)
+        if subject.config.head == "upernet":
+            return model.head(features), model.auxiliary_head(features.f16)
+        return model.head(features, every_layer=True)
+
+    def turn(function: Callable[[Tensor], object]) -> None:
+        with torch.set_grad_enabled(training):
+            outputs = tree_leaves(function(subject.images))
+            if training:
+                torch.autograd.backward([x.sum() for x in outputs])
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(network, backend=BACKEND)
+    first = seconds(lambda: turn(compiled), options.device)
+    turns = {name: partial(seconds, partial(turn, f), options.device) for name, f in
+             (("eager", network), ("compiled", compiled))}
+    taken = interleaved(turns, options.rounds or ROUNDS, f"{system}, compile")
+    counters = torch._dynamo.utils.counters
+    return {"system": system, "mode": "training" if training else "evaluation", "eager ms": 1e3 * taken["eager"],
+            "compiled ms": 1e3 * taken["compiled"], "ratio": taken["eager"] / taken["compiled"],
+            "compile s": first - taken["compiled"], "graphs": counters["stats"]["unique_graphs"],
+            "graph breaks": counters["graph_break"].total()}
+
+
 
 
 # ------------------------------------------------------------------------------------------- deformable attention
@@ -148,20 +492,7 @@ def op_case(shape: OpShape, device: str) -> list[Tensor]:
     return [x.to(device) for x in (value, centres + offsets / sizes, weights)]
 
 
-def kept_bytes(function: Callable, shape: OpShape, inputs: list[Tensor]) -> int:
-    """Bytes of all storages that autograd keeps between forward and backward."""
-    storages = {}
-
-    def note(x: Tensor) -> Tensor:
-        storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        function(inputs[0], shape.levels, *inputs[1:])
-    return sum(storage.nbytes() for storage in storages.values())
-
-
-def op_row(shape: OpShape, device: str, rounds: int) -> dict[str, str | Number]:
+def op_row(shape: OpShape, device: str, rounds: int) -> Row:
     """One line of the table: forward, forward + backward, and what is kept between them."""
     inputs = op_case(shape, device)
     leaves = [x.clone().requires_grad_() for x in inputs]
@@ -175,26 +506,28 @@ def op_row(shape: OpShape, device: str, rounds: int) -> dict[str, str | Number]:
     def inference(function: Callable) -> None:
         function(inputs[0], shape.levels, *inputs[1:])
 
-    row: dict[str, str | Number] = {"call": shape.name}
+    row: Row = {"call": shape.name}
     for title, step in (("forward", inference), ("training", training)):
         turns = {name: lambda f=f, step=step: seconds(lambda: step(f), device) for name, f in functions.items()}
         taken = interleaved(turns, rounds, f"{shape.name}, {title}")
         row |= {f"{title}: {name} ms": 1e3 * each for name, each in taken.items()}
         row[f"{title}: ratio"] = taken["torch"] / taken["native"]
-    row |= {f"kept: {name} MB": kept_bytes(f, shape, leaves) / 1e6 for name, f in functions.items()}
+    for name, function in functions.items():
+        kept = kept_for_backward(partial(function, leaves[0], shape.levels, *leaves[1:]))
+        row[f"kept: {name} MB"] = kept / 1e6
     least = 4 * (sum(x.numel() for x in inputs) + cotangent.numel()) / 1e6  # each array once: no kernel can move less
     return row | {"moved at least, MB": least, "GB/s": least / row["forward: native ms"]}
 
 
-def op_table(options: argparse.Namespace) -> Table:
+def op_table(options: argparse.Namespace) -> list[Table]:
     """Native operator against the grid_sample reference. Raises BuildError without the operator."""
     if active_path(options.device) != "native":
         raise BuildError(f"there is no native operator for {options.device} to compare: {native().reason}")
     rounds = options.rounds or 7
     rows = [op_row(shape, options.device, rounds) for shape in OP_SHAPES]
-    return Table(f"Deformable attention, float32, batch 1, {options.device}, medians of {rounds}", rows, [
+    return [Table(f"Deformable attention, float32, batch 1, {options.device}, medians of {rounds}", rows, [
         "`training` is forward + backward; `kept` is what autograd holds between them; GB/s is of the native forward.",
-    ])
+    ])]
 
 
 # ------------------------------------------------------------------------------------------------ training loader
@@ -204,7 +537,7 @@ STAGES = ("read image", "read labels", "transform")
 WHOLE = "loader, in this process"
 
 
-def loader_table(options: argparse.Namespace) -> Table:
+def loader_table(options: argparse.Namespace) -> list[Table]:
     """Images a second of each stage on one core, of the loader with and without workers, and of a training step.
 
     In a round every candidate works on the same number of training images; a step counts as often as it would run.
@@ -221,14 +554,14 @@ def loader_table(options: argparse.Namespace) -> Table:
     }
     rate = {name: number / each for name, each in interleaved(candidates, rounds, "loader").items()}
     cores = {many: min(workers, os.cpu_count() or 1)}
-    rows: list[dict[str, str | Number]] = [
+    rows: list[Row] = [
         {"stage": name, "images/s": each, "images/s per core": "" if name == step else each / cores.get(name, 1),
          "ms/image": 1e3 / each} for name, each in rate.items()
     ]
     what = f"{options.head} {options.size}, window {window}, batch {batch}"
     title = f"Training pipeline, {dataset.info.name}, {what}, {number} images a round, medians of {rounds}"
     notes = loader_notes({name: rate[name] for name in STAGES}, rate[WHOLE], max(rate[WHOLE], rate[many]), rate[step])
-    return Table(title, rows, notes)
+    return [Table(title, rows, notes)]
 
 
 def stages(dataset: data.SegmentationDataset, window: int, number: int) -> dict[str, Callable[[], float]]:
@@ -272,16 +605,14 @@ def training_step(options: argparse.Namespace, dataset: data.SegmentationDataset
         raise ValueError("a training step of UperNet needs 2 images for its batch norm: use --batch 2")
     torch.manual_seed(0)
     model = build_model(options.head, options.size, len(dataset.info.classes), window=window).to(options.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    update = updater(model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True))
     positions = data.positions(0, 0, 1, options.batch, 1)
     with closing(data.training_loader(dataset, window, seed=0, positions=positions, workers=0)) as stream:
         batch = next(stream)
 
     def step() -> None:
-        optimizer.zero_grad()
         images = data.normalize(batch.images.to(options.device), batch.extents)
-        model(images, batch.labels.to(options.device).long())["loss"].backward()
-        optimizer.step()
+        update(images, batch.labels.to(options.device).long())
 
     return step
 
@@ -339,7 +670,7 @@ def plain_slide(model: Segmenter, view: Tensor) -> Tensor:
     return total / count
 
 
-def evaluate_table(options: argparse.Namespace) -> Table:
+def evaluate_table(options: argparse.Namespace) -> list[Table]:
     """evaluate.predictions against the plain loop, on the same images and a model with starting weights."""
     dataset, device, rounds = data.open_dataset(options.data, "val"), options.device, options.rounds or 3
     images = [dataset.image(i) for i in range(min(len(dataset), options.limit or 8))]
@@ -366,13 +697,13 @@ def evaluate_table(options: argparse.Namespace) -> Table:
         return taken
 
     taken = interleaved({name: lambda name=name: turn(name) for name in ways}, rounds, "evaluate", warm=0)
-    rows: list[dict[str, str | Number]] = [
+    rows: list[Row] = [
         {"way": name, "windows": windows[name], "s/image": each / len(images), "images/s": len(images) / each,
          "ms/window": 1e3 * each / windows[name]} for name, each in taken.items()
     ]
     what = f"{options.head} {options.size}, window {model.config.window}"
     title = f"Multi-scale + flip, {what}, {len(images)} images of {dataset.info.name}, {device}, medians of {rounds}"
-    return Table(title, rows, evaluate_notes(rows, *found.values()))
+    return [Table(title, rows, evaluate_notes(rows, *found.values()))]
 
 
 def warm_up(model: Segmenter, batches: Iterable[int], device: str) -> None:
@@ -398,42 +729,54 @@ def evaluate_notes(rows: Sequence[dict], plain: Sequence[Tensor], batched: Seque
 
 # ------------------------------------------------------------------------------------------------ the command line
 
-TABLES: dict[str, Callable[[argparse.Namespace], Table]] = {
+TABLES: dict[str, Callable[[argparse.Namespace], list[Table]]] = {
+    "systems": systems_tables, "losses": losses_table, "growth": growth_table, "compile": compile_table,
     "op": op_table, "loader": loader_table, "evaluate": evaluate_table,
 }
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("Read:")[0],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.Parser(prog="benchmark.py", description=(__doc__ or "").split("Read:")[0],
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", nargs="?", default="all", choices=[*TABLES, "all"], help="default: all")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there, after every table")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: cuda if there is one")
-    parser.add_argument("--rounds", type=evaluate.positive, metavar="N",
-                        help="timed rounds; default: 7 of op, 5 of loader, 3 of evaluate")
+    parser.add_argument("--rounds", type=command.positive, metavar="N",
+                        help="timed rounds; default: 7 of op, 3 of evaluate, else 5")
+    whole = parser.add_argument_group("systems, losses, growth and compile")
+    whole.add_argument("--systems", type=lambda names: names.split(","), metavar="NAME,...",
+                       help="HEAD-SIZE, as mask2former-base; default: the three released ones and tiny for systems, "
+                            "tiny and mask2former-base for growth, else tiny")
+    whole.add_argument("--against", choices=["transformers"], help="systems: also its BEiT with the same head")
+    whole.add_argument("--full", action="store_true", help="systems: pictures also of base and large models")
+    whole.add_argument("--plot", type=Path, metavar="FILE", help="growth: also draw it there, as SVG")
     model = parser.add_argument_group("loader and evaluate")
     model.add_argument("--data", default="toy", metavar="DIR", help="data set folder; default: the toy data")
-    model.add_argument("--limit", type=evaluate.positive, metavar="N",
+    model.add_argument("--limit", type=command.positive, metavar="N",
                        help="images a round; default: 64 of loader, 8 of evaluate")
     model.add_argument("--head", default="mask2former", choices=("mask2former", "upernet"), help="default: mask2former")
     model.add_argument("--size", default="tiny", choices=SIZES, help="of the untrained model; default: tiny")
-    model.add_argument("--window", type=evaluate.positive, metavar="PIXELS", help="default: that of the size")
+    model.add_argument("--window", type=command.positive, metavar="PIXELS", help="default: that of the size")
     loader = parser.add_argument_group("loader")
-    loader.add_argument("--batch", type=evaluate.positive, default=2, metavar="N", help="images at once; default: 2")
-    loader.add_argument("--workers", type=evaluate.positive, default=os.cpu_count() or 1, metavar="N",
+    loader.add_argument("--batch", type=command.positive, default=2, metavar="N", help="images at once; default: 2")
+    loader.add_argument("--workers", type=command.positive, default=os.cpu_count() or 1, metavar="N",
                         help="default: one for each core")
     return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> None:
-    """What the command line asks for: tables on stdout as they are done, then the JSON file."""
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
+    """What the command line asks for: tables on stdout as they are done, and into the JSON file."""
+    for path, option in ((options.json, "--json"), (options.plot, "--plot")):
+        if path:
+            command.check_file(path, option)
+    for system in options.systems or ():
+        config_of(system)
+    keep_freed_memory()
     where, found = machine(options.device), {}
     print(where)
-    for name in TABLES if options.table == "all" else [options.table]:
+    for name in [name for name in TABLES if name != "compile"] if options.table == "all" else [options.table]:
         try:
             found[name] = TABLES[name](options)
         except BuildError as error:
@@ -441,24 +784,24 @@ def run(options: argparse.Namespace) -> None:
                 raise
             print(f"left out {name}: {error}", file=sys.stderr)
             continue
-        print(f"\n{markdown(found[name])}", flush=True)
-    if options.json:
-        tables = {name: table._asdict() for name, table in found.items()}
-        options.json.write_text(json.dumps({"machine": where, **tables}, indent=1) + "\n")
+        print(*(f"\n{markdown(table)}" for table in found[name]), sep="\n", flush=True)
+        if options.json:
+            tables = {name: [table._asdict() for table in each] for name, each in found.items()}
+            written = json.dumps({"machine": where, **tables}, indent=1).encode() + b"\n"
+            command.write_whole(options.json, lambda file, written=written: file.write(written))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     options = parse(arguments)
-    try:
-        run(options)
-    except (BuildError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+
+    def work() -> int | None:
+        try:
+            return run(options)
+        except BuildError as error:
+            return command.complain(str(error))
+
+    return command.run(work)
 
 
 if __name__ == "__main__":

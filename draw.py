@@ -8,12 +8,13 @@ Shapes: H, W height and width in pixels; K classes. Images and pictures are uint
 (K, 3), labels are integers (H, W) with a class index 0 ... K - 1 or `ignore_index` in every pixel.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+import command
 
 Picture = np.ndarray | Image.Image
 
@@ -101,9 +102,7 @@ def save_labels(labels: np.ndarray, path: Path, palette: np.ndarray | None = Non
         colours[: len(palette)] = palette
         picture.putpalette(colours.tobytes())
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    picture.save(partial, "PNG")
-    partial.replace(path)
+    command.write_whole(path, lambda file: picture.save(file, "PNG"))
 
 
 # --------------------------------------------------------------------------------------------------- legends
@@ -173,10 +172,10 @@ def side_by_side(pictures: Sequence[Picture], captions: Sequence[str] = ()) -> I
     return contact_sheet([pictures], captions)
 
 
-def with_caption(picture: Picture, caption: str) -> Image.Image:
-    """The picture with a line of text above it."""
+def with_caption(picture: Picture, caption: str, size: int | None = None) -> Image.Image:
+    """The picture with a line of text above it, `size` pixels high (default: by the picture's width)."""
     picture = to_image(picture)
-    font = ImageFont.load_default(text_size(picture.width))
+    font = ImageFont.load_default(size or text_size(picture.width))
     line = Image.new("RGB", (picture.width, round(1.7 * font.size)), PAPER)
     ImageDraw.Draw(line).text((2, line.height / 2), shorten(caption, font, picture.width - 4), INK, font, anchor="lm")
     return stack([line, picture])

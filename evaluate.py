@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import command
 import data
 import draw
 import weights
@@ -424,7 +425,7 @@ def to_json(result: Metrics, classes: Sequence[str], **facts: object) -> str:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         description="Evaluate a checkpoint: IoU and accuracy per class, aAcc, mIoU, mAcc.",
         epilog="Share the work out with: torchrun --nproc_per_node=N evaluate.py ...",
     )
@@ -432,21 +433,29 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", metavar="DIR", help="data set folder; default: the one the run was trained on")
     parser.add_argument("--split", default="val", choices=["train", "val"])
     parser.add_argument("--ms", action="store_true", help="multi-scale and flip: six scales, each mirrored")
-    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N images")
+    parser.add_argument("--limit", type=command.positive, metavar="N", help="only the first N images")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     parser.add_argument("--save-labels", type=Path, metavar="DIR", help="write each prediction as a palette PNG")
     parser.add_argument("--original-ids", action="store_true", help="in those, Pascal Context's ids of 459 classes")
-    parser.add_argument("--window-batch", type=positive, metavar="N", help="windows at once; default: by free memory")
-    parser.add_argument("--device", help="cpu, cuda or mps; default: cuda if there is one")
-    parser.add_argument("--amp", action="store_true", help="run the model in bfloat16 where that is safe")
+    add_device_options(parser)
     return parser.parse_args(arguments)
 
 
-def positive(text: str) -> int:
-    """A whole number from 1 up, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return int(text)
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """How the model is run: the options that evaluate.py, predict.py and report.py share."""
+    parser.add_argument("--device", help="cpu, cuda or mps; default: cuda if there is one")
+    parser.add_argument("--window-batch", type=command.positive, metavar="N",
+                        help="windows at once; default: by free memory")
+    parser.add_argument("--amp", action="store_const", const=torch.bfloat16,
+                        help="run the model in bfloat16 where that is safe")
+    parser.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True,
+                        help="TF32 products in float32 on a GPU; on by default, as in training and the official runs")
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Switch TF32 matrix products and convolutions, for this process; PyTorch's defaults are off and on."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def run(options: argparse.Namespace) -> None:
@@ -457,25 +466,21 @@ def run(options: argparse.Namespace) -> None:
     check_classes(dataset.info, facts.get("classes", ()), model.config.num_classes)
     save = label_writer(options.save_labels, dataset, options.original_ids) if options.save_labels else None
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
+        command.check_file(options.json, "--json")
     device = join_processes(options.device)
-    confusion = evaluate(
-        model.to(device), dataset, multi_scale=options.ms, device=device, limit=options.limit, save=save,
-        window_batch=options.window_batch, amp=torch.bfloat16 if options.amp else None,
-    )
-    if rank() == 0:
-        result = metrics(confusion)
-        scales = "multi-scale + flip" if options.ms else "single-scale"
-        print(f"{checkpoint} on {dataset.info.name} {options.split}, {scales}")
-        print(table(result, dataset.info.classes))
-        if options.json:
-            how = {"checkpoint": str(checkpoint), "data": str(dataset.root), "split": options.split, "scales": scales}
-            options.json.write_text(to_json(result, dataset.info.classes, **how) + "\n")
-
-
-def rank() -> int:
-    """This process's number under torchrun, else 0."""
-    return int(os.environ.get("RANK", 0))
+    allow_tf32(options.tf32)
+    confusion = evaluate(model.to(device), dataset, multi_scale=options.ms, device=device, limit=options.limit,
+                         save=save, window_batch=options.window_batch, amp=options.amp)
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    result = metrics(confusion)
+    scales = "multi-scale + flip" if options.ms else "single-scale"
+    print(f"{checkpoint} on {dataset.info.name} {options.split}, {scales}")
+    print(table(result, dataset.info.classes))
+    if options.json:
+        how = {"checkpoint": str(checkpoint), "data": str(dataset.root), "split": options.split, "scales": scales}
+        text = to_json(result, dataset.info.classes, **how) + "\n"
+        command.write_whole(options.json, lambda file: file.write(text.encode()))
 
 
 def label_writer(folder: Path, dataset: data.SegmentationDataset, original_ids: bool) -> Save:
@@ -485,6 +490,7 @@ def label_writer(folder: Path, dataset: data.SegmentationDataset, original_ids: 
         if set(dataset.info.classes) - set(ids):
             raise EvaluationError(f"{dataset.info.name} has no original ids: leave out --original-ids")
         original = np.uint16([ids[name] for name in dataset.info.classes])
+    command.make_folder(folder, "--save-labels")
 
     def save(index: int, prediction: np.ndarray) -> None:
         path = folder / f"{dataset.names[index]}.png"
@@ -500,18 +506,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 0, 2 for a user's fault, 130 for Ctrl-C."""
     options = parse(arguments)
     try:
-        run(options)
-    except (ValueError, OSError) as error:
-        if rank() == 0 or dist.is_initialized():  # before the processes join, all of them meet the same fault
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+        return command.run(lambda: run(options))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from convolutions import Conv3x3, conv3x3, conv3x3_of_enlarged
 from msda_cuda import MSDeformAttn, reference_points
 
 IGNORE = 255
@@ -47,11 +48,9 @@ class ConvNormReLU(nn.Sequential):
     """Convolution without bias, batch norm, ReLU: (B, in, h, w) -> (B, out, h, w)."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
-        super().__init__(
-            nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
-        )
+        wide = kernel_size == 3
+        conv = Conv3x3(in_channels, out_channels) if wide else nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        super().__init__(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
         nn.init.kaiming_normal_(self[0].weight, mode="fan_out", nonlinearity="relu")
 
 
@@ -91,8 +90,18 @@ class UperNet(nn.Module):
         for i in (2, 1, 0):  # top-down: each level receives the coarser one
             levels[i] = levels[i] + resize(levels[i + 1], levels[i].shape[2:])
         levels = [conv(level) for conv, level in zip(self.outputs, levels[:3], strict=True)] + [top]
-        fused = self.fuse(torch.cat([resize(level, levels[0].shape[2:]) for level in levels], dim=1))
-        return self.classifier(self.dropout(fused))
+        return self.classifier(self.dropout(self.fuse_levels(levels)))
+
+    def fuse_levels(self, levels: Sequence[Tensor]) -> Tensor:
+        """`self.fuse` of all levels, resized to the finest and concatenated; in fact each is convolved at its own
+        resolution and added, a third of the arithmetic."""
+        conv, norm, relu = self.fuse
+        finest, *coarser = levels
+        kernel, *kernels = conv.weight.split(finest.shape[1], dim=1)
+        x = conv3x3(finest, kernel)
+        for level, kernel in zip(coarser, kernels, strict=True):
+            x = x + conv3x3_of_enlarged(level, kernel, finest.shape[2:])
+        return relu(norm(x))
 
 
 class FCN(nn.Module):
@@ -126,10 +135,10 @@ def upernet_losses(logits: Tensor, auxiliary_logits: Tensor, labels: Tensor) -> 
 
 
 class Prediction(NamedTuple):
-    """What Q queries say after one decoder layer."""
+    """What Q queries say after each of Y decoder layers."""
 
-    class_logits: Tensor  # (B, Q, K + 1), the last class is "no object"
-    mask_logits: Tensor  # (B, Q, H/4, W/4)
+    class_logits: Tensor  # (Y, B, Q, K + 1), the last class is "no object"
+    mask_logits: Tensor  # (Y, B, Q, H/4, W/4)
 
 
 def sine_positions(h: int, w: int, channels: int, like: Tensor) -> Tensor:
@@ -183,7 +192,7 @@ class PixelDecoder(nn.Module):
         self.layers = nn.ModuleList(PixelDecoderLayer(channels, hidden, num_heads) for _ in range(num_layers))
         self.lateral = nn.Sequential(nn.Conv2d(dim, channels, 1, bias=False), nn.GroupNorm(32, channels))
         self.output = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.GroupNorm(32, channels), nn.ReLU(inplace=True)
+            Conv3x3(channels, channels), nn.GroupNorm(32, channels), nn.ReLU(inplace=True)
         )
         self.mask_features = nn.Conv2d(channels, channels, 1)
         self.reset_parameters()
@@ -205,14 +214,14 @@ class PixelDecoder(nn.Module):
         f4, *coarser = features
         maps = [project(f) for project, f in zip(self.inputs, reversed(coarser), strict=True)]  # low resolution first
         grids = [(m.shape[2], m.shape[3]) for m in maps]
-        x = torch.cat([m.flatten(2) for m in maps], dim=2).transpose(1, 2)  # (B, C, S) -> (B, S, C)
+        x = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)  # (B, C, h, w) -> (B, S, C)
         levels = zip(grids, self.level_embed, strict=True)
         positions = torch.cat([sine_positions(*grid, x.shape[2], like=x) + embed for grid, embed in levels])
         points = reference_points(grids, like=x)
         for layer in self.layers:
             x = layer(x, positions, points, grids)
-        levels = x.transpose(1, 2).split([h * w for h, w in grids], dim=2)
-        memory = [level.unflatten(2, grid) for level, grid in zip(levels, grids, strict=True)]
+        levels = zip(x.split([h * w for h, w in grids], dim=1), grids, strict=True)
+        memory = [level.unflatten(1, grid).permute(0, 3, 1, 2) for level, grid in levels]  # (B, h*w, C) -> (B, C, h, w)
         finest = self.output(self.lateral(f4) + resize(memory[-1], f4.shape[2:]))
         return self.mask_features(finest), memory
 
@@ -278,28 +287,27 @@ class Mask2Former(nn.Module):
         for embedding in (self.query_feat, self.query_embed, self.level_embed):
             nn.init.normal_(embedding)
 
-    def forward(self, features: Sequence[Tensor], every_layer: bool) -> list[Prediction]:
-        """Four maps -> the last prediction, or with `every_layer` those before the first layer and after each."""
+    def forward(self, features: Sequence[Tensor], every_layer: bool) -> Prediction:
+        """Four maps -> the last prediction (Y = 1); with `every_layer` those before the first layer and after each."""
         mask_features, memory_maps = self.pixel_decoder(features)
         memory = [m.flatten(2).transpose(1, 2) + e for m, e in zip(memory_maps, self.level_embed, strict=True)]
         positions = [sine_positions(m.shape[2], m.shape[3], m.shape[1], like=m) for m in memory_maps]
         # Masks are linear in the mask features: resizing these once a level spares resizing Q masks in every layer.
         level_features = [resize(mask_features.detach(), m.shape[2:]).flatten(2) for m in memory_maps]
 
-        x = self.query_feat.expand(len(mask_features), -1, -1)
+        x = self.query_feat.expand(mask_features.shape[0], -1, -1)
         query_embed = self.query_embed.expand_as(x)
-        predictions = []
+        normed, mask_embeds = [], []
         for i, layer in enumerate([*self.layers, None]):
-            normed = self.norm(x)
-            mask_embed = self.mask_embed(normed)
-            if every_layer or layer is None:
-                masks = torch.einsum("bqc,bchw->bqhw", mask_embed, mask_features)
-                predictions.append(Prediction(self.class_embed(normed), masks))
+            normed.append(self.norm(x))
+            mask_embeds.append(self.mask_embed(normed[-1]))
             if layer is not None:
                 level = i % 3
-                attend = where_to_look(mask_embed.detach(), level_features[level])
+                attend = where_to_look(mask_embeds[-1].detach(), level_features[level])
                 x = layer(x, query_embed, memory[level], positions[level], attend)
-        return predictions
+        said = slice(None) if every_layer else slice(-1, None)
+        masks = torch.einsum("ybqc,bchw->ybqhw", torch.stack(mask_embeds[said]), mask_features)
+        return Prediction(self.class_embed(torch.stack(normed[said])), masks)
 
 
 def where_to_look(mask_embed: Tensor, level_features: Tensor) -> Tensor:
@@ -316,9 +324,10 @@ def xavier_normal_matrices(module: nn.Module) -> None:
 
 
 def semantic_scores(prediction: Prediction) -> Tensor:
-    """Queries -> (B, K, H/4, W/4): class probabilities weigh mask probabilities, "no object" left out (section 3.4)."""
-    classes = full_precision(prediction.class_logits).softmax(dim=2)[..., :-1]
-    masks = full_precision(prediction.mask_logits).sigmoid()
+    """The last layer's queries -> (B, K, H/4, W/4): class probabilities weigh mask probabilities, "no object" left out
+    (section 3.4)."""
+    classes = full_precision(prediction.class_logits[-1]).softmax(dim=2)[..., :-1]
+    masks = full_precision(prediction.mask_logits[-1]).sigmoid()
     with no_autocast(masks):  # the product too: bfloat16 would decide near ties by chance
         return torch.einsum("bqk,bqhw->bkhw", classes, masks)
 
@@ -370,22 +379,19 @@ def loss_units(counts: Tensor, mine: slice, num_queries: int) -> LossUnits:
     return LossUnits(pair_weight[pair][mine], masks, len(counts[mine]) / len(counts) * num_pairs)
 
 
-def corners(points: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
+def corners(points: Tensor, h: int, w: int) -> list[tuple[Tensor, Tensor]]:
     """The four pixels around each point and their bilinear weights; pixels outside get weight 0.
 
-    points (..., 2) as (x, y) in [0, 1] over an h x w image -> flat indices (..., 4) and weights (..., 4).
+    points (..., 2) as (x, y) in [0, 1] over an h x w image -> four pairs of flat indices (...) and weights (...).
     """
-    def two_nearest(position: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    def two_nearest(position: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
         lower = position.floor()
-        index = torch.stack([lower, lower + 1], dim=-1).long()
-        weight = torch.stack([lower + 1 - position, position - lower], dim=-1)
-        return index.clamp(0, size - 1), weight * ((index >= 0) & (index < size))
+        upper = lower + 1
+        pair = (lower, upper - position), (upper, position - lower)
+        return [(i.clamp(0, size - 1).long(), weight * ((i >= 0) & (i < size))) for i, weight in pair]
 
-    x, weight_x = two_nearest(points[..., 0] * w - 0.5, w)  # (..., 2)
-    y, weight_y = two_nearest(points[..., 1] * h - 0.5, h)
-    index = y[..., :, None] * w + x[..., None, :]  # (..., 2, 2)
-    weight = weight_y[..., :, None] * weight_x[..., None, :]
-    return index.flatten(-2), weight.flatten(-2)
+    x, y = two_nearest(points[..., 0] * w - 0.5, w), two_nearest(points[..., 1] * h - 0.5, h)
+    return [(j * w + i, a * b) for j, a in y for i, b in x]
 
 
 def sample(maps: Tensor, points: Tensor) -> Tensor:
@@ -394,39 +400,50 @@ def sample(maps: Tensor, points: Tensor) -> Tensor:
 
 
 def sample_targets(labels: Tensor, points: Tensor, num_classes: int) -> Tensor:
-    """Every class's binary mask at some points, without building masks: (B, H, W), (Y, B, P, 2) -> (Y, B, K, P)."""
-    index, weight = corners(points, *labels.shape[1:])  # (Y, B, P, 4)
-    label = labels.flatten(1).expand(len(points), -1, -1).gather(2, index.flatten(2)).view_as(index)
-    targets = weight.new_zeros(*points.shape[:3], IGNORE + 1).scatter_add_(3, label, weight)
-    return targets[..., :num_classes].transpose(2, 3)
+    """Every class's binary mask at some points, without building masks: (B, H, W), (..., B, P, 2) -> (..., B, K, P)."""
+    targets = points.new_zeros(*points.shape[:-1], num_classes + 1)
+    labels, start = labels.clamp(max=num_classes), first_pixels(labels)  # 255 -> K
+    for index, weight in corners(points, *labels.shape[1:]):  # (..., B, P)
+        targets.scatter_add_(-1, labels.flatten()[start + index][..., None], weight[..., None])
+    return targets[..., :num_classes].mT
+
+
+def first_pixels(labels: Tensor) -> Tensor:
+    """The flat index of each image's first pixel, (B, H, W) -> (B, 1)."""
+    return torch.arange(len(labels), device=labels.device)[:, None] * (labels.shape[1] * labels.shape[2])
 
 
 def sample_class_targets(labels: Tensor, image: Tensor, category: Tensor, points: Tensor) -> Tensor:
     """The binary masks of chosen classes of chosen images: image, category (M,), points (M, P, 2) -> (M, P)."""
     h, w = labels.shape[1:]
-    index, weight = corners(points, h, w)
-    label = labels.flatten()[image[:, None, None] * (h * w) + index]
-    return (weight * (label == category[:, None, None])).sum(dim=2)
+    start, category = first_pixels(labels)[image], category[:, None]
+    labels = labels.to(torch.uint8).flatten()  # an eighth of the memory to look things up in
+    return sum(weight * (labels[start + index] == category) for index, weight in corners(points, h, w))
 
 
 @torch.no_grad()
-def matching_costs(class_logits: Tensor, mask_logits: Tensor, labels: Tensor, num_points: int) -> Tensor:
-    """Cost of each query for each class's mask, (Y, B, Q, K), at fresh random points of every output and image.
+def matching_costs(prediction: Prediction, labels: Tensor, num_points: int) -> Tensor:
+    """Cost of each query for each class's mask, (Y, B, Q, K), at fresh random points of every output and image."""
+    masks = prediction.mask_logits
+    points = torch.rand(*masks.shape[:2], num_points, 2, device=masks.device, dtype=masks.dtype)
+    targets = sample_targets(labels, points, prediction.class_logits.shape[3] - 1).mT  # (Y, B, P, K)
+    outputs = zip(*prediction, points, targets, strict=True)  # one at a time: its Q * P logits stay in a CPU's cache
+    return torch.stack([costs_of_output(*output) for output in outputs])
 
-    Cross-entropy and dice against *all* K binary masks are one matrix product, absent classes included: cheaper than
-    going image by image. As in the released code ignored pixels are negatives of every mask.
+
+def costs_of_output(class_logits: Tensor, mask_logits: Tensor, points: Tensor, targets: Tensor) -> Tensor:
+    """(B, Q, K + 1), (B, Q, h, w), (B, P, 2), (B, P, K) -> (B, Q, K).
+
+    Cross-entropy and dice against *all* K binary masks are matrix products, absent classes included: cheaper than going
+    image by image. As in the released code ignored pixels are negatives of every mask.
     """
-    num_queries, num_classes = class_logits.shape[2], class_logits.shape[3] - 1
-    points = torch.rand(*mask_logits.shape[:2], num_points, 2, device=mask_logits.device, dtype=mask_logits.dtype)
-    logits = sample(mask_logits.flatten(0, 1), points.flatten(0, 1)).view(*mask_logits.shape[:3], num_points)
-    targets = sample_targets(labels, points, num_classes)  # (Y, B, K, P)
-    probabilities = logits.sigmoid()
-    overlap = torch.cat([logits, probabilities], dim=2) @ targets.transpose(2, 3)  # (Y, B, 2Q, K)
+    logits = sample(mask_logits, points)  # (B, Q, P)
     # softplus(-x) t + softplus(x) (1 - t) = softplus(x) - x t
-    mask_cost = (F.softplus(logits).sum(dim=3, keepdim=True) - overlap[:, :, :num_queries]) / num_points
-    area = probabilities.sum(dim=3)[..., :, None] + targets.sum(dim=3)[..., None, :]
-    dice_cost = 1 - (2 * overlap[:, :, num_queries:] + 1) / (area + 1)
-    class_cost = -class_logits.softmax(dim=3)[..., :-1]
+    mask_cost = (F.softplus(logits).sum(dim=2, keepdim=True) - logits @ targets) / logits.shape[2]
+    probabilities = logits.sigmoid_()
+    area = probabilities.sum(dim=2, keepdim=True) + targets.sum(dim=1, keepdim=True)
+    dice_cost = 1 - (2 * (probabilities @ targets) + 1) / (area + 1)
+    class_cost = -class_logits.softmax(dim=2)[..., :-1]
     return CLASS_WEIGHT * class_cost + MASK_WEIGHT * mask_cost + DICE_WEIGHT * dice_cost
 
 
@@ -453,7 +470,8 @@ def match(costs: Tensor, present: Tensor) -> Matches:
         for output in range(costs.shape[0]):
             queries, columns = linear_sum_assignment(costs_host[output, image][:, categories])
             rows += [(output, image, q, categories[c]) for q, c in zip(queries, columns, strict=True)]
-    return Matches(*torch.tensor(rows, dtype=torch.long).view(-1, 4).t().contiguous().to(costs.device).unbind())
+    pairs = torch.tensor(rows, dtype=torch.long).view(-1, 4).t().contiguous()
+    return Matches(*pairs.to(costs.device, non_blocking=True))  # a few kB go along with the command
 
 
 @torch.no_grad()
@@ -473,7 +491,7 @@ def class_losses(class_logits: Tensor, matches: Matches, units: LossUnits) -> Te
     target = torch.full(class_logits.shape[:3], no_object, device=class_logits.device)
     target[matches.output, matches.image, matches.query] = matches.category
     weight = class_logits.new_ones(no_object + 1)
-    weight[no_object] = NO_OBJECT_WEIGHT
+    weight[no_object].fill_(NO_OBJECT_WEIGHT)  # an assignment would copy the number from the host, and wait
     per_query = F.cross_entropy(class_logits.flatten(0, 2), target.flatten(), weight, reduction="none").view_as(target)
     return (per_query.sum(dim=2) / units.class_weight.to(per_query.dtype)).sum(dim=1) / units.pairs
 
@@ -497,23 +515,23 @@ def mask_losses(mask_logits: Tensor, labels: Tensor, matches: Matches, units: Lo
     return total.index_add(0, matches.output, cross_entropy) / scale, total.index_add(0, matches.output, dice) / scale
 
 
-def mask2former_losses(predictions: Sequence[Prediction], labels: Tensor, num_points: int,
+def mask2former_losses(prediction: Prediction, labels: Tensor, num_points: int,
                        units: LossUnits | None = None) -> dict[str, Tensor]:
     """Class, mask and dice losses of every decoder output, weighted, by name: "class/0" is that before the first layer.
 
     Args:
-        predictions: the head's outputs with `every_layer`.
+        prediction: the head's, with `every_layer`.
         labels: long (B, H, W), 255 = ignore. Every class present makes one target mask.
         num_points: P, points at which masks are compared (12,544 in the released models).
         units: what to divide by; by default that of these images alone.
     """
     with no_autocast(labels):  # matching and losses stay in float32
-        class_logits = full_precision(torch.stack([p.class_logits for p in predictions]))  # (Y, B, Q, K + 1)
-        mask_logits = full_precision(torch.stack([p.mask_logits for p in predictions]))  # (Y, B, Q, h, w)
+        prediction = Prediction(*map(full_precision, prediction))
+        class_logits, mask_logits = prediction
         num_queries, num_classes = class_logits.shape[2], class_logits.shape[3] - 1
         if units is None:
             units = loss_units(mask_counts(labels, num_classes), slice(None), num_queries)
-        costs = matching_costs(class_logits, mask_logits, labels, num_points)
+        costs = matching_costs(prediction, labels, num_points)
         matches = match(costs, classes_present(labels, num_classes))
         mask, dice = mask_losses(mask_logits, labels, matches, units, num_points)
         terms = {
@@ -521,4 +539,4 @@ def mask2former_losses(predictions: Sequence[Prediction], labels: Tensor, num_po
             "mask": MASK_WEIGHT * mask,
             "dice": DICE_WEIGHT * dice,
         }
-    return {f"{name}/{i}": value[i] for name, value in terms.items() for i in range(len(predictions))}
+    return {f"{name}/{i}": value[i] for name, value in terms.items() for i in range(len(class_logits))}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from adapter import NUM_INTERACTIONS, FeatureMaps, ViTAdapter
+from attention import biased_attention, gather_bias
 from heads import (
     FCN,
     LossUnits,
@@ -23,6 +24,7 @@ from heads import (
     semantic_scores,
     upernet_losses,
 )
+from memory import recomputed
 
 PATCH = 16
 
@@ -114,30 +116,45 @@ class Attention(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * h - 1) * (2 * w - 1) + 3, num_heads))
         self.proj = nn.Linear(dim, dim)
 
-    def position_bias(self, index: Tensor) -> Tensor:
-        """(N, N) index -> (heads, N, N)."""
-        table = self.relative_position_bias_table.t().contiguous()  # a gather along rows: 2-5x faster than table[index]
-        return table.gather(1, index.flatten().expand(self.num_heads, -1)).view(-1, *index.shape)
+        self.kept_bias: tuple | None = None  # what `reused_bias` last returned, and what it depends on
 
-    def forward(self, x: Tensor, index: Tensor) -> Tensor:
-        """(B, N, D) and the window's (N, N) position index -> (B, N, D)."""
+    def train(self, mode: bool = True) -> "Attention":
+        self.kept_bias = None
+        return super().train(mode)
+
+    def reused_bias(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """The position bias without gradient, gathered again only when the table may have changed: between the windows
+        of an evaluation it never does. Costs heads * N^2 numbers a block."""
+        table = self.relative_position_bias_table
+        state = (table._version, table.device, dtype)
+        if self.kept_bias is None or self.kept_bias[0] is not table or self.kept_bias[1] != state:
+            self.kept_bias = table, state, gather_bias(table, index).detach().to(dtype)
+        return self.kept_bias[2]
+
+    def forward(self, x: Tensor, index: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """(B, N, D), normalised first, and the window's (N, N) position index -> (B, N, D)."""
         qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, qkv_bias).unflatten(2, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, N, 3, heads, d) -> 3 x (B, heads, N, d)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.position_bias(index).to(q.dtype))
-        return self.proj(x.transpose(1, 2).flatten(2))
+        qkv = recomputed(lambda x: F.linear(norm(x), self.qkv.weight, qkv_bias), x)
+        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, heads, N, d)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self.kept_bias = None  # a fused optimizer changes the table without counting it in the table's version
+            x = biased_attention(q, k, v, self.relative_position_bias_table, index)
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.reused_bias(index, q.dtype))
+        return self.proj(x.transpose(1, 2).flatten(2))  # (B, heads, N, d) -> (B, N, D)
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU between, (B, N, D) -> (B, N, D)."""
+    """Two linear layers with a GELU between, after a norm: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        hidden = recomputed(lambda x: self.fc1(norm(x)), x)
+        return recomputed(lambda hidden: self.fc2(F.gelu(hidden)), hidden)
 
 
 class Block(nn.Module):
@@ -154,8 +171,9 @@ class Block(nn.Module):
         self.drop_path = StochasticDepth(drop_path, "row")
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
-        x = x + self.drop_path(self.gamma_1 * self.attn(self.norm1(x), index))
-        return x + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x)))
+        # StochasticDepth scales whole images, so that it may act before layer scale, which then adds in the same pass.
+        x = torch.addcmul(x, self.gamma_1, self.drop_path(self.attn(x, index, self.norm1)))
+        return torch.addcmul(x, self.gamma_2, self.drop_path(self.mlp(x, self.norm2)))
 
 
 class BEiT(nn.Module):
@@ -183,7 +201,7 @@ class BEiT(nn.Module):
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) -> class token (B, 1, D) and patch tokens (B, h*w, D)."""
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, h*w, D)
-        return self.cls_token.expand(len(images), -1, -1), patches
+        return self.cls_token.expand(images.shape[0], -1, -1), patches
 
     def run_stage(self, stage: int, x: Tensor) -> Tensor:
         """One quarter of the blocks, (B, N, D) -> (B, N, D)."""
@@ -216,6 +234,8 @@ class Segmenter(nn.Module):
         if images.shape[2:] != (window, window):
             raise ValueError(f"images are {images.shape[2]} x {images.shape[3]}, but this model's window is {window} x "
                              f"{window}: use evaluate.slide for other sizes, or build the model with another window")
+        # Channels last, a map is a matrix of tokens: going from one to the other, all over the model, copies nothing.
+        images = images.contiguous(memory_format=torch.channels_last)
         cls_token, tokens = self.backbone.embed(images)
         stages = [partial(self.backbone.run_stage, i) for i in range(NUM_INTERACTIONS)]
         return self.adapter(images, cls_token, tokens, stages)
@@ -239,15 +259,15 @@ class Segmenter(nn.Module):
         if self.config.head == "upernet":
             losses = upernet_losses(self.head(features), self.auxiliary_head(features.f16), labels)
         else:
-            predictions = self.head(features, every_layer=True)
-            losses = mask2former_losses(predictions, labels, self.config.num_points, units)
+            prediction = self.head(features, every_layer=True)
+            losses = mask2former_losses(prediction, labels, self.config.num_points, units)
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
     def scores(self, features: FeatureMaps) -> Tensor:
         """(B, K, H/4, W/4): logits of UperNet, class-weighted mask probabilities of Mask2Former."""
         if self.config.head == "upernet":
             return self.head(features)
-        return semantic_scores(self.head(features, every_layer=False)[-1])
+        return semantic_scores(self.head(features, every_layer=False))
 
 
 def build_model(head: str, size: str, num_classes: int = 59, **changes) -> Segmenter:

@@ -19,7 +19,9 @@ import argparse
 import glob
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -27,13 +29,16 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
+import command
 import data
 import draw
 import evaluate
+import msda_cuda
 import weights
 from heads import resize
+from model import PATCH
 
-CELL = 320  # side in pixels of a picture in an explanation
+CELL, CAPTION = 320, 24  # side of a picture in an explanation and height of its text, in pixels
 LEVEL_COLORS = np.uint8([[255, 196, 0], [0, 190, 255], [255, 70, 150]])  # strides 8, 16, 32
 
 
@@ -105,11 +110,13 @@ def write_results(predictor: Predictor, picture: Path, stem: Path, opacity: floa
     if probabilities:
         volume = predictor.probabilities(image)
         labels = volume.argmax(0).astype(np.uint8)
-        np.savez_compressed(f"{stem}_probabilities.npz", probabilities=np.float16(volume), classes=predictor.classes)
+        arrays = {"probabilities": np.float16(volume), "classes": predictor.classes}
+        command.write_whole(Path(f"{stem}_probabilities.npz"), lambda file: np.savez_compressed(file, **arrays))
     else:
         labels = predictor(image)
     overlay = draw.overlay(image, labels, predictor.palette, opacity, ignore_index=-1)  # a prediction ignores nothing
-    draw.with_legend(overlay, labels, predictor.classes, predictor.palette, -1).save(f"{stem}_overlay.jpg", quality=92)
+    picture = draw.with_legend(overlay, labels, predictor.classes, predictor.palette, -1)
+    command.write_whole(Path(f"{stem}_overlay.jpg"), lambda file: picture.save(file, "JPEG", quality=92))
     draw.save_labels(labels, Path(f"{stem}_labels.png"), predictor.palette)
 
 
@@ -151,26 +158,29 @@ def explain(predictor: Predictor, image: np.ndarray, number: int = 12) -> Image.
     model = predictor.model
     window = central_window(image, model.config.window)
     pixels = torch.from_numpy(window).permute(2, 0, 1)[None].to(predictor.device)  # (w, w, 3) -> (1, 3, w, w)
-    attention, record = model.adapter.interactions[-1].injector.attn, []
-    hook = attention.register_forward_hook(lambda module, inputs, _: record.append(sampling(module, *inputs)))
-    try:
-        prediction = model.head(model.features(data.normalize(pixels)), every_layer=False)[-1]
-    finally:
-        hook.remove()
-    masks = resize(prediction.mask_logits, (CELL, CELL))[0].sigmoid()
-    chance, category = prediction.class_logits[0].softmax(-1)[:, :-1].max(-1)  # the last class is "no object"
+    calls = []
+
+    def record(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, shares: Tensor) -> Tensor:
+        calls.append((locations[0].cpu().numpy(), shares[0].cpu().numpy()))
+        return msda_cuda.ms_deform_attn(value, shapes, locations, shares)
+
+    with patch.object(msda_cuda.module, "ms_deform_attn", record):
+        prediction = model.head(model.features(data.normalize(pixels)), every_layer=False)
+    patches = (model.config.window // PATCH) ** 2
+    points, weight = next(call for call in reversed(calls) if len(call[0]) == patches)  # only injectors ask for patches
+    masks = resize(prediction.mask_logits[-1], (CELL, CELL))[0].sigmoid()  # of the last layer and the one image
+    chance, category = prediction.class_logits[-1, 0].softmax(-1)[:, :-1].max(-1)  # the last class is "no object"
     inside = masks > 0.5
     score = chance * (masks * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
     best = score.argsort(descending=True)[:number].tolist()
     captions = [f"{predictor.classes[category[q]]} {score[q]:.2f} (query {q})" for q in best]
     surest = torch.stack([masks[best[:4]].flatten(1).argmax(1) % CELL, masks[best[:4]].flatten(1).argmax(1) // CELL], 1)
-    points, weight = (values.cpu().numpy() for values in record[0])
-    return draw.stack(
-        [
-            query_sheet(central_window(image, CELL), masks[best].cpu().numpy(), captions),
-            sampling_picture(central_window(image, 4 * CELL), surest.cpu().numpy() / CELL, points, weight),
-        ]
-    )
+    queries = query_sheet(central_window(image, CELL), masks[best].cpu().numpy(), captions)
+    samples = sampling_picture(central_window(image, queries.width), surest.cpu().numpy() / CELL, points, weight)
+    return draw.stack([
+        draw.with_caption(queries, f"The {len(best)} best of {len(chance)} queries: class, score, mask"),
+        draw.with_caption(samples, "Last injector: where four patches (+) sample; larger dots weigh more"),
+    ])
 
 
 def central_window(image: np.ndarray, window: int) -> np.ndarray:
@@ -181,27 +191,14 @@ def central_window(image: np.ndarray, window: int) -> np.ndarray:
     return data.resize(image, (height, width))[top : top + window, left : left + window]
 
 
-def sampling(attention: torch.nn.Module, query: Tensor, reference_points: Tensor, _: Tensor,
-             shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """Where a deformable attention samples: places (Q, M, L, P, 2) as (x, y) in 0 ... 1, and weights (Q, M, L, P).
-
-    Each query's M heads look at P points in each of L levels; offsets are learned in pixels of their level.
-    """
-    split = (attention.num_heads, len(shapes), -1)
-    offsets = attention.sampling_offsets(query)[0].unflatten(-1, (*split, 2))
-    sizes = torch.tensor([(w, h) for h, w in shapes], device=query.device)
-    weight = attention.attention_weights(query)[0].unflatten(-1, (attention.num_heads, -1)).softmax(-1)
-    places = reference_points[:, None, None, None] + offsets / sizes[:, None]
-    return places, weight.unflatten(-1, split[1:])
-
-
 def query_sheet(picture: np.ndarray, masks: np.ndarray, captions: Sequence[str], columns: int = 4) -> Image.Image:
-    """The picture once for each query, dark where its mask (same height and width) says no, with a caption."""
+    """The picture once for each query, dim and gray where its mask (same height and width) says no, with a caption."""
+    dim = 0.35 * picture.mean(-1, keepdims=True)
     cells = []
     for mask, caption in zip(masks, captions, strict=True):
-        lit = (picture * (0.15 + 0.85 * mask[..., None])).astype(np.uint8)
+        lit = (dim + (picture - dim) * mask[..., None]).astype(np.uint8)
         lit[draw.boundaries(mask > 0.5)] = 255
-        cells.append(draw.with_caption(lit, caption))
+        cells.append(draw.with_caption(lit, caption, CAPTION))
     return draw.contact_sheet([cells[i : i + columns] for i in range(0, len(cells), columns)])
 
 
@@ -210,7 +207,8 @@ def sampling_picture(image: np.ndarray, places: np.ndarray, points: np.ndarray, 
 
     Args:
         places: (x, y) in 0 ... 1, one a row.
-        points, weight: what `sampling` returns for a square grid of Q patches.
+        points (Q, M, L, P, 2), weight (Q, M, L, P): where the M heads of each of a square grid of Q patches look, as
+            (x, y) in 0 ... 1, and how much each of P points in L levels counts.
     """
     side, grid = len(image), round(len(points) ** 0.5)
     picture = draw.to_image((image * 0.6).astype(np.uint8))
@@ -221,7 +219,7 @@ def sampling_picture(image: np.ndarray, places: np.ndarray, points: np.ndarray, 
         for (head, level, point), share in np.ndenumerate(weight[query]):
             a, b = points[query, head, level, point] * side
             radius = 1.5 + 14 * share**0.5  # an area in proportion to the weight, and never invisible
-            pen.line((x, y, a, b), (255, 255, 255, 50), 1)
+            pen.line((x, y, a, b), (255, 255, 255, 90), 1)
             pen.ellipse((a - radius, b - radius, a + radius, b + radius), tuple(LEVEL_COLORS[level]), (20, 20, 20))
         pen.line((x - 10, y, x + 10, y), (255, 255, 255), 4)
         pen.line((x, y - 10, x, y + 10), (255, 255, 255), 4)
@@ -234,67 +232,50 @@ def sampling_picture(image: np.ndarray, places: np.ndarray, points: np.ndarray, 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command line."""
-    parser = argparse.ArgumentParser(description="Segment pictures: an overlay with a legend and a label PNG for each.")
+    parser = command.Parser(description="Segment pictures: an overlay with a legend and a label PNG for each.")
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="a file, a folder or a quoted glob")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: the newest runs/*/best.pt")
     parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="default: predictions/")
     parser.add_argument("--ms", action="store_true", help="multi-scale and flip: slower, a little better")
-    parser.add_argument("--opacity", type=fraction, default=0.6, metavar="X", help="of the colours, 0 to 1 (0.6)")
+    parser.add_argument("--opacity", type=command.fraction, default=0.6, metavar="X", help="of colours; default: 0.6")
     parser.add_argument("--probabilities", action="store_true", help="write NAME_probabilities.npz too: (K, H, W)")
     parser.add_argument("--explain", action="store_true", help="write NAME_explain.png too: queries and attention")
-    parser.add_argument("--window-batch", type=evaluate.positive, metavar="N", help="windows at once (by free memory)")
-    parser.add_argument("--device", help="cpu, cuda or mps; default: cuda if there is one")
-    parser.add_argument("--amp", action="store_true", help="run the model in bfloat16 where that is safe")
+    evaluate.add_device_options(parser)
     return parser.parse_args(arguments)
 
 
-def fraction(text: str) -> float:
-    """A number from 0 to 1, for argparse."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def run(options: argparse.Namespace) -> list[str]:
-    """Predict all pictures; returns a line for each that could not be. Raises PredictError where not one could."""
+def run(options: argparse.Namespace) -> int:
+    """Predict all pictures; returns 1 if some could not be and are listed. Raises PredictError where not one could."""
     pictures = find_pictures(options.pictures)
-    amp = torch.bfloat16 if options.amp else None
     checkpoint = options.checkpoint or evaluate.newest_checkpoint()
-    predictor = Predictor(checkpoint, options.device, options.ms, options.window_batch, amp)
+    evaluate.allow_tf32(options.tf32)
+    predictor = Predictor(checkpoint, options.device, options.ms, options.window_batch, options.amp)
     if options.explain and predictor.model.config.head != "mask2former":
         raise PredictError("--explain shows the queries of Mask2Former, and this checkpoint has a UperNet head")
-    options.out.mkdir(parents=True, exist_ok=True)
+    command.make_folder(options.out, "--out")
     failures = []
     bar = tqdm(pictures, unit="picture", disable=None if len(pictures) > 1 else True)
     for picture, stem in zip(bar, stems(pictures, options.out), strict=True):
         try:
             write_results(predictor, picture, stem, options.opacity, options.probabilities)
             if options.explain:
-                explain(predictor, data.read_image(picture)).save(f"{stem}_explain.png")
+                sheet = explain(predictor, data.read_image(picture))
+                command.write_whole(Path(f"{stem}_explain.png"), partial(sheet.save, format="PNG"))
         except (ValueError, OSError) as error:
             failures.append(str(error))
     if len(failures) == len(pictures):
         others = f" (nor can {len(failures) - 1} others be read)" if len(failures) > 1 else ""
         raise PredictError(failures[0] + others)
     print(f"{len(pictures) - len(failures)} of {len(pictures)} pictures: overlays and labels in {options.out}/")
-    return failures
+    for failure in failures:
+        command.complain(failure)
+    return 1 if failures else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: all well; 1: some pictures could not be read, listed at the end; 2: nothing could be done."""
     options = parse(arguments)
-    try:
-        failures = run(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    for failure in failures:
-        print(f"error: {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    return command.run(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -25,40 +25,31 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+import command
 import data
+import draw
 from data import CONTEXT_CLASSES, IGNORE, PASCAL_CONTEXT, DataError, SegmentationDataset
-from draw import save_labels
 
+MOST_FAULTS = 20  # that `check` prints
 EXPECTED_COUNTS = {"json": {"train": 4996, "val": 5104}, "mat": {"train": 4998, "val": 5105}}
 
 
 def in_parallel(function: Callable, jobs: Sequence, workers: int, title: str) -> Iterator:
     """The function's results in the order of the jobs, from worker processes, under a progress bar."""
-    with ProcessPoolExecutor(max(1, workers), initializer=data.leave_interrupt_to_parent) as pool:
-        results = pool.map(function, jobs, chunksize=max(1, min(32, len(jobs) // (4 * max(1, workers)))))
+    with ProcessPoolExecutor(workers, initializer=data.leave_interrupt_to_parent) as pool:
+        results = pool.map(function, jobs, chunksize=max(1, min(32, len(jobs) // (4 * workers))))
         yield from tqdm(results, desc=title, total=len(jobs), unit="image", disable=None)
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file beside its place and rename it, so that a run cut short leaves no half a file."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with draft.open("wb") as file:
-            write(file)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------ Pascal Context
 
 
 class Annotated(NamedTuple):
-    """An image of the JSON file: name, size (H, W), and where in the file its annotations are (offset, length)."""
+    """An image; in the JSON file also its size (H, W), and where in the file its annotations are (offset, length)."""
 
     name: str
-    size: tuple[int, int]
-    places: list[tuple[int, int]]
+    size: tuple[int, int] = (0, 0)
+    places: Sequence[tuple[int, int]] = ()
 
 
 def prepare_context(voc: Path, source: Path, kind: str, workers: int) -> dict[str, int]:
@@ -77,7 +68,7 @@ def prepare_context(voc: Path, source: Path, kind: str, workers: int) -> dict[st
         splits, make_labels = index_json(source), partial(labels_from_json, source)
     else:
         lists = voc / "ImageSets" / "Main"
-        splits = {split: data.read_split(lists / f"{split}.txt") for split in ("train", "val")}
+        splits = {split: [*map(Annotated, data.read_split(lists / f"{split}.txt"))] for split in ("train", "val")}
         make_labels = partial(labels_from_mat, source)
     _claim(voc / PASCAL_CONTEXT.labels, kind)
     jobs = [job for split in splits.values() for job in split]
@@ -86,13 +77,9 @@ def prepare_context(voc: Path, source: Path, kind: str, workers: int) -> dict[st
         print(f"{kept} label images were there already and were kept")
     (voc / PASCAL_CONTEXT.splits).mkdir(parents=True, exist_ok=True)
     for split, members in splits.items():
-        text = "".join(f"{_name(job)}\n" for job in members).encode()
-        write_atomically(voc / PASCAL_CONTEXT.splits / f"{split}.txt", lambda file, text=text: file.write(text))
+        text = "".join(f"{image.name}\n" for image in members).encode()
+        command.write_whole(voc / PASCAL_CONTEXT.splits / f"{split}.txt", lambda file, text=text: file.write(text))
     return {split: len(members) for split, members in splits.items()}
-
-
-def _name(job: Annotated | str) -> str:
-    return job if isinstance(job, str) else job.name
 
 
 def _claim(folder: Path, kind: str) -> None:
@@ -104,19 +91,19 @@ def _claim(folder: Path, kind: str) -> None:
     note.write_text(kind)
 
 
-def _write_context_labels(voc: Path, make_labels: Callable, job: Annotated | str) -> bool:
+def _write_context_labels(voc: Path, make_labels: Callable[[Annotated], np.ndarray], image: Annotated) -> bool:
     """Write one label image, unless it is there; returns whether it was."""
-    path = voc / PASCAL_CONTEXT.labels / f"{_name(job)}.png"
+    path, picture = (voc / folder / f"{image.name}{suffix}"
+                     for folder, suffix in ((PASCAL_CONTEXT.labels, ".png"), (PASCAL_CONTEXT.images, ".jpg")))
     if path.is_file():
         return True
-    image = voc / PASCAL_CONTEXT.images / f"{_name(job)}.jpg"
-    if not image.is_file():
-        raise DataError(f"{image} is no file, but there are labels for it: unpack all of VOC2010")
-    labels = make_labels(job)
-    if data.image_size(image) != labels.shape:
-        raise DataError(f"{image} is {data.image_size(image)} (height, width) but its labels are {labels.shape}: "
+    if not picture.is_file():
+        raise DataError(f"{picture} is no file, but there are labels for it: unpack all of VOC2010")
+    labels = make_labels(image)
+    if data.image_size(picture) != labels.shape:
+        raise DataError(f"{picture} is {data.image_size(picture)} (height, width) but its labels are {labels.shape}: "
                         "images and labels are not of one release")
-    save_labels(labels, path, np.vstack([[[0, 0, 0]], data.context_info().palette]))
+    draw.save_labels(labels, path, np.vstack([[[0, 0, 0]], data.context_info().palette]))
     return False
 
 
@@ -264,11 +251,11 @@ def index_json(path: Path) -> dict[str, list[Annotated]]:
     return splits
 
 
-def labels_from_mat(folder: Path, name: str) -> np.ndarray:
+def labels_from_mat(folder: Path, image: Annotated) -> np.ndarray:
     """Labels 0..59, uint8 (H, W), from the LabelMap of 459 classes in NAME.mat."""
     from scipy.io import loadmat
 
-    path = folder / f"{name}.mat"
+    path = folder / f"{image.name}.mat"
     try:
         label_map = np.asarray(loadmat(path)["LabelMap"]).astype(np.int64)
         return context_table()[label_map]
@@ -288,7 +275,7 @@ class ClassList(NamedTuple):
     colours: dict[int, int]
 
 
-CLASS_LINE = re.compile(r"(?P<name>.+?)(?:[\s,:]+(?P<red>\d+)[\s,]+(?P<green>\d+)[\s,]+(?P<blue>\d+))?")
+CLASS_LINE = re.compile(r"(.+?)(?:[\s,:]+(\d+)[\s,]+(\d+)[\s,]+(\d+))?")  # name, perhaps red, green, blue
 
 
 def read_classes(classes: str) -> ClassList:
@@ -299,13 +286,12 @@ def read_classes(classes: str) -> ClassList:
     lines = [f"class {k}" for k in range(int(classes))] if classes.isdigit() else _read_lines(Path(classes))
     names, colours = [], {}
     for number, line in enumerate(lines, 1):
-        name, *rgb = CLASS_LINE.fullmatch(line).groups() if not classes.isdigit() else (line, None)
-        colour = _number(rgb) if rgb[0] else None
-        if colour is not None and (colour in colours or max(map(int, rgb)) > 255):
-            raise DataError(f"{classes}, line {number}: {' '.join(rgb)} is no colour of 0..255 or used before")
-        if colour is not None:
+        name, *rgb = CLASS_LINE.fullmatch(line).groups()
+        if rgb[0]:
+            if max(map(int, rgb)) > 255 or (colour := int.from_bytes(map(int, rgb))) in colours:
+                raise DataError(f"{classes}, line {number}: {' '.join(rgb)} is no colour of 0..255 or used before")
             colours[colour] = IGNORE if name == "ignore" else len(names)
-        if colour is None or name != "ignore":
+        if not rgb[0] or name != "ignore":
             names.append(name)
     if len(set(names)) < len(names) or not 1 <= len(names) <= IGNORE:
         raise DataError(f"--classes {classes}: 1 to {IGNORE} different names are needed, not {len(names)} "
@@ -313,7 +299,7 @@ def read_classes(classes: str) -> ClassList:
     palette = data.default_palette(len(names))
     for colour, k in colours.items():
         if k != IGNORE:
-            palette[k] = colour >> 16, colour >> 8 & 255, colour & 255
+            palette[k] = tuple(colour.to_bytes(3))
     return ClassList(names, palette, colours)
 
 
@@ -323,11 +309,6 @@ def _read_lines(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--classes {path}: cannot be read ({data.one_line(error)}): "
                         "give a file with one class name a line, or a number") from None
-
-
-def _number(rgb: Sequence[int | str]) -> int:
-    red, green, blue = (int(c) for c in rgb)
-    return red << 16 | green << 8 | blue
 
 
 def from_folders(images: Path, labels: Path, classes: str, out: Path, link: bool, workers: int) -> dict[str, int]:
@@ -394,7 +375,7 @@ def _adopt(draft: Path, classes: ClassList, link: bool, pair: tuple[Path, Path])
     if values.shape != data.image_size(image):
         raise DataError(f"{image} is {data.image_size(image)} (height, width) but {label} is {values.shape}: "
                         "an image and its labels must be of one size")
-    save_labels(values, draft / "labels" / f"{label.stem}.png", classes.palette)
+    draw.save_labels(values, draft / "labels" / f"{label.stem}.png", classes.palette)
     target = draft / "images" / image.name
     if link:
         target.symlink_to(image.resolve())
@@ -416,7 +397,7 @@ def convert_labels(path: Path, classes: ClassList) -> np.ndarray:
     found, where = np.unique(values, return_inverse=True)
     for value in found.tolist():
         if value not in known:
-            what = f"colour {value >> 16} {value >> 8 & 255} {value & 255}" if coloured else f"value {value}"
+            what = "colour " + " ".join(map(str, value.to_bytes(3))) if coloured else f"value {value}"
             how = "add it to the list, `ignore R G B` for no class" if coloured else f"no class is {IGNORE}"
             raise DataError(f"{path}: label {what} is none of the {len(classes.names)} classes: {how}")
     return np.array([known[value] for value in found.tolist()], np.uint8)[where].reshape(values.shape)
@@ -479,7 +460,10 @@ def check(root: Path, sheet: Path, workers: int) -> int:
     print(f"{info.name} at {root}: {len(info.classes)} classes, "
           + ", ".join(f"{len(dataset)} {split} images" for split, dataset in datasets.items()))
     faults = [finding.fault for finding in itertools.chain(*findings.values()) if finding.fault]
-    _print_some("fault", faults)
+    for fault in faults[:MOST_FAULTS]:
+        print(f"fault: {fault}")
+    if len(faults) > MOST_FAULTS:
+        print(f"... and {len(faults) - MOST_FAULTS} more")
     remarks = defaultdict(list)
     for split, dataset in datasets.items():
         for name, finding in zip(dataset.names, findings[split], strict=True):
@@ -490,13 +474,6 @@ def check(root: Path, sheet: Path, workers: int) -> int:
     print(frequency_table(info, findings))
     draw_sheet(datasets, findings, sheet)
     return len(faults)
-
-
-def _print_some(kind: str, lines: list[str], limit: int = 20) -> None:
-    for line in lines[:limit]:
-        print(f"{kind}: {line}")
-    if len(lines) > limit:
-        print(f"... and {len(lines) - limit} more")
 
 
 def duplicates(datasets: dict[str, SegmentationDataset], findings: dict[str, list[Finding]]) -> dict[str, list[str]]:
@@ -530,8 +507,6 @@ def frequency_table(info: data.DatasetInfo, findings: dict[str, list[Finding]]) 
 
 def draw_sheet(datasets: dict[str, SegmentationDataset], findings: dict[str, list[Finding]], path: Path) -> None:
     """A contact sheet: six sound pairs of each split, the image and its labels over it; then the legend."""
-    import draw
-
     rows, info = [], datasets["train"].info
     for split, dataset in datasets.items():
         sound = [i for i, finding in enumerate(findings[split]) if not finding.fault]
@@ -544,11 +519,8 @@ def draw_sheet(datasets: dict[str, SegmentationDataset], findings: dict[str, lis
         return
     rows = [[*left, *right] for left, right in itertools.zip_longest(rows[::2], rows[1::2], fillvalue=[])]
     pictures = draw.contact_sheet(rows, ("image", "labels") * 2)
-    legend = draw.legend(info.classes, info.palette, pictures.width)
-    whole = Image.new("RGB", (pictures.width, pictures.height + legend.height), "white")
-    whole.paste(pictures, (0, 0))
-    whole.paste(legend, (0, pictures.height))
-    write_atomically(path, partial(whole.save, format="PNG"))
+    sheet = draw.stack([pictures, draw.legend(info.classes, info.palette, pictures.width)])
+    command.write_whole(path, partial(sheet.save, format="PNG"))
     print(f"contact sheet: {path}")
 
 
@@ -557,10 +529,11 @@ def draw_sheet(datasets: dict[str, SegmentationDataset], findings: dict[str, lis
 
 def build_parser() -> argparse.ArgumentParser:
     """The commands of `python data.py`."""
-    parser = argparse.ArgumentParser(prog="data.py", description="Make data sets ready for training, and check them.")
+    parser = command.Parser(prog="data.py", description="Make data sets ready for training, and check them.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     workers = argparse.ArgumentParser(add_help=False)
-    workers.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    workers.add_argument("--workers", type=command.positive, default=os.cpu_count() or 1, metavar="N",
+                         help="processes (default: %(default)s)")
 
     context = commands.add_parser("prepare-context", parents=[workers],
                                   help="Pascal Context: label images and splits for VOC2010")
@@ -599,7 +572,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Carry out one command. Raises DataError."""
+    """Carry out one command. Raises DataError, DestinationError."""
+    if options.command in ("toy", "from-folders"):
+        command.make_folder(options.out.parent, "--out")
     if options.command == "toy":
         from toy import make_toy
 
@@ -611,6 +586,7 @@ def run(options: argparse.Namespace) -> None:
               f"train with `python train.py --data {options.out}`")
     elif options.command == "check":
         sheet = options.sheet or Path(f"check_{options.root.resolve().name}.png")
+        command.check_file(sheet, "--sheet")
         if faults := check(options.root, sheet, options.workers):
             raise DataError(f"{faults} fault{'s' if faults > 1 else ''} in {options.root}, named above: "
                             "mend them before training")
@@ -627,11 +603,5 @@ def run(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python data.py ...`; exits with status 2 and one line on a fault of the data."""
     options = build_parser().parse_args(arguments)
-    try:
-        run(options)
-    except (DataError, OSError) as error:
-        print(f"error: {data.one_line(error) if isinstance(error, DataError) else error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on or begins anew", file=sys.stderr)
-        sys.exit(130)
+    if status := command.run(lambda: run(options)):
+        sys.exit(status)

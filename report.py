@@ -5,32 +5,38 @@
 
 Read: main -> write_report -> page, which puts together curves, class_bars, confusion_picture and examples.
 
-Charts are inline SVG that take their colours from the page's style sheet; numbers show when a mark is pointed at (SVG
-titles), so the page needs no script and no network. Shapes: K classes; labels and predictions are uint8 (H, W).
+Charts are inline SVG that take their colours from the page's style sheet; numbers show when a mark is pointed at or
+touched, by SVG titles and style rules, so the page needs no script and no network.
+
+Shapes: K classes; labels and predictions are uint8 (H, W), a confusion matrix is int64 (K, K).
 """
 
 import argparse
 import base64
 import html
 import io
-import json
 import math
+import shlex
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 
+import command
 import data
 import draw
 import evaluate
 import weights
-from run import find_run, read_config, read_log
+from run import RUNS, RunError, read_config, read_log, runs_like
 
 SHOWN = 12  # worst images, and as many typical ones
+COLUMNS = ("image", "labels", "prediction", "errors")
+FEW = 16  # classes whose bars need one column, beside the confusion matrix on a wide page
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1c1c1e; --faint: #6a6a70; --line: #d9d9de; --accent: #1f6feb; }
 @media (prefers-color-scheme: dark) {
@@ -38,20 +44,30 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 70rem; padding: 1rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; margin: .5rem 0 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem; }
-p { margin: .3rem 0; } .faint { color: var(--faint); }
-.numbers { display: flex; flex-wrap: wrap; gap: .4rem 2.2rem; margin: 1rem 0; }
-.numbers b { display: block; font-size: 2rem; line-height: 1.1; }
+h1 { font-size: 1.6rem; margin: .5rem 0 0; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem; }
+p { margin: .3rem 0; } .faint { color: var(--faint); } .small { font-size: .9rem; }
+.numbers { display: flex; gap: clamp(1rem, 5vw, 2.2rem); margin: 1rem 0; font-size: .9rem; white-space: nowrap; }
+.numbers b { display: block; font-size: clamp(1.5rem, 7vw, 2rem); line-height: 1.1; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem 2rem; }
+.thirds { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); gap: 1rem 2rem; }
 .wide { overflow-x: auto; }
 svg { display: block; width: 100%; height: auto; } svg text { fill: var(--ink); font-size: 11px; }
 svg .note { fill: var(--faint); } svg .grid { stroke: var(--line); } svg .mark { fill: var(--accent); }
 svg .curve { fill: none; stroke: var(--accent); stroke-width: 1.8; stroke-linejoin: round; }
-figure { margin: .8rem 0; } figcaption { font-size: .9rem; }
-figure div { display: grid; grid-template-columns: repeat(4, 1fr); gap: 4px; }
-@media (max-width: 40rem) { figure div { grid-template-columns: repeat(2, 1fr); } }
+.cell text { visibility: hidden; pointer-events: none; paint-order: stroke; stroke: var(--paper); stroke-width: 6px; }
+.cell:hover text { visibility: visible; }
+.cell:hover rect { stroke: var(--ink); stroke-opacity: 1; }
+.legend { display: flex; flex-wrap: wrap; gap: .1rem 1rem; margin: .6rem 0; padding: 0; list-style: none; }
+.legend i { display: inline-block; width: .8em; height: .8em; margin-right: .4em; border: 1px solid var(--faint); }
+figure { margin: .8rem 0; }
+.row { display: grid; grid-template-columns: repeat(4, 1fr); gap: 0 4px; }
+@media (max-width: 40rem) { .row { grid-template-columns: repeat(2, 1fr); gap: 4px; } .row.names { gap: 0 4px; } }
 img { width: 100%; height: auto; display: block; }
-pre { overflow-x: auto; padding: .8rem; border: 1px solid var(--line); border-radius: 6px; font-size: .85rem; }
+table { border-collapse: collapse; } caption { text-align: left; font-weight: bold; }
+th { font-weight: normal; color: var(--faint); text-align: left; white-space: nowrap; }
+th, td { padding: .1rem 1rem .1rem 0; vertical-align: top; overflow-wrap: anywhere; }
+pre { padding: .8rem; border: 1px solid var(--line); border-radius: 6px; font-size: .85rem; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
 """
 
 
@@ -72,14 +88,15 @@ def curve(points: Sequence[Point], title: str, unit: str = "") -> str:
     stretches = np.array_split(np.float64(points), min(len(points), 400))
     x, y = np.array([stretch.mean(0) for stretch in stretches]).T
     left, top, width, height = 48, 26, 300, 150
-    low, high = min(0.0, float(y.min())), float(y.max()) or 1.0
+    marks = ticks(min(0.0, float(y.min())), float(y.max()))
+    low, high = marks[0], marks[-1]
     horizontal = left + width * (x - x[0]) / max(x[-1] - x[0], 1)
     vertical = top + height * (high - y) / (high - low)
     path = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(horizontal, vertical, strict=True))
     grid = "".join(
         f'<line class="grid" x1="{left}" x2="{left + width}" y1="{v:.1f}" y2="{v:.1f}"/>'
         f'<text class="note" x="{left - 5}" y="{v + 4:.1f}" text-anchor="end">{tick(value)}</text>'
-        for value in np.linspace(low, high, 4) for v in [top + height * (high - value) / (high - low)]
+        for value in marks for v in [top + height * (high - value) / (high - low)]
     )
     dots = "".join(
         f'<circle class="mark" cx="{a:.1f}" cy="{b:.1f}" r="{2.5 if len(x) < 60 else 1}">'
@@ -93,9 +110,16 @@ def curve(points: Sequence[Point], title: str, unit: str = "") -> str:
     return f'<svg viewBox="0 0 360 200">{heading}{grid}<polyline class="curve" points="{path}"/>{dots}{ends}</svg>'
 
 
+def ticks(low: float, high: float) -> np.ndarray:
+    """Round numbers, three to six of them, whose first and last enclose low ... high."""
+    unit = 10 ** math.floor(math.log10((high - low) / 2 or 1))
+    step = next(step for step in (unit, 2 * unit, 5 * unit, 10 * unit) if (high - low) / step <= 5)
+    return step * np.arange(math.floor(low / step), max(math.ceil(high / step - 1e-9), 1) + 1)
+
+
 def tick(value: float) -> str:
     """A number short enough for an axis."""
-    return f"{value:.3g}" if value == 0 or value >= 0.1 else f"{value:.1e}".replace("e-0", "e-")
+    return f"{value:.3g}" if value == 0 or abs(value) >= 0.01 else f"{value:.0e}".replace("e-0", "e-")
 
 
 def curves(log: Sequence[dict]) -> str:
@@ -133,7 +157,7 @@ def class_bars(result: evaluate.Metrics, info: data.DatasetInfo) -> str:
             f'<text x="{123 + length:.1f}" y="{y + 13}">{evaluate.cell(iou).strip()}</text></g>'
         )
     # Two columns on a wide page, one on a phone, in reading order.
-    half = -(-len(rows) // 2) if len(rows) > 16 else len(rows)
+    half = -(-len(rows) // 2) if len(rows) > FEW else len(rows)
     parts = [("".join(rows[:half]), 0, half), ("".join(rows[half:]), half, len(rows) - half)]
     charts = [
         f'<svg viewBox="0 {18 * first} 360 {18 * count}" style="max-width: 36rem">{part}</svg>'
@@ -151,34 +175,36 @@ def color(rgb: np.ndarray) -> str:
 def confusion_picture(confusion: np.ndarray, classes: Sequence[str]) -> str:
     """The matrix with one square for each pair that occurs, the stronger the larger its share of the row's pixels.
 
-    Rows are labels, columns predictions. Squares tell their numbers when pointed at.
+    Rows are labels, columns predictions. A square that is pointed at or touched shows its number.
     """
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    side, left, top = 18, 110, 84
+    side, left, top, note = 18, 98, 76, 290  # pixels; the widest number and its words are `note` wide
+    extent = side * len(classes)
+    width, height = max(left + extent + 50, note + 58), top + extent + 22
+    # From the last row up, for what comes later lies above: each note covers squares of the row below its own.
     cells = "".join(
-        f'<rect class="mark" x="{left + side * j}" y="{top + side * i}" width="{side - 1}" height="{side - 1}" '
-        f'opacity="{max(0.04, shares[i, j] ** 0.6):.2f}"><title>{html.escape(f"{classes[i]} seen as {classes[j]}")}: '
-        f"{draw.percent(shares[i, j])} of its pixels</title></rect>"
-        for i, j in zip(*np.nonzero(shares >= 0.0005), strict=True)
+        f'<g class="cell"><rect class="mark" x="{left + side * j}" y="{top + side * i}" width="{side - 1}" '
+        f'height="{side - 1}" fill-opacity="{max(0.04, shares[i, j] ** 0.6):.2f}"/>'
+        f'<text x="{min(left + side * j, width - note)}" y="{top + side * i + 32}">'
+        f"{html.escape(f'{classes[i]} seen as {classes[j]}: {draw.percent(shares[i, j])} of its pixels')}</text></g>"
+        for i, j in np.argwhere(shares >= 0.0005)[::-1]
     )
     names = "".join(
-        f'<text x="{left - 5}" y="{top + side * k + 13}" text-anchor="end">{html.escape(name[:17])}</text>'
-        f'<text transform="translate({left + side * k + 13} {top - 5}) rotate(-60)">{html.escape(name[:17])}</text>'
+        f'<text x="{left - 5}" y="{top + side * k + 13}" text-anchor="end">{html.escape(name[:16])}</text>'
+        f'<text transform="translate({left + side * k + 13} {top - 5}) rotate(-60)">{html.escape(name[:13])}</text>'
         for k, name in enumerate(classes)
     )
-    extent = side * len(classes)
     frame = f'<rect class="grid" x="{left - 1}" y="{top - 1}" width="{extent + 1}" height="{extent + 1}" fill="none"/>'
-    width, height = left + extent + 70, top + extent + 2
-    return (f'<div class="wide"><svg viewBox="0 0 {width} {height}" style="min-width: {round(0.8 * width)}px; '
-            f'max-width: {round(1.5 * width)}px">{frame}{cells}{names}</svg></div>')
+    return (f'<div class="wide"><svg viewBox="0 0 {width} {height}" style="min-width: {round(0.9 * width)}px; '
+            f'max-width: {round(1.5 * width)}px">{frame}{names}{cells}</svg></div>')
 
 
 # ---------------------------------------------------------------------------------------------------- examples
 
 
-def image_score(confusion: np.ndarray) -> float:
-    """Mean IoU over the classes of one image's labels; NaN for an image without any."""
-    result = evaluate.metrics(torch.from_numpy(confusion))
+def image_score(confusion: Tensor) -> float:
+    """Mean IoU over the classes of one image's labels, from its confusion matrix; NaN for an image without any."""
+    result = evaluate.metrics(confusion)
     return evaluate.nan_mean(result.iou[result.pixels > 0])
 
 
@@ -190,23 +216,21 @@ def choose_examples(scores: Sequence[float], number: int = SHOWN) -> tuple[list[
     return worst, others[start : start + number]
 
 
-def examples(model: nn.Module, dataset: data.SegmentationDataset, chosen: Sequence[int], scores: Sequence[float],
-             device: torch.device, multi_scale: bool) -> Iterator[str]:
-    """A figure for each chosen image: photograph, labels, prediction, error map."""
-    images = (dataset.image(i) for i in chosen)
-    results = evaluate.predictions(model, images, multi_scale=multi_scale, device=device)
-    for index, prediction in zip(chosen, results, strict=True):
-        labels, guess = dataset.labels(index), prediction.cpu().numpy()
-        pictures = {
-            "image": dataset.image(index),
-            "labels": draw.colorize(labels, dataset.info.palette),
-            "prediction": draw.colorize(guess, dataset.info.palette, ignore_index=-1),
-            "errors": draw.error_map(labels, guess),
-        }
+def examples(dataset: data.SegmentationDataset, chosen: Sequence[int], scores: Sequence[float],
+             predictions: Sequence[bytes]) -> Iterator[str]:
+    """A heading, and a figure for each chosen image: photograph, labels, prediction (packed by zlib), error map."""
+    yield f'<div class="row names small faint">{"".join(f"<span>{what}</span>" for what in COLUMNS)}</div>'
+    for index in chosen:
+        labels = dataset.labels(index)
+        prediction = np.frombuffer(zlib.decompress(predictions[index]), np.uint8).reshape(labels.shape)
+        pictures = (dataset.image(index), draw.colorize(labels, dataset.info.palette),
+                    draw.colorize(prediction, dataset.info.palette, ignore_index=-1),
+                    draw.error_map(labels, prediction))
         name = html.escape(dataset.names[index])
-        row = "".join(f'<img alt="{what} of {name}" src="{embedded(picture)}">' for what, picture in pictures.items())
+        row = "".join(f'<img alt="{what} of {name}" src="{embedded(picture)}">'
+                      for what, picture in zip(COLUMNS, pictures, strict=True))
         caption = f'{name} <span class="faint">IoU {100 * scores[index]:.1f}</span>'
-        yield f"<figure><div>{row}</div><figcaption>{caption}</figcaption></figure>"
+        yield f'<figure><div class="row">{row}</div><figcaption class="small">{caption}</figcaption></figure>'
 
 
 def embedded(picture: draw.Picture, side: int = 420) -> str:
@@ -220,94 +244,100 @@ def embedded(picture: draw.Picture, side: int = 420) -> str:
 # ---------------------------------------------------------------------------------------------------- the page
 
 
-def write_report(folder: Path, root: str | None, multi_scale: bool, limit: int | None, device: torch.device) -> Path:
+def find(name: str) -> Path:
+    """The folder of the run of that name or path, "" for the newest run. Raises RunError if it has no best.pt."""
+    folders = [Path(name), RUNS / name] if name else runs_like("*")
+    found = next((folder for folder in folders if (folder / "best.pt").is_file()), None)
+    if found is None:
+        names = ", ".join(folder.name for folder in runs_like("*")) or "none"
+        raise RunError(f"no {RUNS / (name or '*') / 'best.pt'} to report on: name a run that has been validated; "
+                       f"in {RUNS}/: {names}")
+    return found
+
+
+def write_report(folder: Path, options: argparse.Namespace) -> Path:
     """Evaluate the run's best checkpoint and write folder/report/index.html, whole or not at all. Returns its path."""
-    config, log = read_config(folder), read_log(folder / "log.jsonl")
-    checkpoint = folder / "best.pt"
-    dataset = data.open_dataset(root or evaluate.data_of_run(checkpoint), "val")
-    model, facts = weights.load_model(checkpoint)
-    evaluate.check_classes(dataset.info, facts.get("classes", ()), model.config.num_classes)
-    scores: list[float] = []
-
-    def note_score(index: int, prediction: np.ndarray) -> None:
-        labels = torch.from_numpy(dataset.labels(index))
-        scores.append(
-            image_score(
-                evaluate.confusion_matrix(torch.from_numpy(prediction), labels, model.config.num_classes).numpy()
-            )
-        )
-
-    model.to(device)
-    confusion = evaluate.evaluate(model, dataset, multi_scale=multi_scale, device=device, limit=limit, save=note_score)
-    worst, typical = (
-        "".join(examples(model, dataset, chosen, scores, device, multi_scale)) for chosen in choose_examples(scores)
-    )
-    facts = {
-        "iteration": facts.get("iteration"),
-        "images": len(scores),
-        "scales": "multi-scale + flip" if multi_scale else "single-scale",
-    }
-    text = page(folder.name, config, log, dataset.info, confusion.cpu().numpy(), facts, worst, typical)
+    device = evaluate.choose_device(options.device)
+    evaluate.allow_tf32(options.tf32)
+    config, log, checkpoint = read_config(folder), read_log(folder / "log.jsonl"), folder / "best.pt"
+    dataset = data.open_dataset(options.data or evaluate.data_of_run(checkpoint), "val")
+    model, known = weights.load_model(checkpoint)
+    evaluate.check_classes(dataset.info, known.get("classes", ()), model.config.num_classes)
     path = folder / "report" / "index.html"
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    command.check_file(path, "the report")
+    scores: list[float] = []
+    predictions: list[bytes] = []
+
+    def keep(index: int, prediction: np.ndarray) -> None:
+        counts = evaluate.confusion_matrix(torch.from_numpy(prediction), torch.from_numpy(dataset.labels(index)),
+                                           model.config.num_classes)
+        scores.append(image_score(counts))
+        predictions.append(zlib.compress(prediction, 1))  # some kilobytes: all of a validation fit in memory
+
+    confusion = evaluate.evaluate(model.to(device), dataset, multi_scale=options.ms, device=device, save=keep,
+                                  limit=options.limit, window_batch=options.window_batch, amp=options.amp)
+    worst, typical = ("".join(examples(dataset, chosen, scores, predictions)) for chosen in choose_examples(scores))
+    about = [dataset.info.name, f"{len(scores)} validation images",
+             "multi-scale + flip" if options.ms else "single-scale", f"iteration {known.get('iteration')}"]
+    text = page(folder.name, ", ".join(about), config, log, dataset.info, confusion.cpu(), worst, typical)
+    command.write_whole(path, lambda file: file.write(text.encode()))
     return path
 
 
-def page(name: str, config: dict, log: Sequence[dict], info: data.DatasetInfo, confusion: np.ndarray, facts: dict,
+def page(name: str, about: str, config: dict, log: Sequence[dict], info: data.DatasetInfo, confusion: Tensor,
          worst: str, typical: str) -> str:
     """The whole document."""
-    result = evaluate.metrics(torch.from_numpy(confusion))
-    headline = "".join(
-        f"<div><b>{evaluate.cell(value).strip()}</b>{label}</div>"
-        for label, value in [
-            ("mIoU", result.mean_iou),
-            ("pixel accuracy", result.all_accuracy),
-            ("mean accuracy", result.mean_accuracy),
-        ]
-    )
+    result = evaluate.metrics(confusion)
+    means = {"mIoU": result.mean_iou, "pixel accuracy": result.all_accuracy, "mean accuracy": result.mean_accuracy}
+    headline = "".join(f"<div><b>{evaluate.cell(mean).strip()}</b>{what}</div>" for what, mean in means.items())
     environment = config.get("environment", {})
-    options = {key: value for key, value in config.items() if key not in ("environment", "classes")}
-    command = " ".join(str(part) for part in environment.get("command", ())) or "not recorded"
-    legend = draw.legend(info.classes, info.palette, 1000)
-    about = f"{info.name}, {facts['images']} validation images, {facts['scales']}, iteration {facts['iteration']}"
+    command_line = shlex.join(map(str, environment.get("command", ()))).replace(" --", " \\\n    --") or "not recorded"
+    options = {key: value for key, value in config.items() if key not in ("environment", "classes", "model")}
+    surroundings = {key: value for key, value in environment.items() if key != "command"}
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(name)}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head><body>
 <h1>{html.escape(name)}</h1><p class="faint">{html.escape(about)}</p>
 <div class="numbers">{headline}</div>
 <h2>Learning curves</h2>{curves(log)}
-<h2>IoU per class, %</h2>{class_bars(result, info)}
-<h2>Confusion</h2><p class="faint">Rows: labels. Columns: predictions. Stronger: a larger share of the row.</p>
-{confusion_picture(confusion, info.classes)}
-<h2>Worst images</h2><p class="faint">Image, labels, prediction, errors in red (hatched: not judged). IoU: mean over the
-classes in the image's labels.</p>
-<img src="{embedded(legend, 1000)}" alt="the classes' colours" style="max-width: 42rem">{worst}
-<h2>Typical images</h2><p class="faint">Those around the median.</p>{typical}
-<h2>How it was made</h2><pre>{html.escape(command)}</pre>
-<pre>{html.escape(json.dumps(options, indent=1))}</pre><pre>{html.escape(json.dumps(environment, indent=1))}</pre>
+<div class="{"columns" if len(info.classes) <= FEW else ""}">
+<section><h2>IoU per class, %</h2>{class_bars(result, info)}</section>
+<section><h2>Confusion</h2><p class="faint small">Rows: labels. Columns: predictions. Stronger: a larger share of the
+row. Point at a square for its number.</p>{confusion_picture(confusion.numpy(), info.classes)}</section></div>
+<h2>Worst images</h2><p class="faint small">Errors are red, hatched pixels are not judged. IoU: mean over the classes in
+the image's labels.</p>{legend(info)}{worst}
+<h2>Typical images</h2><p class="faint small">Those around the median.</p>{typical}
+<h2>How it was made</h2><pre>{html.escape(command_line)}</pre>
+<div class="thirds small">{facts("Options", options)}{facts("Model", config.get("model", {}))}
+{facts("Environment", surroundings)}</div>
 </body></html>
 """
 
 
+def legend(info: data.DatasetInfo) -> str:
+    """The classes with their colours."""
+    entries = zip(info.classes, info.palette, strict=True)
+    return '<ul class="legend small">' + "".join(
+        f'<li><i style="background: {color(rgb)}"></i>{html.escape(name)}</li>' for name, rgb in entries) + "</ul>"
+
+
+def facts(title: str, values: dict) -> str:
+    """A table of names and values."""
+    rows = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
+                   for name, value in values.items() if value is not None)
+    return f"<div><table><caption>{title}</caption>{rows}</table></div>"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(description="Write a run's report: runs/NAME/report/index.html.")
+    parser = command.Parser(description="Write a run's report: runs/NAME/report/index.html.")
     parser.add_argument("run", nargs="?", default="", help="name or folder of a run; default: the newest")
     parser.add_argument("--data", metavar="DIR", help="data set folder; default: the one the run was trained on")
     parser.add_argument("--ms", action="store_true", help="multi-scale and flip")
-    parser.add_argument("--limit", type=evaluate.positive, metavar="N", help="only the first N images")
-    parser.add_argument("--device", help="cpu, cuda or mps; default: cuda if there is one")
+    parser.add_argument("--limit", type=command.positive, metavar="N", help="only the first N images")
+    evaluate.add_device_options(parser)
     options = parser.parse_args(arguments)
-    try:
-        device = evaluate.choose_device(options.device)
-        print(write_report(find_run(options.run), options.data, options.ms, options.limit, device))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command.run(lambda: print(write_report(find(options.run), options)))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ What of training is neither model nor loop. Read: join_processes -> open_run (fo
 
 import json
 import math
+import multiprocessing
 import os
 import platform
-import resource
 import shlex
 import signal
 import subprocess
@@ -26,14 +26,15 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.rendezvous import rendezvous
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import command
 from data import Batch, DatasetInfo
-from model import ModelConfig, Segmenter
+from evaluate import choose_device
+from measure import peak_memory
+from model import Segmenter
 from msda_cuda import active_path
 from weights import FORMAT, WeightsError, read_file
 
@@ -57,16 +58,11 @@ class Process(NamedTuple):
 
 
 def join_processes(name: str | None) -> Process:
-    """This process's device and, under torchrun, its place among the others. Raises RunError for an unknown device."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if "RANK" in os.environ and device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise RunError(f"--device {name} cannot be used here ({str(error).splitlines()[0]})") from None
+    """This process's device and, under torchrun, its place among the others. Raises EvaluationError for the device."""
+    if "RANK" in os.environ and (name or "cuda") == "cuda" and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = choose_device(name)
     if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         return Process(0, 1, device)
@@ -113,27 +109,36 @@ def on_first(process: Process, call: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def restarted(process: Process) -> bool:
+    """Whether torchrun has started processes again after a failure. It counts by node, and only where one failed."""
+    count = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    if process.world > 1:
+        dist.all_reduce(count)
+    return count.item() > 0
+
+
 # ------------------------------------------------------------------------------------------------------------ folders
 
 
-def open_run(name: str, resume: str | None, unique: bool, process: Process) -> tuple[Path, dict | None]:
-    """The run's folder, and if it is resumed what its last checkpoint holds.
+def open_run(name: str | None, default: str, resume: str | None, iterations: int,
+             process: Process) -> tuple[Path, dict | None]:
+    """The run's folder, and if there is a run to `resume` what its last checkpoint holds.
 
-    Args:
-        name: of a new run; with `unique` a taken name is an error, otherwise -2, -3 ... is appended.
-        resume: the run to resume, or None.
-
-    Raises:
-        RunError: no such run, a taken name, damaged checkpoints, or processes that do not see the same files.
+    A new run's `name` must be free; None stands for `default`, or `default`-2, -3 ... Raises RunError, also for damaged
+    checkpoints, for fewer iterations than are done, and if the processes do not see the same files.
     """
-    folder = on_first(process, lambda: new_run(name, unique) if resume is None else find_run(resume))
-    state = None if resume is None else load_last(folder)
+    folder = on_first(process, lambda: find_run(resume) if resume else new_run(name or default, unique=bool(name)))
+    state = load_last(folder) if resume else None
+    done = state["iteration"] if state else 0
+    seen = [done] * process.world
     if process.world > 1:
-        seen: list[int | None] = [None] * process.world
-        dist.all_gather_object(seen, state and state["iteration"])
-        if len(set(seen)) > 1:
-            raise RunError(f"{folder}: process 0 finds iteration {seen[0]} there, process {process.rank} finds "
-                           f"{seen[process.rank]}: runs/ must lie on a file system that all nodes share")
+        dist.all_gather_object(seen, done)
+    if len(set(seen)) > 1:
+        raise RunError(f"{folder}: process 0 finds iteration {seen[0]} there, process {process.rank} finds {done}: "
+                       "runs/ must lie on a file system that all nodes share")
+    if done > iterations:
+        raise RunError(f"{folder} has done {done} iterations, more than the {iterations} asked for: name a larger "
+                       "number with --iterations")
     return folder, state
 
 
@@ -150,20 +155,24 @@ def new_run(name: str, unique: bool) -> Path:
 
 def find_run(name: str) -> Path:
     """The run of that name or path; "" is the newest one. Raises RunError if there is none."""
-    if name:
-        candidates = [folder for folder in (Path(name), RUNS / name) if (folder / "config.json").is_file()]
-    else:
-        candidates = runs_like("*")
-    if not candidates:
+    begun = runs_like("*")
+    found = [folder for folder in (Path(name), RUNS / name) if (folder / "config.json").is_file()] if name else begun
+    if not found:
         raise RunError(f"no run to resume at {RUNS / name}: a run is a folder with a config.json; "
-                       f"{', '.join(run.name for run in runs_like('*')) or 'none'} in {RUNS}/")
-    return candidates[0]
+                       f"{', '.join(folder.name for folder in begun) or 'none'} in {RUNS}/")
+    return found[0]
 
 
 def runs_like(pattern: str) -> list[Path]:
     """The runs whose name matches the pattern, newest first."""
     configs = sorted(RUNS.glob(f"{pattern}/config.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     return [path.parent for path in configs]
+
+
+def begun_by(arguments: Sequence[str]) -> Path | None:
+    """The newest run that this command line began; None: it has not come that far."""
+    begun = (run for run in runs_like("*") if read_config(run).get("environment", {}).get("command") == arguments)
+    return next(begun, None)
 
 
 def read_config(folder: Path) -> dict:
@@ -188,47 +197,13 @@ def environment(device: torch.device, world: int) -> dict:
 def git(*arguments: str) -> str | None:
     """What git says about the folder of this file; None where there is no git or no repository."""
     try:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True,
+                              check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], None], keep: Path | None = None) -> None:
-    """Write a file so that a crash, a kill or a full disk leaves either the old one or the new one, whole.
-
-    With `keep` the old one gets that name, at no moment leaving less than one.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())  # the data must be on the disk before the name points to them
-        if keep and path.exists():
-            link = keep.with_name(keep.name + ".partial")
-            link.unlink(missing_ok=True)
-            os.link(path, link)  # a second name: the old file has one throughout
-            os.replace(link, keep)
-            link.unlink(missing_ok=True)  # renaming one name of a file to another of the same does nothing
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise RunError(f"{path} cannot be written ({reason}): what was there before is whole; "
-                       "make room, then --resume") from None
-    finally:
-        partial.unlink(missing_ok=True)  # still there after a fault or Ctrl-C
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the renames in this folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 @dataclass
@@ -250,8 +225,7 @@ def rng_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def save(path: Path, process: Process, model: Segmenter, info: DatasetInfo, progress: Progress,
-         optimizer: torch.optim.Optimizer | None = None,
-         scaler: torch.amp.GradScaler | None = None) -> None:
+         optimizer: torch.optim.Optimizer | None = None, scaler: torch.amp.GradScaler | None = None) -> None:
     """Write a checkpoint: for use (no optimizer), or with everything that the run is, to go on with.
 
     All processes must call it, because each has random numbers of its own; process 0 writes.
@@ -270,9 +244,19 @@ def save(path: Path, process: Process, model: Segmenter, info: DatasetInfo, prog
 
 
 def write_checkpoint(path: Path, state: dict) -> None:
-    """Write a checkpoint file; the last.pt that was there becomes previous.pt."""
-    keep = path.with_name("previous.pt") if path.name == "last.pt" else None
-    write_atomically(path, lambda file: torch.save(state, file), keep)
+    """Write a checkpoint so that a crash, a kill or a full disk leaves a whole one; last.pt becomes previous.pt.
+
+    Raises DestinationError if the disk is full.
+    """
+    for draft in path.parent.glob(f".{path.name}.*"):
+        draft.unlink()  # gigabytes, of a process that was killed while it wrote
+
+    def write(file: BinaryIO) -> None:
+        torch.save(state, file)
+        if path.name == "last.pt" and path.exists():
+            path.replace(path.with_name("previous.pt"))  # a crash right here leaves this one
+
+    command.write_whole(path, write)
 
 
 def load_last(folder: Path) -> dict | None:
@@ -280,16 +264,14 @@ def load_last(folder: Path) -> dict | None:
 
     Raises RunError if all that exist are damaged.
     """
-    damaged = []
-    for path in (folder / "last.pt", folder / "previous.pt"):
-        if path.exists():
-            try:
-                return read_file(path)
-            except WeightsError as error:
-                damaged.append(path.name)
-                print(f"{error}: falling back to the checkpoint before", file=sys.stderr)
-    if damaged:
-        raise RunError(f"{folder}: {' and '.join(damaged)} are damaged: start a new run")
+    paths = [path for path in (folder / "last.pt", folder / "previous.pt") if path.exists()]
+    for path in paths:
+        try:
+            return read_file(path)
+        except WeightsError as error:
+            print(f"{error}: falling back to the checkpoint before", file=sys.stderr)
+    if paths:
+        raise RunError(f"{folder}: no checkpoint is whole: start a new run")
     return None
 
 
@@ -300,7 +282,7 @@ def restore(state: dict | None, optimizer: torch.optim.Optimizer, scaler: torch.
     if not state:
         return
     optimizer.load_state_dict(state["optimizer"])
-    if scaler.is_enabled() and state["scaler"]:
+    if state["scaler"]:  # empty unless the run was in fp16
         scaler.load_state_dict(state["scaler"])
     if len(state["rng"]) == process.world:
         rng = state["rng"][process.rank]
@@ -314,14 +296,15 @@ def restore(state: dict | None, optimizer: torch.optim.Optimizer, scaler: torch.
 class StopSignal:
     """SIGTERM and Ctrl-C set `wanted` and nothing else, so that the loop can finish its iteration; a second one kills.
 
-    Worker processes that are forked later inherit it: Ctrl-C reaches the whole group and must not kill them first.
+    Both mostly go to a whole process group. The data loader's workers, which must run by now, are taken out of it:
+    without them no iteration can be finished.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
     def __init__(self) -> None:
+        for worker in multiprocessing.active_children():
+            os.setpgid(worker.pid, 0)
         self.wanted = False
-        self.before = {number: signal.signal(number, self.want) for number in self.SIGNALS}
+        self.before = {number: signal.signal(number, self.want) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def want(self, number: int, _) -> None:
         self.wanted = True
@@ -385,38 +368,6 @@ class Stopwatch:
         return dict(total)
 
 
-def forward_flops(config: ModelConfig) -> int:
-    """Floating-point operations of a forward pass of one window, matrix products and convolutions only.
-
-    Counted on a twin made of fake tensors, which takes next to no time or memory at any size.
-    """
-    with torch.device("meta"):
-        twin = Segmenter(config).eval().requires_grad_(False)
-    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
-        twin.to_empty(device="cpu")(torch.empty(1, 3, config.window, config.window))
-    return counter.get_total_flops()
-
-
-@torch.no_grad()
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large square matrix product here and now, the best of five: what the device can do."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, rates = torch.ones(n, n, device=device, dtype=dtype), []
-    for _ in range(5):
-        watch = Stopwatch(device)
-        a @ a
-        watch.lap("matmul")
-        rates.append(2 * n**3 / watch.seconds()["matmul"])
-    return max(rates)
-
-
-def peak_memory(device: torch.device) -> float:
-    """Gigabytes at most: of the device's memory since the last validation, on a CPU of this process since its start."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
 class Log:
     """Process 0 writes the run down: console, log.jsonl, TensorBoard. Nothing here talks to another process.
 
@@ -424,16 +375,16 @@ class Log:
         folder: the run's; log.jsonl loses what it holds after iteration `start`, which is done again.
         start, total: iterations done and to do.
         images: images in an iteration on this device.
-        flops: operations for one image's forward and backward pass; rate: the device's matmul rate.
+        full_speed: images a second if the device did all their operations as fast as a matrix product.
     """
 
-    def __init__(self, folder: Path, start: int, total: int, device: torch.device, images: int = 0, flops: float = 0,
-                 rate: float = math.inf) -> None:
+    def __init__(self, folder: Path, start: int, total: int, device: torch.device, images: int,
+                 full_speed: float) -> None:
         self.path, self.total, self.device = folder / "log.jsonl", total, device
-        self.images, self.flops, self.rate = images, flops, rate
+        self.images, self.full_speed = images, full_speed
         kept = [line for line in read_log(self.path) if line["iteration"] <= start]
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        write_atomically(self.path, lambda file: file.write(text.encode()))
+        command.write_whole(self.path, lambda file: file.write(text.encode()))
         self.tensorboard = SummaryWriter(folder, purge_step=start + 1)
         self.bar = tqdm(total=total, initial=start, unit="it", smoothing=0.05, disable=not sys.stderr.isatty())
         self.sums: dict[str, float] = defaultdict(float)
@@ -447,18 +398,19 @@ class Log:
         self.bar.update()
         self.bar.set_postfix_str(f"loss {losses['loss']:.3f}", refresh=False)
 
-    def report(self, iteration: int, lr: float, gradient_norm: float, seconds: dict[str, float]) -> None:
-        """Write the means since the last report, the learning rate, and where the time went."""
+    def report(self, iteration: int, seconds: dict[str, float], lr: float, gradient_norm: float,
+               loss_scale: float = 1.0) -> None:
+        """Write the losses' means and where the time went since the last report, and the state of things now."""
         losses = {name: value / self.iterations for name, value in self.sums.items()}
         split = {name: value / self.iterations for name, value in seconds.items()}
         elapsed = sum(split.values()) - split.get("pause", 0)
         speed = {
             "seconds": elapsed, "images_per_second": self.images / elapsed, "memory_gb": peak_memory(self.device),
-            "matmul_fraction": self.images * self.flops / elapsed / self.rate,
+            "matmul_fraction": self.images / elapsed / self.full_speed,
             "eta_seconds": elapsed * (self.total - iteration),
             **{f"seconds/{name}": value for name, value in split.items()},
         }
-        self.write(iteration, "train", {**losses, "lr": lr, "gradient_norm": gradient_norm})
+        self.write(iteration, "train", {**losses, "lr": lr, "gradient_norm": gradient_norm, "loss_scale": loss_scale})
         self.write(iteration, "speed", speed)
         self.say(f"{iteration}/{self.total}  loss {losses['loss']:.4f} ({grouped(losses)})  lr {lr:.2e}  "
                  f"gradient {gradient_norm:.2f}  {elapsed:.2f} s/it  {speed['memory_gb']:.1f} GB  "
@@ -468,7 +420,7 @@ class Log:
 
     def write(self, iteration: int, kind: str, values: dict) -> None:
         """One line of log.jsonl, and one TensorBoard scalar for each number."""
-        # fp16's scaler skips steps whose gradients overflow; their infinite norm is no JSON.
+        # No number is JSON for a norm that has overflowed in fp16, or the IoU of an absent class.
         values = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
         with open(self.path, "a") as file:
             file.write(json.dumps({"iteration": iteration, "kind": kind, **values}) + "\n")
@@ -492,7 +444,14 @@ class Log:
         tqdm.write(text)
         sys.stdout.flush()
 
-    def close(self) -> None:
+    def end(self, progress: Progress) -> None:
+        """Say how the run ended and what comes next; nothing is written after it."""
+        folder = self.path.parent
+        if progress.iteration == self.total:
+            best = shlex.quote(f"{folder}/best.pt")
+            self.say(f"done: best mIoU {progress.best:.4f}; python evaluate.py --checkpoint {best}")
+        else:
+            self.say(f"stopped: go on with --resume {shlex.quote(folder.name)}")
         self.bar.close()
         self.tensorboard.close()
 

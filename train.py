@@ -22,10 +22,7 @@ import contextlib
 import itertools
 import json
 import math
-import os
-import shlex
 import sys
-import time
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
@@ -33,7 +30,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -41,35 +37,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+import command
 import draw
+import run
 from adapter import Extractor, Injector
 from data import Batch, DataError, SegmentationDataset, normalize, open_dataset, positions, training_loader
-from evaluate import evaluate, metrics, positive, predictions, table
+from evaluate import EvaluationError, allow_tf32, evaluate, metrics, predictions, table
 from heads import loss_units, mask_counts
+from measure import forward_flops, matmul_rate
 from model import Block, ModelConfig, Segmenter, build_model
-from run import (
-    Log,
-    NonFiniteLoss,
-    Process,
-    Progress,
-    RunError,
-    StopSignal,
-    Stopwatch,
-    environment,
-    find_run,
-    forward_flops,
-    join_processes,
-    matmul_rate,
-    on_first,
-    open_run,
-    read_config,
-    restore,
-    rng_state,
-    runs_like,
-    save,
-    stop_for_replay,
-    write_atomically,
-)
+from run import Process, RunError
 from sync_batchnorm import convert_sync_batchnorm
 from weights import WeightsError, load_weights
 
@@ -109,15 +86,13 @@ MASK2FORMER_LARGE = Recipe(
     official=(67.8, 68.2), cost="not measured",
     iterations=40_000, lr=2e-5, layer_decay=0.90, validate_every=4000, checkpoint_activations=True,
 )
-UPERNET_LARGE = Recipe(
-    command="torchrun --nproc_per_node=8 train.py --head upernet --size large",
-    official=(67.0, 67.5), cost="not measured",
-    iterations=80_000, lr=2e-5, layer_decay=0.90, validate_every=8000, checkpoint_activations=True,
+UPERNET_LARGE = replace(
+    MASK2FORMER_LARGE, command="torchrun --nproc_per_node=8 train.py --head upernet --size large",
+    official=(67.0, 67.5), iterations=80_000, validate_every=8000,
 )
-UPERNET_BASE = Recipe(  # not among the released models: UperNet's length with the base model's rates
-    command="torchrun --nproc_per_node=8 train.py --head upernet --size base",
-    official=None, cost="not measured",
-    iterations=80_000, lr=3e-5, layer_decay=0.95, validate_every=8000,
+UPERNET_BASE = replace(  # not among the released models: UperNet's length with the base model's rates
+    MASK2FORMER_BASE, command="torchrun --nproc_per_node=8 train.py --head upernet --size base",
+    official=None, iterations=80_000, validate_every=8000,
 )
 # From random weights on a CPU: no pre-training to preserve, hence a high rate and no layer decay.
 MASK2FORMER_TINY = Recipe(
@@ -182,49 +157,33 @@ def train(options: argparse.Namespace, process: Process) -> None:
     """One run, from its options to its last checkpoint. What comes before the loop prepares it."""
     rank, world, device = process
     accumulation = share_batch(options.global_batch, world, options.batch)
-    if options.head == "upernet" and world * options.batch == 1:
-        raise RunError("UperNet's batch norm needs 2 images at once, on all devices together: use --batch 2")
     training, validation, pixels = open_datasets(options.data, process)
-    folder, state = open_run(options.name or default_name(options), options.resume, options.name is not None, process)
-    torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = options.tf32  # convolutions have a switch of their own, on by default
+    default = f"{options.head}-{options.size}-{Path(options.data).name}"
+    folder, state = run.open_run(options.name, default, options.resume, options.iterations, process)
+    progress = run.Progress(**state["progress"]) if state else run.Progress()
+    allow_tf32(options.tf32)
     torch.manual_seed(options.seed)  # the same starting values everywhere
     model = make_model(options, state, training.info.classes, process)
     groups = parameter_groups(model, options.lr, options.weight_decay, options.layer_decay)
     optimizer = torch.optim.AdamW(groups, fused=True)
-    amp = AMP[options.amp]
-    scaler = torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
-    progress = Progress(**state["progress"]) if state else Progress()
-    if progress.iteration > options.iterations:
-        raise RunError(f"{folder} has done {progress.iteration} iterations, more than the {options.iterations} asked "
-                       "for: name a larger number with --iterations")
-    stream = training_loader(
-        training, model.config.window, seed=options.seed, workers=options.workers,
-        positions=positions(progress.iteration, rank, world, options.batch, accumulation),
-    )
+    amp, scaler = AMP[options.amp], torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
+    mine = positions(progress.iteration, rank, world, options.batch, accumulation)
+    stream = training_loader(training, model.config.window, seed=options.seed, positions=mine, workers=options.workers)
     stream = itertools.chain([next(stream)], stream)  # it draws from torch's RNG as it starts: before that is restored
     log = None
     if rank == 0:
         log = start_log(options, process, folder, model, training, pixels, progress.iteration, accumulation)
-    if options.compile:
-        model.compile()
-    parallel: nn.Module = model
-    if world > 1:
-        warnings.filterwarnings("ignore", "Grad strides do not match")  # of depth-wise convolutions, which are small
-        parallel = DistributedDataParallel(
-            convert_sync_batchnorm(model), device_ids=[device.index] if device.type == "cuda" else None,
-            forward_sync_buffers=False, gradient_as_bucket_view=True,  # synchronised batch norm keeps the buffers equal
-        )
-    restore(state, optimizer, scaler, options.seed, process)
+    parallel = data_parallel(model, process)
+    run.restore(state, optimizer, scaler, options.seed, process)
     del state  # gigabytes of host memory
-    stop, watch = StopSignal(), Stopwatch(device, running=rank == 0)
+    stop, watch = run.StopSignal(), run.Stopwatch(device, running=rank == 0)
 
     while True:
         due = progress.iteration == options.iterations or progress.iteration % options.validate_every == 0
         if due and progress.validated < progress.iteration:  # up here: a run cut in a validation makes up for it
             validate(model, validation, progress, amp, device, log)
             if progress.best_iteration == progress.iteration:
-                save(folder / "best.pt", process, model, training.info, progress)
+                run.save(folder / "best.pt", process, model, training.info, progress)
         if progress.iteration == options.iterations:
             break
         watch.lap("pause")
@@ -239,7 +198,7 @@ def train(options: argparse.Namespace, process: Process) -> None:
         for group in optimizer.param_groups:
             group["lr"] = options.lr * group["scale"] * factor
         optimizer.zero_grad()
-        rng, losses = rng_state(device), defaultdict(float)
+        rng, sums = run.rng_state(device), defaultdict(float)
         for i, batch in enumerate(batches):
             first = (rank * accumulation + i) * options.batch  # of this micro-batch's images in the global batch
             units = loss_units(counts, slice(first, first + options.batch), model.config.num_queries)
@@ -251,11 +210,13 @@ def train(options: argparse.Namespace, process: Process) -> None:
                 scaler.scale(terms["loss"] / accumulation).backward()
                 watch.lap("backward")
             for name, value in terms.items():
-                losses[name] += value.detach() / accumulation
-        losses = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))  # waits for the device
-        if not math.isfinite(losses["loss"]):
-            stop_for_replay(folder, process, model, progress, batches, losses, rng)
-        scaler.unscale_(optimizer)  # for the gradient norm in the log; gradients are not clipped
+                sums[name] += value.detach() / accumulation
+        scaler.unscale_(optimizer)  # for the norm; gradients are not clipped
+        *values, norm = torch.stack([*sums.values(), gradient_norm(model)]).tolist()  # waits for the device
+        losses = dict(zip(sums, values, strict=True))
+        # Where fp16 overflows, the scaler skips the step and halves its scale. At 1, as without it, all would be lost.
+        if not math.isfinite(losses["loss"]) or not (math.isfinite(norm) or scaler.get_scale() > 1):
+            run.stop_for_replay(folder, process, model, progress, batches, losses | {"gradient_norm": norm}, rng)
         scaler.step(optimizer)
         scaler.update()
         watch.lap("optimizer")
@@ -264,18 +225,15 @@ def train(options: argparse.Namespace, process: Process) -> None:
         if log:
             log.count(losses)
             if progress.iteration % LOG_EVERY == 0:
-                log.report(progress.iteration, options.lr * factor, gradient_norm(model), watch.seconds())
+                log.report(progress.iteration, watch.seconds(), lr=options.lr * factor, gradient_norm=norm,
+                           loss_scale=scaler.get_scale())
         if progress.iteration % options.save_every == 0 and progress.iteration < options.iterations:
-            save(folder / "last.pt", process, model, training.info, progress, optimizer, scaler)
+            run.save(folder / "last.pt", process, model, training.info, progress, optimizer, scaler)
 
-    save(folder / "last.pt", process, model, training.info, progress, optimizer, scaler)
+    run.save(folder / "last.pt", process, model, training.info, progress, optimizer, scaler)
     stop.release()
     if log:
-        best = shlex.quote(f"{folder}/best.pt")
-        done = f"done: best mIoU {progress.best:.4f}; python evaluate.py --checkpoint {best}"
-        stopped = f"stopped: go on with --resume {shlex.quote(folder.name)}"
-        log.say(done if progress.iteration == options.iterations else stopped)
-        log.close()
+        log.end(progress)
 
 
 # ------------------------------------------------------------------------------------------------- what the loop calls
@@ -295,20 +253,26 @@ def share_batch(global_batch: int, world: int, batch: int) -> int:
 
 
 def exchange(batches: Sequence[Batch], num_classes: int, stop: bool, process: Process) -> tuple[Tensor, bool]:
-    """What all processes must know before a step: mask counts of the whole global batch, and whether one wants to stop.
+    """What all processes must know before a step: the mask counts (N,) of the global batch, in the order of the stream
+    and on this process's device, and whether one wants to stop.
 
     Both are known on the host, and travel between hosts: nobody waits for a device.
-
-    Returns:
-        Mask counts (N,) in the order of the stream, on this process's device, and whether to stop.
     """
     mine = torch.cat([mask_counts(batch.labels, num_classes) for batch in batches] + [torch.tensor([int(stop)])])
-    everyone = mine[None]
+    everyone = mine.repeat(process.world, 1)  # (processes, N / processes + 1)
     if process.world > 1:
-        rows = [torch.empty_like(mine) for _ in range(process.world)]
-        dist.all_gather(rows, mine)
-        everyone = torch.stack(rows)  # (processes, N / processes + 1)
+        dist.all_gather(list(everyone), mine)  # into the rows
     return everyone[:, :-1].flatten().to(process.device, non_blocking=True), bool(everyone[:, -1].any())
+
+
+def data_parallel(model: Segmenter, process: Process) -> nn.Module:
+    """What the loop calls in place of the model: it averages gradients and batch statistics over the processes."""
+    if process.world == 1:
+        return model
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # of depth-wise convolutions, which are small
+    # Batch norm that sees all images keeps its buffers equal everywhere: they need not be sent.
+    return DistributedDataParallel(convert_sync_batchnorm(model), forward_sync_buffers=False,
+                                   gradient_as_bucket_view=True)
 
 
 def gradients_stay_here(model: nn.Module, yes: bool) -> contextlib.AbstractContextManager:
@@ -316,13 +280,13 @@ def gradients_stay_here(model: nn.Module, yes: bool) -> contextlib.AbstractConte
     return model.no_sync() if yes and isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
 
 
-def gradient_norm(model: nn.Module) -> float:
-    """L2 norm of all gradients."""
-    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
+def gradient_norm(model: nn.Module) -> Tensor:
+    """L2 norm of all gradients, ()."""
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
 
-def validate(model: Segmenter, dataset: SegmentationDataset, progress: Progress, amp: torch.dtype | None,
-             device: torch.device, log: Log | None) -> None:
+def validate(model: Segmenter, dataset: SegmentationDataset, progress: run.Progress, amp: torch.dtype | None,
+             device: torch.device, log: run.Log | None) -> None:
     """Single-scale scores on the validation set, shared out over the processes, and a few pictures; notes the best."""
     result = metrics(evaluate(model, dataset, device=device, amp=amp, progress=log is not None and sys.stderr.isatty()))
     progress.validated = progress.iteration
@@ -332,7 +296,6 @@ def validate(model: Segmenter, dataset: SegmentationDataset, progress: Progress,
         classes = dataset.info.classes
         scores = {"mIoU": result.mean_iou, "mAcc": result.mean_accuracy, "aAcc": result.all_accuracy}
         scores |= {f"IoU/{name}": iou for name, iou in zip(classes, result.iou, strict=True)}
-        scores = {name: float(value) for name, value in scores.items() if not math.isnan(value)}
         log.validation(progress.iteration, scores, table(result, classes))
         with torch.autocast(device.type, amp, enabled=amp is not None):
             picture = draw_predictions(model, dataset, device)
@@ -343,14 +306,18 @@ def validate(model: Segmenter, dataset: SegmentationDataset, progress: Progress,
 
 def draw_predictions(model: Segmenter, dataset: SegmentationDataset, device: torch.device) -> Image.Image:
     """Some images of the data set, always the same, each beside its labels and its prediction."""
-    chosen = np.unique(np.linspace(0, len(dataset) - 1, PICTURES).astype(int)).tolist()
-    model.eval()
-    guesses = [p.cpu().numpy() for p in predictions(model, [dataset.image(i) for i in chosen], device=device)]
-    model.train()
-    palette, rows = dataset.info.palette, []
+    chosen, palette, rows = spread(dataset, PICTURES), dataset.info.palette, []
+    guesses = predictions(model.eval(), [dataset.image(i) for i in chosen], device=device)
     for i, guess in zip(chosen, guesses, strict=True):
-        rows.append([dataset.image(i), draw.colorize(dataset.labels(i), palette), draw.colorize(guess, palette)])
+        colours = [draw.colorize(labels, palette) for labels in (dataset.labels(i), guess.cpu().numpy())]
+        rows.append([dataset.image(i), *colours])
+    model.train()
     return draw.contact_sheet(rows)
+
+
+def spread(dataset: SegmentationDataset, number: int) -> list[int]:
+    """So many indices of the data set, from first to last at equal distances; all if there are no more."""
+    return torch.linspace(0, len(dataset) - 1, number, dtype=torch.float64).long().unique().tolist()
 
 
 # -------------------------------------------------------------------------------------------------- what comes before
@@ -359,20 +326,14 @@ def draw_predictions(model: Segmenter, dataset: SegmentationDataset, device: tor
 def open_datasets(root: str, process: Process) -> tuple[SegmentationDataset, SegmentationDataset, Tensor]:
     """Training split, validation split, and what `preflight` counted in the first; process 0 goes ahead, makes the toy
     data if need be, and looks for mistakes."""
-    pixels, _ = on_first(process, lambda: [preflight(open_dataset(root, split)) for split in ("train", "val")])
+    pixels, _ = run.on_first(process, lambda: [preflight(open_dataset(root, split)) for split in ("train", "val")])
     return open_dataset(root, "train"), open_dataset(root, "val"), pixels
 
 
 def preflight(dataset: SegmentationDataset, sample: int = 32) -> Tensor:
-    """Look at some labels for what would train for hours towards an mIoU near 0; reading them checks their range.
-
-    Returns:
-        How many of the sampled pixels have each value, (256,).
-
-    Raises:
-        DataError: an unreadable file, a label outside the classes, no labelled pixel, or one class alone.
-    """
-    chosen = np.unique(np.linspace(0, len(dataset) - 1, sample).astype(int)).tolist()
+    """How many of the sampled pixels have each label value, (256,). Raises DataError for what would train for hours
+    towards an mIoU near 0: an unreadable file, a label outside the classes, no labelled pixel, one class alone."""
+    chosen = spread(dataset, sample)
     for i in chosen:
         dataset.image(i)  # a file cut off in the middle has a sound header: only reading it tells
     pixels = sum(torch.bincount(torch.from_numpy(dataset.labels(i).ravel()).long(), minlength=256) for i in chosen)
@@ -387,12 +348,10 @@ def preflight(dataset: SegmentationDataset, sample: int = 32) -> Tensor:
     return pixels
 
 
-def default_name(options: argparse.Namespace) -> str:
-    return f"{options.head}-{options.size}-{Path(options.data).name}"
-
-
 def make_model(options: argparse.Namespace, state: dict | None, classes: Sequence[str], process: Process) -> Segmenter:
     """The model on its device, from a checkpoint or new with pre-trained weights. Raises RunError, WeightsError."""
+    if options.head == "upernet" and process.world * options.batch == 1:
+        raise RunError("UperNet's batch norm needs 2 images at once, on all devices together: use --batch 2")
     if state:
         if state["classes"] != list(classes):
             raise RunError(f"--data {options.data} has other classes than the run: go on with the data of its start")
@@ -410,6 +369,8 @@ def make_model(options: argparse.Namespace, state: dict | None, classes: Sequenc
                 load_weights(model, pretrained)
     if options.checkpoint_activations:
         checkpoint_activations(model)
+    if options.compile:
+        model.compile()  # at its first call, as it is then: with the batch norm of data_parallel
     model.backbone.requires_grad_(not options.freeze_backbone)
     return model.to(process.device).train()
 
@@ -427,32 +388,30 @@ def find_pretrained(name: str | None, size: str) -> Path | None:
     if name == "none" or name is None and size == "tiny":
         return None
     timm = f"beit_{size}_patch16_224.in22k_ft_in22k"
-    usual = [Path(f"pretrained/beit_{size}_patch16_224_pt22k_ft22k.pth"), Path(f"pretrained/{timm}.safetensors")]
-    paths = [Path(name)] if name else usual
-    for path in paths:
-        if path.is_file():
-            return path
-    places = " or ".join(str(path) for path in paths)
-    if size == "tiny":
-        raise RunError(f"--pretrained: no file {places}; size tiny has no pre-trained weights, leave the option out")
-    raise RunError(f"no pre-trained BEiT weights at {places}: put there https://huggingface.co/timm/{timm}/resolve/"
-                   f"main/model.safetensors as {usual[1]}, name a file with --pretrained FILE, or start from scratch "
-                   "with --pretrained none")
+    usual = [f"pretrained/beit_{size}_patch16_224_pt22k_ft22k.pth", f"pretrained/{timm}.safetensors"]
+    for path in [name] if name else usual:
+        if Path(path).is_file():
+            return Path(path)
+    if name:
+        raise RunError(f"--pretrained {name}: no such file; 'none' starts from random weights")
+    raise RunError(f"no pre-trained BEiT weights at {' or '.join(usual)}: put there https://huggingface.co/timm/{timm}/"
+                   f"resolve/main/model.safetensors as {usual[1]}, name a file with --pretrained FILE, or start from "
+                   "random weights with --pretrained none")
 
 
 def start_log(options: argparse.Namespace, process: Process, folder: Path, model: Segmenter,
-              dataset: SegmentationDataset, pixels: Tensor, iteration: int, accumulation: int) -> Log:
+              dataset: SegmentationDataset, pixels: Tensor, iteration: int, accumulation: int) -> run.Log:
     """Make the folder, write config.json, say what is about to run. From here on there is something on the disk."""
     folder.mkdir(parents=True, exist_ok=True)
     device, window, info = process.device, model.config.window, dataset.info
-    surroundings = environment(device, process.world)
+    surroundings = run.environment(device, process.world)
     if not (folder / "config.json").exists():
         config = {**vars(options), "name": folder.name, "model": asdict(model.config), "classes": info.classes,
                   "environment": surroundings}
-        write_atomically(folder / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode()))
+        command.write_whole(folder / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode()))
     flops = 3 * forward_flops(model.config)  # the backward pass costs twice the forward pass
     rate = matmul_rate(device, AMP[options.amp] or torch.float32)
-    log = Log(folder, iteration, options.iterations, device, options.batch * accumulation, flops, rate)
+    log = run.Log(folder, iteration, options.iterations, device, options.batch * accumulation, rate / flops)
     log.say(f"{folder}: {options.head} {options.size}, {sum(p.numel() for p in model.parameters()):,} parameters, "
             f"window {window}, {len(dataset):,} images of {len(info.classes)} classes")
     log.say(f"global batch {options.global_batch} = {process.world} device(s) x {options.batch} images x "
@@ -469,20 +428,13 @@ def start_log(options: argparse.Namespace, process: Process, folder: Path, model
 
 # --------------------------------------------------------------------------------------------------------- command line
 
-EXAMPLES = __doc__.split("\n\n")[1]
 NOT_OPTIONS = ("resume", "command", "official", "cost", "model", "classes", "environment")  # in config.json or a recipe
 
 
-class Parser(argparse.ArgumentParser):
-    """Faults of the command line are one line on stderr, like all others."""
-
-    def error(self, message: str) -> None:
-        complain(f"{message} (python {self.prog} --help lists the options)", 2)
-
-
-def parser() -> Parser:
-    p = Parser(prog="train.py", description=f"{__doc__.splitlines()[0]}\n\n{EXAMPLES}",
-               formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> command.Parser:
+    """The options; what a recipe sets has no default here."""
+    p = command.Parser(prog="train.py", description="\n\n".join(__doc__.split("\n\n")[:2]),
+                       formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_argument_group("what to train")
     what.add_argument("--head", choices=["mask2former", "upernet"], default="mask2former", help="default: mask2former")
     what.add_argument("--size", choices=["tiny", "base", "large"], help="default: tiny for toy data, else large")
@@ -490,19 +442,19 @@ def parser() -> Parser:
                       help=f"a plain folder, a VOC2010 tree, or 'toy'; default: {CONTEXT}")
     what.add_argument("--pretrained", metavar="FILE",
                       help="weights of BEiT or ViT-Adapter, or 'none'; default: BEiT's in pretrained/")
-    what.add_argument("--window", type=positive, metavar="PIXELS",
+    what.add_argument("--window", type=command.positive, metavar="PIXELS",
                       help="side of crops and sliding window; default: the size's")
     what.add_argument("--freeze-backbone", action="store_true", help="train adapter and head only")
     how = p.add_argument_group("how (defaults: the recipe's)")
-    how.add_argument("--iterations", type=positive, metavar="N")
-    how.add_argument("--lr", type=positive_float, metavar="RATE")
-    how.add_argument("--global-batch", type=positive, default=16, metavar="N",
+    how.add_argument("--iterations", type=command.positive, metavar="N")
+    how.add_argument("--lr", type=rate, metavar="RATE")
+    how.add_argument("--global-batch", type=command.positive, default=16, metavar="N",
                      help="images in a step, over all devices; default: 16")
-    how.add_argument("--batch", type=positive, metavar="N", help="images on a device at once")
+    how.add_argument("--batch", type=command.positive, metavar="N", help="images on a device at once")
     how.add_argument("--seed", type=natural, default=0, metavar="N", help="default: 0")
     where = p.add_argument_group("on what")
     where.add_argument("--device", metavar="NAME", help="cpu, cuda or mps; default: cuda if there is one")
-    where.add_argument("--workers", type=int, choices=range(65), default=2, metavar="N",
+    where.add_argument("--workers", type=natural, default=2, metavar="N",
                        help="processes that load data for a device; default: 2")
     where.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision; default: off")
     where.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True,
@@ -510,51 +462,44 @@ def parser() -> Parser:
     where.add_argument("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=None,
                        help="compute activations again in the backward pass: less memory, a third more work")
     where.add_argument("--compile", action="store_true", help="torch.compile the model")
-    run = p.add_argument_group("the run")
-    run.add_argument("--name", help="of the folder in runs/; default: HEAD-SIZE-DATA")
-    run.add_argument("--resume", nargs="?", const="", metavar="RUN",
+    folder = p.add_argument_group("the run")
+    folder.add_argument("--name", help="of the folder in runs/; default: HEAD-SIZE-DATA")
+    folder.add_argument("--resume", nargs="?", const="", metavar="RUN",
                      help="go on with this run and its options; without RUN: with the newest")
-    run.add_argument("--validate-every", type=positive, metavar="N", help="iterations")
-    run.add_argument("--save-every", type=positive, metavar="N", help="iterations")
+    folder.add_argument("--validate-every", type=command.positive, metavar="N", help="iterations")
+    folder.add_argument("--save-every", type=command.positive, metavar="N", help="iterations")
     return p
 
 
 def natural(text: str) -> int:
+    """A whole number from 0 up, for argparse."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 up")
     return int(text)
 
 
-def positive_float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
+def rate(text: str) -> float:
+    """A number above 0, for argparse."""
+    if not 0 < float(text) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+    return float(text)
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Options from the command line, else from the resumed run, else from the recipe. Raises RunError."""
     p = parser()
     options = p.parse_args(arguments)
-    if options.size is None:
-        options.size = "tiny" if options.data == "toy" else "large"
-    if options.resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        # torchrun has started this process again after a failure: go on with what the first attempt began.
-        begun = runs_like(options.name or default_name(options) + "*")
-        options.resume = begun[0].name if begun else None
     if options.resume is not None:
-        folder = find_run(options.resume)
-        p.set_defaults(**{key: value for key, value in read_config(folder).items() if key not in NOT_OPTIONS})
+        folder = run.find_run(options.resume)
+        begun = {key: value for key, value in run.read_config(folder).items() if key not in NOT_OPTIONS}
+        p.set_defaults(**begun)
         options = p.parse_args(arguments)
         options.resume = str(folder)
-        begun = read_config(folder)
         for name in ("head", "size", "window", "freeze_backbone"):
             if getattr(options, name) != begun.get(name):
                 raise RunError(f"{folder} was begun with another --{name.replace('_', '-')}: leave the option out, "
                                "or start a new run")
+    options.size = options.size or ("tiny" if options.data == "toy" else "large")
     recipe = RECIPES[options.head, options.size]
     length = (options.iterations or recipe.iterations) / recipe.iterations
     for name, value in {**asdict(recipe), "warmup": round(recipe.warmup * length)}.items():
@@ -563,24 +508,22 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def complain(message: str, status: int) -> None:
-    """One line on stderr, and the end of this process."""
-    if int(os.environ.get("LOCAL_RANK", 0)):
-        time.sleep(3)  # process 0 has mostly met the same fault, and when it ends torchrun ends the others
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(status)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
+    """The command. Ends the process with status 2 for a user's fault, 1 for a loss that is not finite, 130 for Ctrl-C
+    before the loop; in it, StopSignal finishes the iteration and saves."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         options = parse(arguments)
-        train(options, join_processes(options.device))
-    except (DataError, RunError, WeightsError, OSError) as error:
-        complain(str(error), 2)
-    except NonFiniteLoss as error:
-        complain(str(error), 1)
-    except KeyboardInterrupt:  # before the loop; in it, StopSignal finishes the iteration and saves
-        complain("interrupted; what was saved is whole, and --resume goes on from there", 130)
+        process = run.join_processes(options.device)
+        if options.resume is None and run.restarted(process) and (begun := run.begun_by(sys.argv)):
+            options = parse([*arguments, "--resume", str(begun)])
+        train(options, process)
+    except (DataError, EvaluationError, RunError, WeightsError, command.DestinationError, OSError) as error:
+        sys.exit(command.complain(str(error)))
+    except run.NonFiniteLoss as error:
+        sys.exit(f"error: {error}")  # every process has its own to say
+    except KeyboardInterrupt:
+        sys.exit(command.complain("interrupted; what was saved is whole, and --resume goes on from there", 130))
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,14 +1,17 @@
 """Weights from files: released ViT-Adapter checkpoints, BEiT pre-training, our own; read safely, renamed, resized.
 
 Read: read_file (bytes to values, nothing executed) -> read_weights (which of the three is it?) -> RENAMES (official
-names to ours) -> infer_config -> resize_position_table -> load_weights (into a model) -> load_model (one from a file).
+names to ours) -> infer_config -> resize_position_table -> load_weights (into a model) -> load_model (one from a file)
+-> export (a program that runs without this code).
 
-As a command: `python weights.py FILE` tells what a file is, `--to out.pt` converts it to our format.
+As a command: `python weights.py FILE` tells what a file is, `--to out.pt` converts it to our format, `--export out.pt2`
+writes a program.
 """
 import argparse
 import contextlib
 import hashlib
 import io
+import json
 import math
 import os
 import pickle
@@ -16,16 +19,19 @@ import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from scipy.interpolate import RectBivariateSpline
 from torch import Tensor
 
+import command
+import msda_cuda
 from model import PATCH, SIZES, ModelConfig, Segmenter, relative_position_index
 
 FORMAT = "vit-adapter-seg/1"
@@ -461,6 +467,32 @@ def facts(info: dict[Any, Any], num_classes: int) -> dict[str, Any]:
     return {**found, "iteration": iteration} if isinstance(iteration, int) else found
 
 
+# ------------------------------------------------------------------------------------------------------------- export
+
+
+def export(model: Segmenter, path: Path, about: dict[str, Any]) -> None:
+    """Write a model in eval mode as a program that PyTorch runs without this code: one of about its own version.
+
+        score = torch.export.load("model.pt2").module()
+        scores = score(images)  # normalised float32 (B, 3, window, window), any B -> (B, K, window, window)
+
+    Args:
+        path: where to; its name must end in .pt2.
+        about: what the file says of itself, as JSON in `torch.export.load(path, extra_files={"about.json": ""})`.
+
+    Raises:
+        DestinationError: the file cannot be written.
+    """
+    window = model.config.window
+    images = torch.zeros(2, 3, window, window, device=model.backbone.cls_token.device)
+    # The compiled operator is no part of PyTorch: the program holds its PyTorch text, whatever MSDA says.
+    text = patch.object(msda_cuda.module, "ms_deform_attn", msda_cuda.ms_deform_attn_torch)
+    with text, torch.no_grad():
+        program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    files = {"about.json": json.dumps(about)}
+    command.write_whole(path, lambda file: torch.export.save(program, file, extra_files=files))
+
+
 # ------------------------------------------------------------------------------------------------------------ command
 
 
@@ -485,38 +517,36 @@ def describe(path: Path) -> str:
     return "\n".join(f"{what:12}{value}" for what, value in rows.items() if value)
 
 
-def save(content: dict[str, Any], path: Path) -> None:
-    """torch.save that leaves at `path` the old file or the new one, never half of it; raises WeightsError."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as the latter
-        reason = type(error).__name__
-        raise WeightsError(f"{path}: cannot be written ({reason}): no such folder, or no room on the disk?") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+def run(options: argparse.Namespace) -> None:
+    """What the command line asks for."""
+    if options.export and options.export.suffix != ".pt2":
+        raise WeightsError(f"--export {options.export}: it writes a program of torch.export; name it *.pt2")
+    print(describe(options.file))
+    if not (options.to or options.export):
+        return
+    model, known = load_model(options.file)
+    about = {"config": asdict(model.config), **known}
+    if options.to:
+        command.check_file(options.to, "--to")
+        content = {"format": FORMAT, "model": model.state_dict(), **about}
+        command.write_whole(options.to, lambda file: torch.save(content, file))
+        print(f"{'written':12}{options.to}")
+    if options.export:
+        command.check_file(options.export, "--export")
+        export(model, options.export, about)
+        print(f"{'exported':12}{options.export}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Tell what a weights file is; convert it to this project's format.")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = command.Parser(description="Tell what a weights file is; convert it to this project's format; export it.")
     parser.add_argument("file", type=Path, help="released (.pth, .zip), BEiT (.pth, .safetensors) or our own (.pt)")
     parser.add_argument("--to", type=Path, metavar="OUT.pt", help="write it in our format, with its configuration")
-    args = parser.parse_args()
-    try:
-        print(describe(args.file))
-        if args.to:
-            model, known = load_model(args.file)
-            save({"format": FORMAT, "config": asdict(model.config), "model": model.state_dict(), **known}, args.to)
-            print(f"{'written':12}{args.to}")
-    except WeightsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    parser.add_argument("--export", type=Path, metavar="OUT.pt2",
+                        help="write it as a program of torch.export, which needs PyTorch alone to be loaded and run")
+    options = parser.parse_args(arguments)
+    return command.run(lambda: run(options))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,9 +1,13 @@
 """evaluate.py against arithmetic on small stand-in models, the golden numbers, and other numbers of processes."""
 
+import functools
+import io
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +23,7 @@ import data
 import draw
 import evaluate
 from evaluate import View, confusion_matrix, metrics, predict, slide, vote, window_starts
+from model import build_model
 
 GOLDEN = Path(__file__).parent / "golden"
 REPOSITORY = Path(__file__).parents[1]
@@ -280,6 +285,24 @@ def test_evaluate_agrees_with_predicting_each_picture_by_itself(folder):
     assert confusion.equal(total)
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_shows_the_time_left_and_the_running_miou_on_a_terminal_only(folder, monkeypatch, capsys):
+    dataset = data.open_dataset(folder, "val")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(evaluate, "tqdm", functools.partial(evaluate.tqdm, mininterval=0))
+    confusion = evaluate.evaluate(PlaceModel(), dataset)
+    last = sys.stderr.getvalue().split("\r")[-1]
+    assert "7/7" in last and f"mIoU={100 * metrics(confusion).mean_iou:.2f}" in last
+    assert re.search(r"1/7 \[00:0\d<00:0\d", sys.stderr.getvalue())  # time gone < time left
+    monkeypatch.undo()
+    evaluate.evaluate(PlaceModel(), dataset)
+    assert capsys.readouterr().err == ""
+
+
 WORKER = """
 import sys, torch, data, evaluate
 import torch.distributed as dist
@@ -304,6 +327,23 @@ def test_any_number_of_processes_gives_the_same_confusion_matrix(folder, process
     assert done.returncode == 0, done.stderr
     alone = evaluate.evaluate(PlaceModel().eval(), data.open_dataset(folder, "val"), multi_scale=True, progress=False)
     assert torch.load(folder / "confusion.pt").equal(alone)
+
+
+def test_the_command_under_torchrun_writes_what_it_writes_alone(folder):
+    """Multi-scale, two processes, seven images: one table, one JSON file, label images from both processes."""
+    torch.manual_seed(0)
+    model = build_model("upernet", "tiny", 5, window=32, embed_dim=32, spm_channels=8, head_channels=32, aux_channels=8)
+    checkpoint = {"format": "vit-adapter-seg/1", "model": model.state_dict(), "config": asdict(model.config)}
+    torch.save(checkpoint, folder / "best.pt")
+    options = ["--ms", "--checkpoint", folder / "best.pt", "--data", folder, "--device", "cpu"]
+    assert evaluate.main([*map(str, options), "--json", f"{folder}/alone.json"]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+               REPOSITORY / "evaluate.py", *options, "--json", folder / "both.json", "--save-labels", folder / "out"]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "both.json").read_text() == (folder / "alone.json").read_text()
+    assert done.stdout.count("mIoU") == 1 and len(list((folder / "out").iterdir())) == 7
 
 
 # ------------------------------------------------------------------------------------------- the command line
@@ -352,13 +392,40 @@ def test_command_takes_the_newest_run_and_writes_table_json_and_labels(run_folde
         (["--data", "nowhere"], "no data at nowhere"),
         (["--device", "abacus"], "device 'abacus' cannot be used here"),
         (["--original-ids", "--save-labels", "x"], "has no original ids"),
+        (["--save-labels", "file"], "--save-labels file cannot be used as a folder (File exists): mend it"),
+        (["--save-labels", "file/x"], "--save-labels file/x cannot be used as a folder (Not a directory): mend it"),
+        (["--json", "runs"], "--json runs is a folder: name a file, in it or elsewhere"),
+        (["--json", "file/x"], "--json file cannot be used as a folder (File exists): mend it"),
+        (["--limit", "none"], "none is not a positive whole number (python evaluate.py --help lists the options)"),
+        (["--bogus"], "unrecognized arguments: --bogus"),
     ],
 )
-def test_user_errors_are_one_line_and_status_2(run_folder, capsys, arguments, message):
-    assert evaluate.main(["--device", "cpu", *arguments]) == 2
+def test_user_errors_are_one_line_and_status_2(run_folder, capsys, monkeypatch, arguments, message):
+    Path("file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: pytest.fail("the work began"))
+    try:
+        assert evaluate.main(["--device", "cpu", *arguments]) == 2
+    except SystemExit as stop:
+        assert stop.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
-    assert not Path("x").exists()
+    assert sorted(os.listdir()) == ["file", "runs"]
+
+
+@pytest.fixture
+def precision():
+    """Puts the process's TF32 switches back."""
+    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = cudnn
+
+
+@pytest.mark.parametrize(("option", "expected"), [([], ("high", True)), (["--no-tf32"], ("highest", False))])
+def test_tf32_is_that_of_training_unless_refused(run_folder, precision, option, expected):
+    assert evaluate.main(["--limit", "1", "--device", "cpu", *option]) == 0
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == expected
 
 
 def test_without_a_run_the_error_tells_how_to_get_one(tmp_path, monkeypatch, capsys):

@@ -1,13 +1,16 @@
 """predict.py: any picture file, the files written, bad input, and what --explain draws."""
 
-import importlib
+import contextlib
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import data
@@ -88,6 +91,30 @@ def test_a_large_picture_is_put_together_in_strips(predictor, monkeypatch):
     strips = predictor(image)
     assert seen == [(top, min(top + 37, 300)) for top in range(0, 300, 37)]
     assert (strips != whole).mean() < 1e-4  # rounding may tip a tie
+
+
+MEMORY = """
+import resource, sys
+import numpy as np, torch
+from predict import Predictor
+predictor = Predictor(sys.argv[1], "cpu")
+predictor.model.head.register_forward_hook(lambda module, inputs, logits: logits.repeat(1, 12, 1, 1)[:, :59])
+predictor.model.config.__dict__["num_classes"] = 59
+predictor(np.zeros((64, 64, 3), np.uint8))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+picture = np.zeros((6000, 8000, 3), np.uint8)
+assert predictor(picture).shape == (6000, 8000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+def test_a_picture_of_8000_by_6000_pixels_keeps_to_the_stated_memory(checkpoints):
+    """59 classes at once would take 11 GB."""
+    done = subprocess.run([sys.executable, "-c", MEMORY, checkpoints / "upernet.pt"], cwd=ROOT, capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 2_000_000  # kB
 
 
 def test_released_checkpoints_tell_no_classes_and_get_those_of_pascal_context():
@@ -177,6 +204,14 @@ def test_an_opacity_outside_0_to_1_is_status_2(opacity):
     assert stop.value.code == 2
 
 
+@pytest.mark.parametrize(("out", "reason"), [("a.png", "File exists"), ("a.png/x", "Not a directory")])
+def test_a_destination_that_is_no_folder_is_status_2(checkpoints, tmp_path, capsys, out, reason):
+    Image.fromarray(photograph()).save(tmp_path / "a.png")
+    assert run(checkpoints, tmp_path / "a.png", "--out", tmp_path / out) == 2
+    message = f"error: --out {tmp_path / out} cannot be used as a folder ({reason}): mend it or name another\n"
+    assert capsys.readouterr().err == message and [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
 def test_a_missing_checkpoint_is_status_2(tmp_path, capsys):
     Image.fromarray(photograph()).save(tmp_path / "a.png")
     assert predict.main([str(tmp_path / "a.png"), "--checkpoint", str(tmp_path / "no.pt")]) == 2
@@ -214,26 +249,53 @@ def test_explain_writes_a_sheet_of_queries_and_samples(checkpoints, tmp_path):
         assert sheet.width > 4 * predict.CELL and sheet.height > 5 * predict.CELL  # 6 queries in 2 rows, 4 cells below
 
 
+def test_explain_shows_the_queries_with_the_highest_score(predictor, monkeypatch):
+    """Class, score and mask of each are worked out a second time, pixel by pixel at the masks' own size."""
+    monkeypatch.setattr(predict, "CELL", 16)  # that size: a window of 64 at stride 4
+    shown = {}
+    monkeypatch.setattr(predict, "query_sheet", lambda picture, masks, captions: shown.update(
+        masks=masks, captions=captions) or Image.fromarray(picture).resize((64, 64)))
+    predict.explain(predictor, photograph(64, 64), number=4)
+    model = predictor.model
+    pixels = data.normalize(torch.from_numpy(photograph(64, 64)).permute(2, 0, 1)[None])
+    with torch.no_grad():
+        classes, masks = (x[-1, 0].double() for x in model.head(model.features(pixels), every_layer=False))
+    chances, masks, found = classes.exp() / classes.exp().sum(1, keepdim=True), 1 / (1 + (-masks).exp()), []
+    for q in range(6):
+        inside = masks[q][masks[q] > 0.5]
+        certainty = inside.mean().item() if len(inside) else 0.0
+        best = max(range(5), key=lambda k: chances[q, k])
+        found.append((chances[q, best].item() * certainty, f"{CLASSES[best]} {{:.2f}} (query {q})", masks[q].numpy()))
+    found.sort(key=lambda entry: -entry[0])
+    assert shown["captions"] == [text.format(score) for score, text, _ in found[:4]]
+    np.testing.assert_allclose(shown["masks"], [mask for *_, mask in found[:4]], atol=1e-5)
+
+
 def test_explain_is_refused_without_queries(checkpoints, tmp_path, capsys):
     Image.fromarray(photograph()).save(tmp_path / "a.png")
     assert run(checkpoints, tmp_path / "a.png", "--out", tmp_path / "out", "--explain", head="upernet") == 2
     assert "UperNet head" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_recorded_samples_are_those_that_the_attention_takes(predictor, monkeypatch):
-    """The places and weights drawn are recomputed from the layer's input; here they meet what the op was given."""
-    module, given = importlib.import_module("msda_cuda.module"), []
-    original = module.ms_deform_attn
-    monkeypatch.setattr(module, "ms_deform_attn", lambda *a: given.append(a[2:]) or original(*a))
+def test_explain_shows_where_the_last_injector_samples(predictor, monkeypatch):
+    """Its patches' centres and the outputs of its two linear layers give the same places and weights."""
+    shown, outputs = {}, {}
+    monkeypatch.setattr(predict, "sampling_picture", lambda image, places, points, weight: shown.update(
+        points=points, weight=weight) or Image.fromarray(image))
     attention = predictor.model.adapter.interactions[-1].injector.attn
-    torch.manual_seed(0)
-    shapes = [(8, 8), (4, 4), (2, 2)]
-    inputs = torch.randn(1, 16, 32), torch.rand(16, 2), torch.randn(1, 84, 32), shapes
-    with torch.no_grad():
-        attention(*inputs)
-        places, weight = predict.sampling(attention, *inputs)
-    torch.testing.assert_close(places, given[0][0][0])
-    torch.testing.assert_close(weight, given[0][1][0])
+    with contextlib.ExitStack() as hooks:
+        for name in ("sampling_offsets", "attention_weights"):
+            hook = getattr(attention, name).register_forward_hook(
+                lambda layer, inputs, output, name=name: outputs.update({name: output[0].double()}))
+            hooks.callback(hook.remove)
+        predict.explain(predictor, photograph())
+    offsets = outputs["sampling_offsets"].view(16, 4, 3, 4, 2)  # 4 x 4 patches, heads, levels, points, x and y
+    centres = torch.tensor([[(x + 0.5) / 4, (y + 0.5) / 4] for y in range(4) for x in range(4)], dtype=torch.float64)
+    sides = torch.tensor([8.0, 4, 2]).double()[:, None, None]  # of a window of 64 pixels at strides 8, 16, 32
+    np.testing.assert_allclose(shown["points"], centres[:, None, None, None] + offsets / sides, atol=1e-6)
+    shares = outputs["attention_weights"].view(16, 4, 12).exp()
+    shares = (shares / shares.sum(-1, keepdim=True)).view(16, 4, 3, 4)
+    np.testing.assert_allclose(shown["weight"], shares, atol=1e-6)
 
 
 def test_the_central_window_is_the_middle_of_the_picture():

@@ -1,9 +1,12 @@
 """report.py: the page's parts with known numbers, and a whole page made from a run."""
 
+import base64
+import io
 import json
 import math
 import re
 import xml.etree.ElementTree as ElementTree
+import zlib
 from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +17,7 @@ import torch
 from PIL import Image
 
 import data
+import draw
 import evaluate
 import report
 from model import build_model
@@ -56,7 +60,15 @@ def test_curves_take_their_values_from_the_log():
     assert report.curves([]) == "<p>The log has no curve yet.</p>"
 
 
-@pytest.mark.parametrize(("value", "text"), [(0, "0"), (48.06, "48.1"), (0.25, "0.25"), (0.000665, "6.7e-4")])
+@pytest.mark.parametrize(("low", "high", "expected"), [
+    (0, 53.7, [0, 20, 40, 60]), (0, 32.8, [0, 10, 20, 30, 40]), (0, 100, [0, 20, 40, 60, 80, 100]), (0, 0, [0, 1]),
+    (-0.3, 1.1, [-0.5, 0, 0.5, 1, 1.5]), (0, 9.4e-4, [0, 2e-4, 4e-4, 6e-4, 8e-4, 1e-3]),
+])
+def test_ticks_are_round_and_enclose_the_values(low, high, expected):
+    np.testing.assert_allclose(report.ticks(low, high), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("value", "text"), [(0, "0"), (40, "40"), (0.25, "0.25"), (-0.5, "-0.5"), (2e-4, "2e-4")])
 def test_axis_numbers_are_short(value, text):
     assert report.tick(value) == text
 
@@ -79,19 +91,31 @@ def test_many_classes_make_two_columns():
 
 
 def test_the_confusion_picture_has_a_square_for_each_pair_that_occurs():
-    page = report.confusion_picture(CONFUSION, INFO.classes)
-    assert titles(page) == [
-        "sky seen as sky: 75 % of its pixels",
-        "sky seen as road & <kerb>: 25 % of its pixels",
-        "road & <kerb> seen as road & <kerb>: 100 % of its pixels",
+    cells = [g for g in svg(report.confusion_picture(CONFUSION, INFO.classes)).iter("g") if g.get("class") == "cell"]
+    found = {cell.find("text").text: cell.find("rect").get("fill-opacity") for cell in cells}
+    assert list(found.items()) == [  # from the last row up
+        ("road & <kerb> seen as road & <kerb>: 100 % of its pixels", "1.00"),
+        ("sky seen as road & <kerb>: 25 % of its pixels", "0.44"),
+        ("sky seen as sky: 75 % of its pixels", "0.84"),
     ]
-    assert [r.get("opacity") for r in svg(page).iter("rect") if r.get("class") == "mark"] == ["0.84", "0.44", "1.00"]
+    places = [(float(cell.find("rect").get("x")), float(cell.find("rect").get("y"))) for cell in cells]
+    assert places == [(116, 94), (116, 76), (98, 76)]  # columns and rows of 18 pixels
+
+
+def test_a_note_of_the_confusion_picture_lies_inside_it_and_above_the_squares_that_it_covers():
+    classes = [f"class {k}" for k in range(20)]
+    picture = svg(report.confusion_picture(np.ones((20, 20)), classes))
+    width, height = map(float, picture.get("viewBox").split()[2:])
+    notes, squares = list(picture.iterfind("g/text")), list(picture.iterfind("g/rect"))
+    assert all(0 < float(n.get("x")) <= width - 290 and float(n.get("y")) < height for n in notes)
+    rows = [float(square.get("y")) for square in squares]
+    assert len(rows) == 400 and rows == sorted(rows, reverse=True)  # later ones are drawn over earlier ones
 
 
 def test_an_images_score_is_the_mean_iou_of_the_classes_in_its_labels():
-    confusion = np.array([[3, 1, 0], [0, 0, 0], [0, 0, 4]])
+    confusion = torch.tensor([[3, 1, 0], [0, 0, 0], [0, 0, 4]])
     assert report.image_score(confusion) == pytest.approx((0.75 + 1) / 2)  # class 1 is predicted only
-    assert math.isnan(report.image_score(np.zeros((3, 3), np.int64)))
+    assert math.isnan(report.image_score(torch.zeros(3, 3, dtype=torch.int64)))
 
 
 def test_examples_are_the_worst_and_those_around_the_median_without_repeats():
@@ -154,16 +178,29 @@ def test_the_page_is_complete_self_contained_and_escaped(run_folder, capsys):
     text = path.read_text()
     page = Page(text)
     sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
-    assert len(sources) == 1 + 4 * 5 and all(
-        s.startswith("data:image/jpeg;base64,") for s in sources
-    )  # legend, 5 worst
+    assert len(sources) == 4 * 5 and all(s.startswith("data:image/jpeg;base64,") for s in sources)  # the 5 worst
     assert all(attributes.get("alt") for tag, attributes in page.tags if tag == "img")
     assert not {"script", "b>road"} & {tag for tag, _ in page.tags} and "http" not in text
-    assert "<b>road" not in text and "train.py --name <x>" in page.text
+    assert "<b>road" not in text and "train.py \\\n    --name '<x>'" in page.text
     dataset, model = data.open_dataset("set", "val"), report.weights.load_model(run_folder / "best.pt")[0]
     expected = evaluate.metrics(evaluate.evaluate(model, dataset, progress=False))
     assert f"<b>{100 * expected.mean_iou:.2f}</b>mIoU" in text
     assert f"<b>{100 * expected.all_accuracy:.2f}</b>pixel accuracy" in text
+
+
+def test_an_example_shows_image_labels_prediction_and_errors_in_this_order(run_folder):
+    y, x = np.mgrid[:40, :60].astype(np.uint8)
+    Image.fromarray(np.stack([4 * x, 6 * y, 2 * x + y], -1)).save("set/images/3.png")
+    Image.fromarray(np.uint8([0, 1, 255])[x // 20]).save("set/labels/3.png")
+    dataset, guess = data.open_dataset("set", "val"), y // 14
+    heading, figure = report.examples(dataset, [3], [0.0] * 4, [b""] * 3 + [zlib.compress(guess)])
+    assert re.findall(r"<span>(\w+)</span>", heading) == ["image", "labels", "prediction", "errors"]
+    sources = [attributes["src"] for tag, attributes in Page(figure).tags if tag == "img"]
+    expected = [dataset.image(3), draw.colorize(dataset.labels(3), dataset.info.palette),
+                draw.colorize(guess, dataset.info.palette), draw.error_map(dataset.labels(3), guess)]
+    for source, picture in zip(sources, expected, strict=True):
+        with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as shown:
+            assert abs(np.asarray(shown).astype(int) - picture).mean() < 10  # JPEG blurs edges; others differ by > 50
 
 
 def test_limit_and_run_by_name(run_folder):
@@ -172,14 +209,30 @@ def test_limit_and_run_by_name(run_folder):
     assert text.count("<figure>") == 2 and "2 validation images" in text
 
 
-def test_errors_are_one_line_and_status_2(run_folder, capsys):
+def status(*arguments):
+    """The exit status of report.py."""
+    try:
+        return report.main([*arguments, "--device", "cpu"])
+    except SystemExit as stop:
+        return stop.code
+
+
+def test_a_run_that_cannot_be_reported_on_is_one_line_and_status_2(run_folder, capsys):
+    assert status("--data", "no") == 2
+    assert capsys.readouterr().err.startswith("error: no data at no")
+    (run_folder / "report").write_text("a file")
+    assert status() == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: the report runs/first try/report cannot be used as a folder (File exists)")
+    assert error.count("\n") == 1
+    (run_folder / "report").unlink()
     (run_folder / "best.pt").unlink()
     for arguments, message in [
-        ([], "best.pt: no such file"),
-        (["nothing"], "no run"),
-        (["--data", "no"], "no data at no"),
+        ([], "no runs/*/best.pt to report on: name a run that has been validated; in runs/: first try"),
+        (["nothing"], "no runs/nothing/best.pt to report on"),
+        (["--limit", "0"], "argument --limit: 0 is not a positive whole number"),
     ]:
-        assert report.main([*arguments, "--device", "cpu"]) == 2
+        assert status(*arguments) == 2
         error = capsys.readouterr().err
-        assert error.startswith("error: ") and message in error and error.count("\n") == 1
+        assert error.startswith(f"error: {message}") and error.count("\n") == 1
     assert not (run_folder / "report").exists()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 import small
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import run
 import train
@@ -120,6 +122,16 @@ def test_recipes_are_the_published_ones():
         assert (options.warmup, options.global_batch, options.data) == (1500, 16, "data/VOCdevkit/VOC2010")
     assert train.parse(["--size", "base", "--iterations", "4000"]).warmup == 150  # in proportion
     assert train.parse(["--data", "toy"]).size == "tiny" and train.parse([]).size == "large"
+    assert train.LOG_EVERY == 50
+
+
+def test_precision_and_seed(place):
+    for name, tf32, options in (("first", True, ()), ("second", False, ("--no-tf32", "--seed", "1"))):
+        start("--iterations", "1", "--name", name, *options)
+        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+        assert torch.backends.cudnn.allow_tf32 == tf32
+    first, second = (load(f"runs/{name}/last.pt") for name in ("first", "second"))
+    assert not same(first["rng"], second["rng"]) and not same(first["model"], second["model"])
 
 
 def test_share_batch():
@@ -148,7 +160,7 @@ def test_faults_are_one_line(place, capsys):
     assert "4 is no multiple of 1 devices x 3 images" in fault(capsys, "--batch", "3")
     assert "choose from" in fault(capsys, "--size", "huge")
     assert "not a positive whole number" in fault(capsys, "--iterations", "none")
-    assert "--device nothing" in fault(capsys, "--device", "nothing")
+    assert "device 'nothing' cannot be used" in fault(capsys, "--device", "nothing")
     assert "no data at nowhere" in fault(capsys, "--data", "nowhere")
     assert "no run to resume" in fault(capsys, "--resume", "nothing")
     assert "multiple of 32" in fault(capsys, "--window", "50")
@@ -156,7 +168,9 @@ def test_faults_are_one_line(place, capsys):
     line = fault(capsys, "--size", "base")
     for part in ("pretrained/beit_base_patch16_224_pt22k_ft22k.pth", "--pretrained none", "https://"):
         assert part in line
-    assert "absent.pth" in fault(capsys, "--size", "large", "--pretrained", "absent.pth")
+    assert "absent.pth: no such file" in fault(capsys, "--size", "large", "--pretrained", "absent.pth")
+    assert "0 is not a positive number" in fault(capsys, "--lr", "0")
+    assert "invalid rate value: 'fast'" in fault(capsys, "--lr", "fast")
     Path("empty.pth").touch()
     assert "empty.pth" in fault(capsys, "--size", "large", "--pretrained", "empty.pth")
 
@@ -229,13 +243,22 @@ def test_a_run_is_a_folder(place, capsys, head):
         assert step["loss"] == pytest.approx(sum(step[name] for name in terms), rel=1e-5)
         assert step["gradient_norm"] > 0
     assert [line["lr"] for line in steps] == [1e-3 * train.lr_factor(i, 4, 0) for i in range(4)]
+    begin, = (line for line in lines if line["kind"] == "start")
+    assert begin["torch"] == torch.__version__ and begin["commit"] == run.git("rev-parse", "HEAD")
     speed = next(line for line in lines if line["kind"] == "speed")
     parts = ("data", "forward", "backward", "optimizer")
     assert speed["seconds"] == pytest.approx(sum(speed[f"seconds/{part}"] for part in parts))
     assert speed["images_per_second"] == pytest.approx(4 / speed["seconds"])
     assert speed["matmul_fraction"] == pytest.approx(4 * 3 * small.FLOPS / speed["seconds"] / small.RATE)
+    assert speed["eta_seconds"] == pytest.approx(3 * speed["seconds"]) and 0.1 < speed["memory_gb"] < 100
     validations = [line for line in lines if line["kind"] == "validation"]
     assert [line["iteration"] for line in validations] == [2, 4]
+    events = EventAccumulator(str(folder), {"images": 0}).Reload()
+    for step in steps:
+        assert step["loss"] == pytest.approx(events.Scalars("train/loss")[step["iteration"] - 1].value)
+    pictures = events.Images("validation/image, labels, prediction")
+    assert [picture.step for picture in pictures] == [2, 4] and pictures[0].width == pictures[1].width > 3 * 64
+    assert [event.step for event in events.Tensors("validation/classes/text_summary")] == [2, 4]
     best = load(folder / "best.pt")
     assert best["progress"]["best"] == max(line["mIoU"] for line in validations)
     assert "optimizer" not in best
@@ -287,6 +310,31 @@ def test_cut_and_resumed_is_uncut_bit_for_bit(place, monkeypatch):
         assert [line["iteration"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4]
 
 
+def test_in_fp16_too_cut_and_resumed_is_uncut_bit_for_bit(place, monkeypatch):
+    options = ("--iterations", "4", "--amp", "fp16")
+    start(*options, "--name", "uncut")
+    monkeypatch.setattr(train, "exchange", train.exchange)  # to be put back
+    small.cut_before(2, signal.SIGTERM, 0)
+    start(*options, "--name", "cut")
+    cut = load("runs/cut/last.pt")
+    assert cut["iteration"] == 2 and cut["scaler"]["scale"] < 2**16  # not what a new scaler would begin with
+    train.main(["--resume", "cut"])
+    assert same(load("runs/uncut/last.pt"), load("runs/cut/last.pt"))
+
+
+def test_fp16_skips_a_step_whose_gradients_overflow(place):
+    """The scaler begins with 65,536 times the loss, which is beyond float16."""
+    start("--iterations", "1", "--amp", "fp16")
+    torch.manual_seed(0)
+    before = dict(small.small_model("mask2former", "tiny", 3).named_parameters())
+    after = load("runs/mask2former-tiny-data/last.pt")
+    assert all(torch.equal(before[name], after["model"][name]) for name in before)
+    assert all(moments["step"] == 0 for moments in after["optimizer"]["state"].values())
+    assert after["iteration"] == 1 and after["scaler"]["scale"] == 2**15
+    step, = (line for line in run.read_log(Path("runs/mask2former-tiny-data/log.jsonl")) if line["kind"] == "train")
+    assert step["loss_scale"] == 2**15 and "gradient_norm" not in step and math.isfinite(step["loss"])
+
+
 def test_a_run_cut_in_a_validation_makes_up_for_it(place, monkeypatch):
     options = ("--iterations", "4", "--validate-every", "2", "--save-every", "2")
     start(*options, "--name", "uncut")
@@ -300,13 +348,20 @@ def test_a_run_cut_in_a_validation_makes_up_for_it(place, monkeypatch):
     assert same(load("runs/uncut/best.pt"), load("runs/cut/best.pt"))
 
 
-def test_sigterm_finishes_the_iteration_saves_and_exits_0(place):
-    process = subprocess.run(
-        [sys.executable, small.__file__, *small.OPTIONS, "--iterations", "9", "--name", "cut"], capture_output=True,
-        text=True, env={**os.environ, "SMALL_CUT": "2:SIGTERM:0"}, check=False,
-    )
-    assert process.returncode == 0 and "stopped: go on with --resume cut" in process.stdout
-    assert load("runs/cut/last.pt")["iteration"] == 2
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_finishes_the_iteration_saves_and_exits_0(place, number):
+    """As torchrun and terminals send it: to the workers of the data loader, too."""
+    options = [*small.OPTIONS, "--workers", "1", "--iterations", "5000", "--name", "cut"]
+    command = [sys.executable, small.__file__, *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        for line in process.stdout:
+            if line.startswith("2/5000"):
+                break
+        os.killpg(process.pid, number)
+        assert "stopped: go on with --resume cut" in process.communicate(timeout=60)[0]
+    assert process.returncode == 0
+    steps = [line["iteration"] for line in run.read_log(Path("runs/cut/log.jsonl")) if line["kind"] == "train"]
+    assert 2 <= load("runs/cut/last.pt")["iteration"] == steps[-1] < 100
 
 
 @pytest.mark.slow
@@ -327,18 +382,24 @@ def test_kill_9_at_random_moments_changes_nothing(place):
     assert same(load("runs/uncut/last.pt"), load("runs/killed/last.pt"))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(place, monkeypatch, capsys):
-    def broken(*args, **changes):
+def stopped_by(monkeypatch, spoil, *options: str) -> str:
+    """The one line with which a run ends whose new model is spoilt."""
+    def spoilt(*args, **changes):
         model = small.small_model(*args, **changes)
-        torch.nn.init.constant_(model.head.class_embed.bias, math.inf)
+        spoil(model)
         return model
 
-    monkeypatch.setattr(train, "build_model", broken)
+    monkeypatch.setattr(train, "build_model", spoilt)
     with pytest.raises(SystemExit) as stopped:
-        start("--iterations", "3", "--name", "bad")
-    assert stopped.value.code == 1
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert "iteration 0" in line and "class/0 = nan" in line and "nonfinite-0-process0.pt" in line
+        start("--iterations", "3", "--name", "bad", *options)
+    assert stopped.value.code.count("\n") == 0
+    return stopped.value.code  # Python prints a text and exits with status 1
+
+
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_a_loss_that_is_not_finite_stops_the_run(place, monkeypatch, amp):
+    line = stopped_by(monkeypatch, lambda model: model.head.class_embed.bias.data.fill_(math.inf), "--amp", amp)
+    assert "error: iteration 0" in line and "class/0 = nan" in line and "nonfinite-0-process0.pt" in line
     replay = load("runs/bad/nonfinite-0-process0.pt")
     assert len(replay["names"]) == 4 and all(name in line for name in replay["names"])
     assert [images.shape for images in replay["images"]] == [(2, 3, 64, 64)] * 2
@@ -348,11 +409,27 @@ def test_a_loss_that_is_not_finite_stops_the_run(place, monkeypatch, capsys):
     model = Segmenter(train.ModelConfig(**replay["config"]))
     model.load_state_dict(replay["model"])
     torch.set_rng_state(replay["rng"]["cpu"])
-    losses = model(train.normalize(replay["images"][0], replay["extents"][0]), replay["labels"][0].long())
+    with torch.autocast("cpu", torch.float16, enabled=amp == "fp16"):
+        losses = model(train.normalize(replay["images"][0], replay["extents"][0]), replay["labels"][0].long())
     assert losses["class/0"].isnan() and losses["mask/0"].isfinite()
 
 
-@pytest.mark.parametrize("options", [("--amp", "bf16"), ("--checkpoint-activations",)])
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(place, monkeypatch, amp):
+    calls = iter(range(10))
+
+    def spoil(model):
+        model.head.query_feat.register_hook(lambda grad: grad / (next(calls) < 3))  # two micro-batches an iteration
+
+    # at scale 1 it is no overflow of float16
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=1.0))
+    line = stopped_by(monkeypatch, spoil, "--save-every", "1", "--amp", amp)
+    assert "iteration 1: gradient_norm = " in line and "nonfinite-1-process0.pt" in line
+    for name in ("last.pt", "nonfinite-1-process0.pt"):
+        assert all(value.isfinite().all() for value in load(f"runs/bad/{name}")["model"].values())
+
+
+@pytest.mark.parametrize("options", [("--amp", "bf16"), ("--amp", "fp16"), ("--checkpoint-activations",)])
 def test_precision_and_memory_options_train_alike(place, options):
     for name, more in (("plain", ()), ("other", options)):
         start("--iterations", "2", "--head", "upernet", "--name", name, *more)
@@ -420,6 +497,6 @@ def test_checkpointed_activations_give_the_same_gradients_for_less_memory():
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     train.checkpoint_activations(model)
-    assert bytes_kept(model, images, labels) < 0.6 * plain
+    assert bytes_kept(model, images, labels) < 0.65 * plain
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-7, msg=name)

@@ -22,6 +22,7 @@ import pytest
 import torch
 from conftest import GOLDEN, ROOT, fill, golden_config, load_golden, noise, official_state
 
+import msda_cuda
 import weights
 from heads import resize
 from model import ModelConfig, Segmenter, build_model
@@ -446,11 +447,11 @@ def test_wrong_values(tmp_path, wrong, legacy):
     {"state_dict": {"decode_head.query_feat.weight": torch.zeros(3, 3)}, "meta": 3},
     {"state_dict": {f"decode_head.{i}\n" + 500 * "x": torch.zeros(1) for i in range(9)}},
 ])
-def test_wrong_contents(tmp_path, monkeypatch, content):
+def test_wrong_contents(tmp_path, content):
     path = write(tmp_path / "x.pt", to_bytes(content))
     assert outcome(path) is None
     assert outcome(path, Segmenter(small_config())) is None
-    assert command(monkeypatch, path) in (0, 2)  # any exception would get through
+    assert command(path) in (0, 2)  # any exception would get through
 
 
 @pytest.mark.parametrize("config", [
@@ -578,34 +579,29 @@ def test_absent_unreadable_and_ambiguous_files(tmp_path):
 # --------------------------------------------------------------------------------------------------------- the command
 
 
-def command(monkeypatch, *arguments) -> int:
+def command(*arguments) -> int:
     """`python weights.py ARGUMENTS` in this process; its exit status."""
-    monkeypatch.setattr(sys, "argv", ["weights.py", *map(str, arguments)])
-    try:
-        weights.main()
-    except SystemExit as stop:
-        return stop.code
-    return 0
+    return weights.main([*map(str, arguments)])
 
 
-def test_command_tells_what_a_file_is(tmp_path, monkeypatch, capsys):
+def test_command_tells_what_a_file_is(tmp_path, capsys):
     own = write(tmp_path / "own.pt", to_bytes(own_checkpoint(small_config())))
-    assert command(monkeypatch, own) == 0
+    assert command(own) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert lines["sha256"] == hashlib.sha256(own.read_bytes()).hexdigest()
     assert lines["format"] == "own checkpoint" and lines["fits"] == "mask2former, custom size, window 64"
     assert lines["classes"] == "3 class 0, class 1, class 2" and lines["iteration"] == "12"
     pretrained = write(tmp_path / "beit.pth", to_bytes({"model": beit()}))
-    assert command(monkeypatch, pretrained) == 0
+    assert command(pretrained) == 0
     printed = capsys.readouterr().out
     assert "BEiT pre-training" in printed and "a backbone of width 32 and depth 4" in printed
 
 
-def test_command_converts(tmp_path, monkeypatch, capsys):
+def test_command_converts(tmp_path, capsys):
     """The released format to ours: the same tensors, configuration and classes; nothing else is left in the folder."""
     source = write(tmp_path / "x.pth", to_bytes({"state_dict": official_state("mask2former"), "meta": META}))
     out = write(tmp_path / "out.pt", b"an older file")
-    assert command(monkeypatch, source, "--to", out) == 0
+    assert command(source, "--to", out) == 0
     printed = capsys.readouterr().out
     assert "released ViT-Adapter checkpoint" in printed and f"written     {out}" in printed
     model, info = load_model(out)
@@ -616,8 +612,8 @@ def test_command_converts(tmp_path, monkeypatch, capsys):
     assert sorted(os.listdir(tmp_path)) == ["out.pt", "x.pth"]
 
 
-@pytest.mark.parametrize("case", ["absent", "damaged", "pre-training", "no folder", "a folder", "disk full"])
-def test_command_errors(tmp_path, monkeypatch, capsys, case):
+@pytest.mark.parametrize("case", ["absent", "damaged", "pre-training", "in a file", "a folder", "disk full"])
+def test_command_errors(tmp_path, capsys, case):
     """Status 2 and one line; an older file at the destination is untouched."""
     source = write(tmp_path / "x.pth", to_bytes({"state_dict": official_state("upernet")}))
     out = write(tmp_path / "out.pt", b"an older file")
@@ -627,21 +623,71 @@ def test_command_errors(tmp_path, monkeypatch, capsys, case):
         write(source, source.read_bytes()[:-9])
     elif case == "pre-training":
         write(source, to_bytes({"model": beit()}))
-    elif case == "no folder":
-        out = tmp_path / "nowhere" / "out.pt"
+    elif case == "in a file":
+        out = tmp_path / "out.pt" / "out.pt"
     elif case == "a folder":
         out = tmp_path / "folder"
         out.mkdir()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if case == "disk full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # bytes a file; the kernel refuses the next one
-    status = command(monkeypatch, source, "--to", out)
+    status = command(source, "--to", out)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert status == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert (tmp_path / "out.pt").read_bytes() == b"an older file"
-    assert not list(tmp_path.glob("*partial*"))
+    assert {path.name for path in tmp_path.iterdir()} <= {"x.pth", "out.pt", "folder"}
+
+
+# Another program: it finds PyTorch and nothing of ours.
+READER = """
+import json, sys, torch
+folder, about = sys.argv[1], {"about.json": ""}
+score = torch.export.load(folder + "/model.pt2", extra_files=about).module()
+assert not {"model", "msda_cuda", "weights"} & sys.modules.keys() and not hasattr(torch.ops.msda, "forward")
+images = torch.load(folder + "/images.pt")
+with torch.no_grad():
+    torch.save([score(images[:count]) for count in (1, 2, 3)], folder + "/scores.pt")
+print(json.loads(about["about.json"])["classes"])
+"""
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_command_exports(tmp_path, capsys, monkeypatch, head):
+    """A program that runs without this code, for any number of images, and gives what the model gives, to the bit."""
+    source = write(tmp_path / "x.pt", to_bytes(own_checkpoint(small_config(head))))
+    out = tmp_path / "folder" / "model.pt2"
+    assert command(source, "--export", out) == 0
+    assert f"exported    {out}" in capsys.readouterr().out and os.listdir(out.parent) == ["model.pt2"]
+    model, images = load_model(source)[0], noise("image", 3, 3, 64, 64).float()
+    torch.save(images, out.parent / "images.pt")
+    done = subprocess.run([sys.executable, "-I", "-c", READER, out.parent], cwd=tmp_path, capture_output=True,
+                          env={**os.environ, "MSDA": "native"}, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "['class 0', 'class 1', 'class 2']\n"), done.stderr
+    found = torch.load(out.parent / "scores.pt")
+    with torch.no_grad():
+        chosen = model(images)
+        with monkeypatch.context() as patch:
+            patch.setattr(msda_cuda.module, "ms_deform_attn", msda_cuda.ms_deform_attn_torch)
+            reference = [model(images[:count]) for count in (1, 2, 3)]
+    assert all(map(torch.equal, found, reference))
+    torch.testing.assert_close(found[2], chosen, rtol=0, atol=1e-5 * chosen.abs().max().item())
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("model.onnx", "it writes a program of torch.export; name it *.pt2"),
+    ("x.pt/model.pt2", "x.pt cannot be used as a folder (File exists): mend it or name another"),
+    ("folder.pt2", "is a folder: name a file, in it or elsewhere"),
+])
+def test_export_refuses_in_one_line(tmp_path, capsys, monkeypatch, name, message):
+    source = write(tmp_path / "x.pt", to_bytes(own_checkpoint(small_config())))
+    (tmp_path / "folder.pt2").mkdir()
+    monkeypatch.setattr(weights, "export", lambda *_: pytest.fail("the work began"))
+    assert command(source, "--export", tmp_path / name) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --export ") and message in error and error.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == ["folder.pt2", "x.pt"]
 
 
 def test_command_line_from_a_shell(tmp_path):

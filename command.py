@@ -1,0 +1,100 @@
+"""What all command lines share: faults are one line, and files appear whole or not at all.
+
+Read: run -> complain -> Parser and its numbers; make_folder and check_file look at a destination before the work
+begins, write_whole fills it.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+
+class DestinationError(ValueError):
+    """A file or folder that cannot be written: one line that says which, why, and how to mend it."""
+
+
+def run(work: Callable[[], int | None]) -> int:
+    """The exit status of a command: what `work` returns (None: 0), 2 for a user's fault, 130 for Ctrl-C."""
+    try:
+        return work() or 0
+    except OSError as error:  # without its "[Errno 17]"
+        return complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except ValueError as error:
+        return complain(str(error))
+    except KeyboardInterrupt:
+        return complain("interrupted", 130)
+
+
+def complain(message: str, status: int = 2) -> int:
+    """Say it in one line on stderr; returns the exit status."""
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        time.sleep(3)  # process 0 has mostly met the same fault, and when it ends torchrun ends the others
+    print("error:", *message.split(), file=sys.stderr, flush=True)
+    return status
+
+
+class Parser(argparse.ArgumentParser):
+    """Faults of the command line are one line on stderr, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(complain(f"{message} (python {self.prog} --help lists the options)"))
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 up, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(text)
+
+
+def fraction(text: str) -> float:
+    """A number from 0 to 1, for argparse."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
+
+
+def make_folder(path: Path, option: str) -> None:
+    """Make the folder that an option names, unless it is there; raises DestinationError if no file can be put there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        why = f"cannot be used as a folder ({error.strerror})"
+        raise DestinationError(f"{option} {path} {why}: mend it or name another") from None
+
+
+def check_file(path: Path, option: str) -> None:
+    """Make the folder of the file that an option names; raises DestinationError if the file cannot be put there."""
+    if path.is_dir():
+        raise DestinationError(f"{option} {path} is a folder: name a file, in it or elsewhere")
+    make_folder(path.parent, option)
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file beside its place and rename it: a kill or a full disk leaves the old one or the new one, whole.
+
+    Raises:
+        DestinationError: no such folder, no permission, no room.
+    """
+    draft = path.with_name(f".{path.name}.partial")  # one name: what a kill leaves is written over, not added to
+    try:
+        with draft.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())  # the bytes must be on the disk before the name points to them
+        draft.replace(path)
+    except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as the latter
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise DestinationError(f"{path} cannot be written ({reason}): make room or name another place") from None
+    finally:
+        with contextlib.suppress(OSError):  # gone if all went well; where its folder is absent it never was
+            draft.unlink()

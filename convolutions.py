@@ -1,0 +1,102 @@
+"""3x3 convolutions with fewer multiplications than their definition asks for, and the same result up to rounding.
+
+Read: conv3x3 (chooses) -> winograd (4 multiplications for 9) -> conv3x3_of_enlarged (convolve first, enlarge later).
+
+The definition is `F.conv2d(x, weight, padding=1)`; the tests compare. Large models spend a seventh (Mask2Former) to two
+thirds (UperNet) of their arithmetic in such convolutions.
+
+Shapes: B batch, C channels in, O channels out, (h, w) a map, (H, W) an enlarged map. Maps (B, C, h, w) are
+channels-last in memory: (B, h, w, C), on which matrix products work, is the same memory.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution, stride 1, padding 1, no bias: (B, C, h, w) -> (B, O, h, w)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv3x3(x, self.weight)
+
+
+def conv3x3(x: Tensor, weight: Tensor) -> Tensor:
+    """x (B, C, h, w), weight (O, C, 3, 3) -> (B, O, h, w)."""
+    return winograd(x, weight) if winograd_pays(x) else F.conv2d(x, weight, padding=1)
+
+
+def winograd_pays(x: Tensor) -> bool:
+    """Whether `winograd` is the faster way here: wide, large maps on a CPU, in float32, when no gradient is wanted (for
+    one, four times the map would have to be kept)."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return False
+    h, w = x.shape[2:]
+    fits = x.shape[1] >= 512 and h * w >= 3600 and h % 2 == w % 2 == 0
+    return fits and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def winograd(x: Tensor, weight: Tensor) -> Tensor:
+    """The 3x3 convolution of x (B, C, h, w), h and w even, with weight (O, C, 3, 3): 2x2 results in 16 products, not 36
+    (Lavin and Gray, CVPR 2016, F(2x2, 3x3)).
+
+    In one dimension the results y0 = d0 w0 + d1 w1 + d2 w2 and y1 = d1 w0 + d2 w1 + d3 w2 take four products,
+    m = [(d0 - d2) u0, (d1 + d2) u1, (d2 - d1) u2, (d1 - d3) u3], for y0 = m0 + m1 + m2 and y1 = m1 - m2 - m3. Here that
+    is done along rows and along columns, and each of the 4x4 products is a matrix product over the channels.
+    """
+    B, C, h, w = x.shape
+    O = len(weight)  # noqa: E741
+    of_taps = weight.new_tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])  # (w0, w1, w2) -> u
+    u = torch.einsum("ik,jl,ockl->ijco", of_taps, of_taps, weight).flatten(0, 1)  # (16, C, O)
+    result = x.new_empty(B, h // 2, 2, w // 2, 2, O)
+    products = x.new_empty(4, 4, h // 2, w // 2, C)
+    for image, y in zip(F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)), result, strict=True):  # one: bounded memory
+        for i, line in enumerate(differences(*(image[k:h + k - 1:2] for k in range(4)))):  # line: (h/2, w + 2, C)
+            differences(*(line[:, k:w + k - 1:2] for k in range(4)), out=products[i])
+        m = torch.bmm(products.view(16, -1, C), u).view(4, 4, h // 2, w // 2, O)
+        for i, line in enumerate((m[0] + m[1] + m[2], m[1] - m[2] - m[3])):  # line: (4, h/2, w/2, O)
+            torch.add(line[0], line[1], out=y[:, i, :, 0]).add_(line[2])
+            torch.sub(line[1], line[2], out=y[:, i, :, 1]).sub_(line[3])
+    return result.view(B, h, w, O).permute(0, 3, 1, 2)
+
+
+def differences(d0: Tensor, d1: Tensor, d2: Tensor, d3: Tensor, out: Tensor | None = None) -> Tensor:
+    """Winograd's four combinations of four neighbours along an axis, each of one shape (...) -> (4, ...)."""
+    out = d0.new_empty(4, *d0.shape) if out is None else out
+    torch.sub(d0, d2, out=out[0])
+    torch.add(d1, d2, out=out[1])
+    torch.sub(d2, d1, out=out[2])
+    torch.sub(d1, d3, out=out[3])
+    return out
+
+
+def conv3x3_of_enlarged(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
+    """`conv2d(resize(x, size), weight, padding=1)` with the channel products at the resolution of x.
+
+    Bilinear enlargement and the channel product of a tap commute: conv(up(x)) = sum over taps of shift(up(W_tap x)).
+    Along each axis, "enlarge, shift by the tap, add the three taps" is one matrix, so first the width grows, then the
+    height. x (B, C, h, w), weight (O, C, 3, 3), size (H, W) -> (B, O, H, W).
+    """
+    B, _, h, w = x.shape
+    O, (H, W) = len(weight), size  # noqa: E741
+    across, down = enlarging_taps(w, W, like=x), enlarging_taps(h, H, like=x)
+    x = x.permute(0, 2, 3, 1)  # (B, C, h, w) -> (B, h, w, C)
+    lines = []
+    for row in weight.permute(2, 1, 3, 0):  # the taps of one row, (C, 3, O)
+        taps = (x @ row.flatten(1)).view(B, h, w * 3, O)
+        lines.append(across @ taps)  # (B, h, W, O)
+    return (down @ torch.stack(lines, dim=2).view(B, h * 3, W * O)).view(B, H, W, O).permute(0, 3, 1, 2)
+
+
+def enlarging_taps(n: int, size: int, like: Tensor) -> Tensor:
+    """The matrix (size, 3 n) that enlarges an axis from n to `size` and adds its three taps, each moved to its place.
+
+    Column 3 i + t is position i of the axis under tap t. A row of zeros stands for what zero padding adds at each end.
+    """
+    points = torch.eye(n, device=like.device, dtype=like.dtype)
+    enlarge = F.interpolate(points[None], size, mode="linear", align_corners=False)[0].t()  # (size, n)
+    padded = F.pad(enlarge, (0, 0, 1, 1))
+    return torch.stack([padded[:-2], padded[1:-1], padded[2:]], dim=2).flatten(1)

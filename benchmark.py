@@ -250,19 +250,20 @@ def measured(system: str, options: argparse.Namespace) -> Iterator[tuple[Row, Ro
     ours = Subject(build_model, system, batch, options.device)
     works = ours.works(pictures)
     alone = {work: measured_alone(ours, work, turn) for work, turn in works.items()}  # while no peer fills the memory
-    subjects = {"": ours}
-    if options.against:
-        subjects[f"{options.against} "] = Subject(build_peer, system, batch, options.device)
+    subjects, other = {"s": ours}, f"{options.against} s"
     for index, work in enumerate(works):
         facts, parts, windows, flop = alone[work]
         fits = index > 0 or ours.fits_beside(1e6 * batch * facts["kept MB"])
-        turns = {f"{name}s": each.works(pictures)[work] for name, each in subjects.items() if each is ours or fits}
+        if options.against and fits and other not in subjects:
+            subjects[other] = Subject(build_peer, system, batch, options.device)
+        turns = {name: each.works(pictures)[work] for name, each in subjects.items()}
         taken, before, after = rated(turns, options, f"{system}, {work}")
         for subject in subjects.values():
+            subject.optimizer.zero_grad()
             subject.optimizer.state.clear()  # only training needs it
-        row: Row = {"system": system, "work": work, **{f"{name}s": taken.get(f"{name}s", "") for name in subjects}}
+        row: Row = {"system": system, "work": work, "s": taken["s"]}
         if options.against:
-            row["ratio"] = taken[f"{options.against} s"] / taken["s"] if fits else ""
+            row |= {other: taken.get(other, ""), "ratio": taken[other] / taken["s"] if fits else ""}
         gflop = windows * OFFICIAL[system][index == 0] if system in OFFICIAL else flop / 1e9
         row |= {"GFLOP": gflop, "% of matmul": 100 * 2 * gflop / taken["s"] / (before + after),
                 "GFLOP/s before": before, "after": after,
@@ -292,9 +293,9 @@ def measured_alone(subject: Subject, work: str, turn: Turn) -> tuple[Row, Row, i
     if training:
         subject.optimizer.state.clear()  # no part of a forward pass's peak
         facts["kept MB"] = kept_for_backward(lambda: model(subject.images, subject.labels), model) / 1e6 / windows[0]
-        facts["bf16 MB"] = model_kept(config, windows[0], torch.bfloat16) / 1e6 / windows[0]
+        facts["bf16 MB"] = model_kept(config, 2, torch.bfloat16) / 1e6 / 2  # two, for batch norm refuses one
     if not work.startswith("picture"):
-        facts["waits"] = model_waits(config, windows[0], training).waits.total()
+        facts["waits"] = model_waits(config, 2, training).waits.total()
     flop = training_flops(config) if training else forward_flops(config)
     return facts, {name: 1e3 * each for name, each in parts.items()}, sum(windows), sum(windows) * flop
 
@@ -392,7 +393,7 @@ def growth_plot(rows: Sequence[Row]) -> str:
             for key, dash in (("times", ""), ("GFLOP times", "4")):
                 points = " ".join(at(row, key) for row in line)
                 parts.append(f'<polyline points="{points}" stroke="{colour}" stroke-dasharray="{dash}" fill="none"/>')
-    parts += [text(left + 210 * i, top + height + 40, f"{system}, {work}", colour)
+    parts += [text(left + 380 * (i % 3), top + height + 36 + 16 * (i // 3), f"{system}, {work}", colour)
               for i, ((system, work), colour) in enumerate(colours.items())]
     size = f'width="{len(quantities) * (width + 2 * left)}" height="{height + 80}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">' \

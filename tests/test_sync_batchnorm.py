@@ -45,6 +45,8 @@ def worker(rank: int, file: str, shares: list[int], results: dict) -> None:
     layer = convert_sync_batchnorm(started(nn.BatchNorm2d(CHANNELS, dtype=torch.float64)))
     weights = everything.cos()
     results[rank] = step(layer, everything[mine], weights[mine]) | {"is": type(layer) is SyncBatchNorm2d}
+    autocast = convert_sync_batchnorm(nn.BatchNorm2d(CHANNELS))  # maps in half precision, weights in float32
+    results[rank] |= {"half": autocast(everything[mine].bfloat16()).detach(), "mean of half": autocast.running_mean}
     offset = (1e4 + torch.linspace(-1, 1, 2 * CHANNELS * 100).view(2, CHANNELS, 10, 10)).float()
     results[rank] |= {"far": global_moments(offset[rank : rank + 1])[1]}
     dist.destroy_process_group()
@@ -68,6 +70,11 @@ def test_two_processes_are_one_batch(shares, tmp_path):
             torch.testing.assert_close(first[name], expected[name], rtol=1e-9, atol=1e-9)
             assert torch.equal(first[name], second[name])  # bit for bit: DDP need not broadcast the buffers
     assert expected["state.num_batches_tracked"] == 1
+
+    plain = nn.BatchNorm2d(CHANNELS)
+    normalised = plain(everything.bfloat16().float()).bfloat16()
+    torch.testing.assert_close(torch.cat([first["half"], second["half"]]), normalised, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(first["mean of half"], plain.running_mean, rtol=1e-5, atol=1e-6)  # in float32
 
     # float32 with a mean 10,000 times the spread: E[x^2] - E[x]^2 would be 0 or worse
     offset = (1e4 + torch.linspace(-1, 1, 2 * CHANNELS * 100).view(2, CHANNELS, 10, 10)).float()

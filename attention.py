@@ -1,6 +1,6 @@
 """Attention with a learned bias for each relative position, trained on a CPU without keeping it.
 
-Read: gather_bias -> biased_attention (the definition, and who may go faster) -> FusedBiasedAttention.
+Read: gather_bias -> plain_attention (the definition) -> biased_attention (chooses) -> FusedBiasedAttention.
 
 PyTorch's fused CPU kernel refuses a bias that wants a gradient; without it every block of a ViT keeps the bias and the
 probabilities, two arrays (B, M, N, N), for the backward pass. On a GPU the memory-efficient kernel has that gradient.
@@ -22,11 +22,16 @@ def gather_bias(table: Tensor, index: Tensor) -> Tensor:
     return bias[..., :len(index)]
 
 
-def biased_attention(query: Tensor, key: Tensor, value: Tensor, table: Tensor, index: Tensor) -> Tensor:
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, table: Tensor, index: Tensor) -> Tensor:
     """softmax(query key^T / sqrt(D) + bias) value: (B, M, N, D), table (R, M), index (N, N) -> (B, M, N, D)."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=gather_bias(table, index).to(query.dtype))
+
+
+def biased_attention(query: Tensor, key: Tensor, value: Tensor, table: Tensor, index: Tensor) -> Tensor:
+    """`plain_attention`, or on a CPU with gradient what keeps less and takes less time; GPUs and compilers do as well."""
     if query.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return FusedBiasedAttention.apply(query, key, value, table, index)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=gather_bias(table, index).to(query.dtype))
+    return plain_attention(query, key, value, table, index)
 
 
 class FusedBiasedAttention(torch.autograd.Function):

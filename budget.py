@@ -26,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 import evaluate
 import heads
+from attention import plain_attention
 from benchmark import GLOBAL_BATCH, PYRAMID, OpShape, Table, markdown
 from measure import kept_for_backward, model_waits, twin
 from model import SIZES
@@ -95,6 +96,7 @@ def on_cuda(autocast: bool = True) -> Iterator[None]:
 
     with ExitStack() as changes:
         changes.enter_context(patch.object(F, "scaled_dot_product_attention", memory_efficient_attention))
+        changes.enter_context(patch("model.biased_attention", plain_attention))
         for where, name in (*FLOAT32_THERE, *WIDEST_THERE) if autocast else ():
             new = cast(getattr(where, name), (where, name) in FLOAT32_THERE)
             changes.enter_context(patch.object(where, name, new))

@@ -28,7 +28,7 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, table: Tensor, in
 
 
 def biased_attention(query: Tensor, key: Tensor, value: Tensor, table: Tensor, index: Tensor) -> Tensor:
-    """`plain_attention`, or on a CPU with gradient what keeps less and takes less time; GPUs and compilers do as well."""
+    """`plain_attention`, or on a CPU, with gradient, what keeps less and is faster; GPUs and compilers do as well."""
     if query.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return FusedBiasedAttention.apply(query, key, value, table, index)
     return plain_attention(query, key, value, table, index)

@@ -128,7 +128,7 @@ def interleaved(candidates: dict[str, Callable[[], float]], rounds: int, title: 
 
 # GFLOP of a forward pass and of a training step, for one image of 480 x 480, as the official code does them: they stay
 # the denominators where algebra saves some of it, so that 100 % can be passed. For tiny models: what ours does.
-OFFICIAL = {"mask2former-large": (1905, 5746), "upernet-large": (2284, 6884), "mask2former-base": (356, 1084)}
+OFFICIAL = {"mask2former-base": (356, 1084), "mask2former-large": (1905, 5746), "upernet-large": (2284, 6884)}
 TINY = ("mask2former-tiny", "upernet-tiny")
 PRESENT = 8  # classes in a crop
 PICTURE = (375, 500)  # (H, W) of a typical picture for a window of 480, in proportion for others
@@ -210,7 +210,8 @@ class Subject:
             return True
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         numbers = sum(p.numel() for p in self.model.parameters())
-        return 4 * numbers * (2 * 3 + 1) + 2 * kept < 0.95 * memory  # both with two moments, one with gradients
+        least = 4 * numbers * (2 * 3 + 1) + 2 * kept  # both with two moments, one with gradients
+        return least < 0.8 * memory  # what lives for a moment comes on top: 21 GB were seen where `least` is 17.8
 
 
 def systems_tables(options: argparse.Namespace) -> list[Table]:
@@ -404,6 +405,7 @@ COLOURS = ("#1b6ca8", "#7fb3d9", "#b5541c", "#e3a57a", "#2f7d4f", "#93c9a8", "#6
 
 
 def text(x: float, y: float, what: object, colour: str = "#333") -> str:
+    """A line of text at (x, y), as SVG."""
     return f'<text x="{x:.1f}" y="{y:.1f}" fill="{colour}">{what}</text>'
 
 

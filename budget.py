@@ -24,10 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+import command
 import evaluate
 import heads
 from attention import plain_attention
-from benchmark import GLOBAL_BATCH, PYRAMID, OpShape, Table, markdown
+from benchmark import GLOBAL_BATCH, OFFICIAL, PICTURE, PYRAMID, OpShape, Table, markdown
 from measure import kept_for_backward, model_waits, twin
 from model import SIZES
 from msda_cuda.build import BuildError
@@ -36,8 +37,7 @@ from msda_cuda.ops import active_path, native
 MATMUL, BANDWIDTH = 800e12, 3.0e12  # one H100: bfloat16 FLOP/s and bytes/s, measured elsewhere
 FLOAT32, LINK = 67e12, 450e9  # its data sheet: FLOP/s outside the tensor cores, bytes/s to other GPUs
 LAUNCH, MATCHES = 5e-6, 8  # assumed: seconds of the host for a kernel; classes in an image (the losses depend on it)
-DEVICES, PICTURES, PICTURE = 8, 5105, (375, 500)  # of a full run; of the validation set, and a typical (H, W)
-OFFICIAL = {("mask2former", "base"): 1084, ("mask2former", "large"): 5746, ("upernet", "large"): 6884}  # GFLOP an image
+DEVICES, PICTURES = 8, 5105  # of a full run; of the validation set
 KINDS = {"msda": "deformable", "copy": "casts", "clone": "casts", "norm": "norms"}  # part of an operator's name -> kind
 IDLE = ("empty", "detach", "_unsafe_view", "prim.")  # parts of names of operators that move nothing, besides views
 OP_CALLS = {  # -> calls in a forward pass of one window of 480 x 480
@@ -208,7 +208,8 @@ def tables() -> list[Table]:
     """All that docs/gpu-budget.md shows. Raises BuildError without the native operator."""
     few, many = GLOBAL_BATCH // DEVICES, GLOBAL_BATCH
     steps, memory, evaluation = [], [], []
-    for (head, size), official in OFFICIAL.items():
+    for name, (_, official) in OFFICIAL.items():
+        head, size = name.split("-")
         system = f"{head} {size}"
         counts = {images: run_without_data(head, size, images) for images in (many, few)}
         steps += [step_row(system, official, images, each) for images, each in counts.items()]
@@ -226,8 +227,7 @@ def main() -> int:
     try:
         print("\n".join(markdown(table) for table in tables()))
     except BuildError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return command.complain(str(error))
     return 0
 
 

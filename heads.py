@@ -45,11 +45,13 @@ def no_autocast(x: Tensor) -> AbstractContextManager:
 
 
 class ConvNormReLU(nn.Sequential):
-    """Convolution without bias, batch norm, ReLU: (B, in, h, w) -> (B, out, h, w)."""
+    """1x1 or 3x3 convolution without bias, batch norm, ReLU: (B, in, h, w) -> (B, out, h, w)."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
-        wide = kernel_size == 3
-        conv = Conv3x3(in_channels, out_channels) if wide else nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        if kernel_size == 3:
+            conv = Conv3x3(in_channels, out_channels)
+        else:
+            conv = nn.Conv2d(in_channels, out_channels, kernel_size, bias=False)
         super().__init__(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
         nn.init.kaiming_normal_(self[0].weight, mode="fan_out", nonlinearity="relu")
 

@@ -46,12 +46,14 @@ aten = torch.ops.aten
 # PyTorch's counter knows the fused attentions of GPUs only: without these two a CPU's would count as nothing.
 @register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu)
 def cpu_attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_, **__) -> int:
+    """Of the two products of a forward pass, from shapes (B, M, N, D)."""
     return sdpa_flop_count(query, key, value)
 
 
 @register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu_backward)
 def cpu_attention_backward_flops(grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size,
                                  *_, **__) -> int:
+    """Of the backward pass's products, with the scores that it computes again."""
     return sdpa_backward_flop_count(grad, query, key, value)
 
 

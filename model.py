@@ -115,7 +115,6 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * h - 1) * (2 * w - 1) + 3, num_heads))
         self.proj = nn.Linear(dim, dim)
-
         self.kept_bias: tuple | None = None  # what `reused_bias` last returned, and what it depends on
 
     def train(self, mode: bool = True) -> "Attention":
@@ -136,7 +135,7 @@ class Attention(nn.Module):
         qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = recomputed(lambda x: F.linear(norm(x), self.qkv.weight, qkv_bias), x)
         q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, heads, N, d)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             self.kept_bias = None  # a fused optimizer changes the table without counting it in the table's version
             x = biased_attention(q, k, v, self.relative_position_bias_table, index)
         else:

@@ -113,6 +113,7 @@ def read_pickle(file: BinaryIO, name: str) -> Any:
 
 
 def read_safetensors(file: BinaryIO, name: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name. Raises WeightsError where the package that reads it is absent."""
     try:
         from safetensors.torch import load
     except ImportError:

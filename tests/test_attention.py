@@ -95,6 +95,10 @@ def test_the_bias_is_gathered_once_for_an_evaluation_and_again_when_the_table_ch
     with torch.no_grad():
         layer.relative_position_bias_table += 1.5 * torch.randn(ROWS, 2)
     torch.testing.assert_close(run(), layer(x, index, norm))
-    layer.double()
+    layer.train()  # while the weights change, nothing is reused
+    gathered = len(calls)
+    run()
+    assert layer.kept_bias is None and len(calls) == gathered
+    layer.eval().double()
     x = x.double()
     torch.testing.assert_close(run(), layer(x, index, norm))

@@ -127,7 +127,7 @@ def test_a_peer_is_left_out_of_a_training_step_that_would_not_fit(tiny, monkeypa
     subject = Subject(benchmark.build_model, "upernet-tiny", 2, "cpu")
     numbers = sum(p.numel() for p in subject.model.parameters())
     need = 28 * numbers + 2 * 1000
-    monkeypatch.setattr(benchmark.os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": int(need / 0.95) + 5}.get)
+    monkeypatch.setattr(benchmark.os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": int(need / 0.8) + 5}.get)
     assert subject.fits_beside(1000) and not subject.fits_beside(1100)
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import msda_cuda
 from msda_cuda import MSDeformAttn, build, ms_deform_attn, ms_deform_attn_torch, ops
+from msda_cuda.module import locate, softmax
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -179,6 +180,24 @@ def test_gradcheck_and_no_second_derivative(native):
     (first,) = torch.autograd.grad(output.square().sum(), value, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivatives are not implemented"):
         first.sum().backward()
+
+
+def test_softmax_without_gradient_is_softmax():
+    scores = torch.randn(2, 7, 3, 12, dtype=torch.double) * 30
+    scores[0, 0, 0] = 1000.0  # its exponential alone would overflow
+    with torch.no_grad():
+        before = scores.clone()
+        torch.testing.assert_close(softmax(scores), scores.softmax(-1), rtol=1e-14, atol=1e-14)
+    assert scores.equal(before)
+
+
+def test_points_are_located_as_the_paper_writes_it():
+    """p + offset / (width, height) of the level: bit for bit, broadcast over axes instead of rows."""
+    shapes, points = [(4, 3), (2, 5)], torch.rand(7, 2)
+    offsets = torch.randn(2, 7, 3, 2, 4, 2)  # (B, Q, M, L, P, 2)
+    sizes = torch.tensor([(w, h) for h, w in shapes])
+    expected = points[:, None, None, None] + offsets / sizes[:, None]
+    assert locate(points, offsets, shapes).equal(expected)
 
 
 @pytest.mark.parametrize("size", [((4, 3), (2, 2)), ((5, 5), (3, 1))])

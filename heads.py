@@ -140,7 +140,14 @@ class Prediction(NamedTuple):
     """What Q queries say after each of Y decoder layers."""
 
     class_logits: Tensor  # (Y, B, Q, K + 1), the last class is "no object"
-    mask_logits: Tensor  # (Y, B, Q, H/4, W/4)
+    mask_embeds: Tensor  # (Y, B, Q, C)
+    mask_features: Tensor  # (B, C, H/4, W/4)
+
+    @property
+    def mask_logits(self) -> Tensor:
+        """(Y, B, Q, H/4, W/4): every query's embedding times the features of every pixel. Training never needs them all
+        at once: matching takes them output by output, losses only those of matched queries."""
+        return torch.einsum("ybqc,bchw->ybqhw", self.mask_embeds, self.mask_features)
 
 
 def sine_positions(h: int, w: int, channels: int, like: Tensor) -> Tensor:
@@ -164,7 +171,7 @@ class FeedForward(nn.Sequential):
     """Two linear layers with a ReLU between, (B, S, C) -> (B, S, C)."""
 
     def __init__(self, channels: int, hidden: int):
-        super().__init__(nn.Linear(channels, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, channels))
+        super().__init__(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
 
 
 class PixelDecoderLayer(nn.Module):
@@ -281,8 +288,8 @@ class Mask2Former(nn.Module):
         self.norm = nn.LayerNorm(channels)
         self.class_embed = nn.Linear(channels, num_classes + 1)
         self.mask_embed = nn.Sequential(
-            nn.Linear(channels, channels), nn.ReLU(inplace=True),
-            nn.Linear(channels, channels), nn.ReLU(inplace=True),
+            nn.Linear(channels, channels), nn.ReLU(),
+            nn.Linear(channels, channels), nn.ReLU(),
             nn.Linear(channels, channels),
         )
         xavier_normal_matrices(self.layers)
@@ -308,8 +315,7 @@ class Mask2Former(nn.Module):
                 attend = where_to_look(mask_embeds[-1].detach(), level_features[level])
                 x = layer(x, query_embed, memory[level], positions[level], attend)
         said = slice(None) if every_layer else slice(-1, None)
-        masks = torch.einsum("ybqc,bchw->ybqhw", torch.stack(mask_embeds[said]), mask_features)
-        return Prediction(self.class_embed(torch.stack(normed[said])), masks)
+        return Prediction(self.class_embed(torch.stack(normed[said])), torch.stack(mask_embeds[said]), mask_features)
 
 
 def where_to_look(mask_embed: Tensor, level_features: Tensor) -> Tensor:
@@ -381,81 +387,114 @@ def loss_units(counts: Tensor, mine: slice, num_queries: int) -> LossUnits:
     return LossUnits(pair_weight[pair][mine], masks, len(counts[mine]) / len(counts) * num_pairs)
 
 
-def corners(points: Tensor, h: int, w: int) -> list[tuple[Tensor, Tensor]]:
-    """The four pixels around each point and their bilinear weights; pixels outside get weight 0.
+def cells(points: Tensor, h: int, w: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Between which four pixels each point lies, in an image with a border of one pixel, which stands for all outside.
 
-    points (..., 2) as (x, y) in [0, 1] over an h x w image -> four pairs of flat indices (...) and weights (...).
+    points (..., 2) as (x, y) in [0, 1] over h x w -> three of (...): the flat index into (h + 2) x (w + 2) of the pixel
+    to the upper left, and how far the point is from there to the right and down, in [0, 1).
     """
-    def two_nearest(position: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
-        lower = position.floor()
-        upper = lower + 1
-        pair = (lower, upper - position), (upper, position - lower)
-        return [(i.clamp(0, size - 1).long(), weight * ((i >= 0) & (i < size))) for i, weight in pair]
+    x, y = points[..., 0] * w + 0.5, points[..., 1] * h + 0.5  # pixel centres are at 1, 2, ...
+    left, above = x.floor(), y.floor()
+    return above.long() * (w + 2) + left.long(), x - left, y - above
 
-    x, y = two_nearest(points[..., 0] * w - 0.5, w), two_nearest(points[..., 1] * h - 0.5, h)
-    return [(j * w + i, a * b) for j, a in y for i, b in x]
+
+def corners(points: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
+    """The four pixels of each point's cell and their bilinear weights: (..., B, P, 2) -> two of (..., B, P, 4), with
+    indices that count on from image to image."""
+    first, right, down = cells(points, h, w)
+    first = first + first_pixels(points.shape[-3], h, w, points.device)[:, None]
+    left, up = 1 - right, 1 - down
+    index = torch.stack([first, first + 1, first + (w + 2), first + (w + 3)], dim=-1)
+    return index, torch.stack([up * left, up * right, down * left, down * right], dim=-1)
+
+
+def first_pixels(images: int, h: int, w: int, device: torch.device) -> Tensor:
+    """The flat index of each image's first pixel, border included: (B,)."""
+    return torch.arange(images, device=device) * ((h + 2) * (w + 2))
+
+
+def bordered(x: Tensor, value: float) -> Tensor:
+    """One pixel of `value` around the last two axes."""
+    return F.pad(x, (1, 1, 1, 1), value=value)
 
 
 def sample(maps: Tensor, points: Tensor) -> Tensor:
     """Bilinear values of (N, C, h, w) maps at (N, P, 2) points in [0, 1] -> (N, C, P); outside is 0."""
-    return F.grid_sample(maps, 2 * points[:, :, None] - 1, align_corners=False)[..., 0]
+    return F.grid_sample(maps, points[:, :, None].mul(2).sub_(1), align_corners=False)[..., 0]
 
 
-def sample_targets(labels: Tensor, points: Tensor, num_classes: int) -> Tensor:
-    """Every class's binary mask at some points, without building masks: (B, H, W), (..., B, P, 2) -> (..., B, K, P)."""
-    targets = points.new_zeros(*points.shape[:-1], num_classes + 1)
-    labels, start = labels.clamp(max=num_classes), first_pixels(labels)  # 255 -> K
-    for index, weight in corners(points, *labels.shape[1:]):  # (..., B, P)
-        targets.scatter_add_(-1, labels.flatten()[start + index][..., None], weight[..., None])
-    return targets[..., :num_classes].mT
+def sample_pixels(pixels: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """`sample` for inference, of maps that keep what they say of one pixel together, at `corners` of points.
+
+    pixels (B, (h + 2)(w + 2), C), index and weight (B, P, 4) -> (B, P, C). On a CPU ten times as fast.
+    """
+    rows = F.embedding_bag(
+        index.flatten(0, 1), pixels.flatten(0, 1), mode="sum", per_sample_weights=weight.flatten(0, 1))
+    return rows.unflatten(0, index.shape[:2])
 
 
-def first_pixels(labels: Tensor) -> Tensor:
-    """The flat index of each image's first pixel, (B, H, W) -> (B, 1)."""
-    return torch.arange(len(labels), device=labels.device)[:, None] * (labels.shape[1] * labels.shape[2])
+def sample_targets(classes: Tensor, index: Tensor, weight: Tensor, num_classes: int) -> Tensor:
+    """Every class's binary mask at `corners` of points, without building masks.
+
+    classes (B, H + 2, W + 2), in which K stands for none and fills the border, index, weight (B, P, 4) -> (B, P, K).
+    """
+    targets = weight.new_zeros(*weight.shape[:2], num_classes + 1)
+    return targets.scatter_add_(2, classes.take(index), weight)[..., :num_classes]
 
 
 def sample_class_targets(labels: Tensor, image: Tensor, category: Tensor, points: Tensor) -> Tensor:
     """The binary masks of chosen classes of chosen images: image, category (M,), points (M, P, 2) -> (M, P)."""
     h, w = labels.shape[1:]
-    start, category = first_pixels(labels)[image], category[:, None]
-    labels = labels.to(torch.uint8).flatten()  # an eighth of the memory to look things up in
-    return sum(weight * (labels[start + index] == category) for index, weight in corners(points, h, w))
+    first, right, down = cells(points, h, w)
+    first += first_pixels(len(labels), h, w, labels.device)[image][:, None]
+    flat = bordered(labels.to(torch.uint8), IGNORE).flatten()  # an eighth of the memory to look things up in
+    above, above_right, below, below_right = (
+        (flat[offset:].take(first) == category[:, None]).to(right.dtype) for offset in (0, 1, w + 2, w + 3))
+    return torch.lerp(torch.lerp(above, above_right, right), torch.lerp(below, below_right, right), down)
 
 
 @torch.no_grad()
 def matching_costs(prediction: Prediction, labels: Tensor, num_points: int) -> Tensor:
-    """Cost of each query for each class's mask, (Y, B, Q, K), at fresh random points of every output and image."""
-    masks = prediction.mask_logits
-    points = torch.rand(*masks.shape[:2], num_points, 2, device=masks.device, dtype=masks.dtype)
-    targets = sample_targets(labels, points, prediction.class_logits.shape[3] - 1).mT  # (Y, B, P, K)
-    outputs = zip(*prediction, points, targets, strict=True)  # one at a time: its Q * P logits stay in a CPU's cache
-    return torch.stack([costs_of_output(*output) for output in outputs])
+    """Cost of each query for each class's mask, (Y, B, Q, K), at fresh random points of every output and image.
 
-
-def costs_of_output(class_logits: Tensor, mask_logits: Tensor, points: Tensor, targets: Tensor) -> Tensor:
-    """(B, Q, K + 1), (B, Q, h, w), (B, P, 2), (B, P, K) -> (B, Q, K).
-
-    Cross-entropy and dice against *all* K binary masks are matrix products, absent classes included: cheaper than going
-    image by image. As in the released code ignored pixels are negatives of every mask.
+    *All* K binary masks are compared, absent classes included: cheaper than going image by image. As in the released
+    code ignored pixels are negatives of every mask.
     """
-    logits = sample(mask_logits, points)  # (B, Q, P)
-    # softplus(-x) t + softplus(x) (1 - t) = softplus(x) - x t
-    mask_cost = (F.softplus(logits).sum(dim=2, keepdim=True) - logits @ targets) / logits.shape[2]
-    probabilities = logits.sigmoid_()
-    area = probabilities.sum(dim=2, keepdim=True) + targets.sum(dim=1, keepdim=True)
-    dice_cost = 1 - (2 * (probabilities @ targets) + 1) / (area + 1)
-    class_cost = -class_logits.softmax(dim=2)[..., :-1]
+    class_logits, mask_embeds, mask_features = prediction
+    num_classes = class_logits.shape[3] - 1
+    points = torch.rand(*class_logits.shape[:2], num_points, 2, device=class_logits.device, dtype=class_logits.dtype)
+    in_maps, in_labels = corners(points, *mask_features.shape[2:]), corners(points, *labels.shape[1:])
+    pixels = bordered(mask_features, 0).flatten(2).mT  # (B, C, h, w) -> (B, (h + 2)(w + 2), C)
+    classes = bordered(labels.clamp(max=num_classes), num_classes)  # 255 -> K
+    sums = []
+    for embeds, *where in zip(mask_embeds, *in_maps, *in_labels, strict=True):  # little memory at a time
+        masks = full_precision(pixels @ embeds.mT.contiguous())  # (B, (h + 2)(w + 2), Q)
+        sums.append(mask_sums(sample_pixels(masks, *where[:2]), sample_targets(classes, *where[2:], num_classes)))
+    surprise, overlap, area = (torch.stack(each) for each in zip(*sums, strict=True))
+    mask_cost = surprise / num_points
+    dice_cost = 1 - (2 * overlap + 1) / (area + 1)
+    class_cost = -class_logits.softmax(dim=3)[..., :-1]
     return CLASS_WEIGHT * class_cost + MASK_WEIGHT * mask_cost + DICE_WEIGHT * dice_cost
 
 
+def mask_sums(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy, overlap and areas of each mask with each target, summed over the points: (B, P, Q), (B, P, K) ->
+    three of (B, Q, K). `logits` is used up."""
+    # softplus(-x) t + softplus(x) (1 - t) = softplus(x) - x t
+    surprise = F.softplus(logits).sum(dim=1)[:, :, None] - logits.mT @ targets
+    probabilities = logits.sigmoid_()
+    area = probabilities.sum(dim=1)[:, :, None] + targets.sum(dim=1, keepdim=True)
+    return surprise, probabilities.mT @ targets, area
+
+
 class Matches(NamedTuple):
-    """Matched pairs over all outputs and images, each field (M,): decoder output, image, query, class."""
+    """Matched pairs of query and class over all outputs and images, image by image: four fields (M,) and a count."""
 
     output: Tensor
     image: Tensor
     query: Tensor
     category: Tensor
+    of_image: list[int]  # B numbers, which add up to M: known on the host, where the matching was done
 
 
 def match(costs: Tensor, present: Tensor) -> Matches:
@@ -466,14 +505,15 @@ def match(costs: Tensor, present: Tensor) -> Matches:
     flags = present.to(costs.dtype)[None, :, None].expand(len(costs), -1, 1, -1)
     host = torch.cat([costs, flags], dim=2).cpu()
     costs_host = host[:, :, :-1].nan_to_num(nan=1e6, posinf=1e6, neginf=-1e6).numpy()  # SciPy refuses non-finite costs
-    rows = []
+    rows, of_image = [], []
     for image in range(costs.shape[1]):
-        categories = host[0, image, -1].nonzero()[:, 0].numpy()
+        categories, before = host[0, image, -1].nonzero()[:, 0].numpy(), len(rows)
         for output in range(costs.shape[0]):
             queries, columns = linear_sum_assignment(costs_host[output, image][:, categories])
             rows += [(output, image, q, categories[c]) for q, c in zip(queries, columns, strict=True)]
+        of_image.append(len(rows) - before)
     pairs = torch.tensor(rows, dtype=torch.long).view(-1, 4).t().contiguous()
-    return Matches(*pairs.to(costs.device, non_blocking=True))  # a few kB go along with the command
+    return Matches(*pairs.to(costs.device, non_blocking=True), of_image)  # a few kB go along with the command
 
 
 @torch.no_grad()
@@ -481,7 +521,8 @@ def uncertain_points(masks: Tensor, num_points: int) -> Tensor:
     """Points for the mask losses of (M, 1, h, w) logits -> (M, P, 2): most near logit 0, some anywhere (PointRend)."""
     candidates = torch.rand(len(masks), OVERSAMPLE * num_points, 2, device=masks.device, dtype=masks.dtype)
     num_important = int(IMPORTANT * num_points)
-    nearest = sample(masks, candidates)[:, 0].abs().topk(num_important, dim=1, largest=False).indices
+    uncertainty = sample(masks, candidates)[:, 0].abs()
+    nearest = uncertainty.topk(num_important, dim=1, largest=False, sorted=False).indices
     important = candidates.gather(1, nearest[..., None].expand(-1, -1, 2))
     anywhere = torch.rand(len(masks), num_points - num_important, 2, device=masks.device, dtype=masks.dtype)
     return torch.cat([important, anywhere], dim=1)
@@ -498,13 +539,21 @@ def class_losses(class_logits: Tensor, matches: Matches, units: LossUnits) -> Te
     return (per_query.sum(dim=2) / units.class_weight.to(per_query.dtype)).sum(dim=1) / units.pairs
 
 
-def mask_losses(mask_logits: Tensor, labels: Tensor, matches: Matches, units: LossUnits,
+def matched_masks(prediction: Prediction, matches: Matches) -> Tensor:
+    """The mask logits of matched queries, (M, h, w)."""
+    embeds = prediction.mask_embeds[matches.output, matches.image, matches.query]  # (M, C)
+    images = zip(embeds.split(matches.of_image), prediction.mask_features.flatten(2).unbind(), strict=True)
+    masks = torch.cat([embeds @ features for embeds, features in images])  # (M, h * w)
+    return full_precision(masks).unflatten(1, prediction.mask_features.shape[2:])
+
+
+def mask_losses(prediction: Prediction, labels: Tensor, matches: Matches, units: LossUnits,
                 num_points: int) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and dice losses of the matched masks at sampled points: (Y, B, Q, h, w) -> two of (Y,).
+    """Cross-entropy and dice losses of the matched masks at sampled points, each (Y,).
 
     Without a single match both are 0, and still reach every parameter with a gradient of 0, as DDP demands.
     """
-    masks = mask_logits[matches.output, matches.image, matches.query][:, None]  # (M, 1, h, w)
+    masks = matched_masks(prediction, matches)[:, None]
     points = uncertain_points(masks, num_points)
     logits = sample(masks, points)[:, 0]  # (M, P)
     targets = sample_class_targets(labels, matches.image, matches.category, points)
@@ -512,7 +561,7 @@ def mask_losses(mask_logits: Tensor, labels: Tensor, matches: Matches, units: Lo
     probabilities = logits.sigmoid()
     overlap, area = (probabilities * targets).sum(dim=1), probabilities.sum(dim=1) + targets.sum(dim=1)
     dice = 1 - (2 * overlap + 1) / (area + 1)  # first powers in the denominator, 1 added to both
-    total = cross_entropy.new_zeros(len(mask_logits))
+    total = cross_entropy.new_zeros(len(prediction.mask_embeds))
     scale = (units.masks * units.pairs).to(total.dtype)
     return total.index_add(0, matches.output, cross_entropy) / scale, total.index_add(0, matches.output, dice) / scale
 
@@ -528,14 +577,14 @@ def mask2former_losses(prediction: Prediction, labels: Tensor, num_points: int,
         units: what to divide by; by default that of these images alone.
     """
     with no_autocast(labels):  # matching and losses stay in float32
-        prediction = Prediction(*map(full_precision, prediction))
-        class_logits, mask_logits = prediction
+        prediction = prediction._replace(class_logits=full_precision(prediction.class_logits))
+        class_logits = prediction.class_logits
         num_queries, num_classes = class_logits.shape[2], class_logits.shape[3] - 1
         if units is None:
             units = loss_units(mask_counts(labels, num_classes), slice(None), num_queries)
         costs = matching_costs(prediction, labels, num_points)
         matches = match(costs, classes_present(labels, num_classes))
-        mask, dice = mask_losses(mask_logits, labels, matches, units, num_points)
+        mask, dice = mask_losses(prediction, labels, matches, units, num_points)
         terms = {
             "class": CLASS_WEIGHT * class_losses(class_logits, matches, units),
             "mask": MASK_WEIGHT * mask,

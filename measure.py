@@ -362,4 +362,4 @@ def keep_freed_memory() -> None:
     trim_threshold, mmap_max = -1, -4  # mallopt(3)
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(mmap_max, 0)
-        ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
+        ctypes.CDLL(None).mallopt(trim_threshold, -1)

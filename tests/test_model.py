@@ -53,7 +53,8 @@ def test_golden_evaluation(golden_model, head):
         assert relative_error(mask_features, golden["mask_features"]) < 1e-6
         for i in range(3):
             assert relative_error(memory[i], golden[f"memory{i}"]) < 1e-6
-        classes, masks = model.head(features, every_layer=True)
+        prediction = model.head(features, every_layer=True)
+        classes, masks = prediction.class_logits, prediction.mask_logits
         assert len(classes) == len(masks) == 5
         for i in range(5):
             assert relative_error(classes[i], golden[f"cls{i}"]) < 1e-6

@@ -46,7 +46,6 @@ import heads
 from measure import (
     Dispatches,
     forward_flops,
-    keep_freed_memory,
     kept_for_backward,
     matmul_rate,
     model_kept,
@@ -57,6 +56,7 @@ from measure import (
     seconds,
     training_flops,
 )
+from memory import keep_freed_memory
 from model import SIZES, ModelConfig, Segmenter, build_model
 from msda_cuda import ms_deform_attn, ms_deform_attn_torch
 from msda_cuda.build import BuildError

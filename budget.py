@@ -29,14 +29,14 @@ import evaluate
 import heads
 from attention import plain_attention
 from benchmark import GLOBAL_BATCH, OFFICIAL, PICTURE, PYRAMID, OpShape, Table, markdown
-from measure import kept_for_backward, model_waits, twin
+from measure import first_queries, kept_for_backward, model_waits, twin
 from model import SIZES
 from msda_cuda.build import BuildError
 from msda_cuda.ops import active_path, native
 
 MATMUL, BANDWIDTH = 800e12, 3.0e12  # one H100: bfloat16 FLOP/s and bytes/s, measured elsewhere
 FLOAT32, LINK = 67e12, 450e9  # its data sheet: FLOP/s outside the tensor cores, bytes/s to other GPUs
-LAUNCH, MATCHES = 5e-6, 8  # assumed: seconds of the host for a kernel; classes in an image (the losses depend on it)
+LAUNCH = 5e-6  # assumed: seconds of the host for a kernel
 DEVICES, PICTURES = 8, 5105  # of a full run; of the validation set
 KINDS = {"msda": "deformable", "copy": "casts", "clone": "casts", "norm": "norms"}  # part of an operator's name -> kind
 IDLE = ("empty", "detach", "_unsafe_view", "prim.")  # parts of names of operators that move nothing, besides views
@@ -112,12 +112,6 @@ def memory_efficient_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tenso
     return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True)[0]
 
 
-def some_matches(costs: Tensor, present: Tensor) -> heads.Matches:
-    """Instead of the Hungarian matching, which needs data: in every output and image the first queries win a class."""
-    index = torch.cartesian_prod(*(torch.arange(n, device=costs.device) for n in (*costs.shape[:2], MATCHES)))
-    return heads.Matches(*index.unbind(1), index[:, 2])
-
-
 class Counts(NamedTuple):
     """What some images cost: the tally, bytes kept for the backward pass, the host's waits for the GPU in forward and
     losses, and the number of parameters."""
@@ -136,7 +130,7 @@ def run_without_data(head: str, size: str, images: int, training: bool = True) -
     if active_path("cpu") != "native":
         raise BuildError(f"there is no native operator to count: {native().reason}")
     config, results = replace(SIZES[size], head=head), []
-    with FakeTensorMode(allow_non_fake_inputs=True), patch.object(heads, "match", some_matches):
+    with FakeTensorMode(allow_non_fake_inputs=True), patch.object(heads, "match", first_queries):
         model = twin(config, "cpu", training).requires_grad_()  # in evaluation too: autocast keeps such weights' casts
         pixels = torch.empty(images, 3, config.window, config.window)
         labels = torch.empty_like(pixels[:, 0], dtype=torch.long) if training else None

@@ -38,6 +38,7 @@ import command
 import data
 import draw
 import weights
+from memory import keep_freed_memory
 
 Save = Callable[[int, np.ndarray], None]  # takes an image's index and its prediction, uint8 (H, W)
 REMEDY = "evaluate it on the data that it was trained on (--data DIR)"
@@ -505,6 +506,7 @@ def label_writer(folder: Path, dataset: data.SegmentationDataset, original_ids: 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 0, 2 for a user's fault, 130 for Ctrl-C."""
     options = parse(arguments)
+    keep_freed_memory()
     try:
         return command.run(lambda: run(options))
     finally:

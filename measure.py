@@ -2,8 +2,7 @@
 
 Counted, at any size for the tensors have no data: without_data -> forward_flops, training_flops -> kept_for_backward,
 model_kept -> Dispatches -> Waits, model_waits.
-Timed: seconds, matmul_rate -> places, module_times (where a step's time goes) -> peak_memory, peak_of;
-keep_freed_memory.
+Timed: seconds, matmul_rate -> places, module_times (where a step's time goes) -> peak_memory, peak_of.
 """
 import ctypes
 import functools
@@ -66,9 +65,10 @@ def twin(config: ModelConfig, device: str, training: bool = False) -> Segmenter:
 
 def first_queries(costs: Tensor, present: Tensor, classes: int = 8) -> heads.Matches:
     """Instead of the Hungarian matching, which needs data: the first queries of every image win the first classes."""
-    classes = min(classes, *costs.shape[2:])
-    index = torch.cartesian_prod(*(torch.arange(n, device=costs.device) for n in (*costs.shape[:2], classes)))
-    return heads.Matches(*index.unbind(1), index[:, 2])
+    outputs, images, classes = *costs.shape[:2], min(classes, *costs.shape[2:])
+    index = torch.cartesian_prod(*(torch.arange(n, device=costs.device) for n in (images, outputs, classes)))
+    image, output, query = index.unbind(1)
+    return heads.Matches(output, image, query, query, [outputs * classes] * images)
 
 
 @contextmanager
@@ -352,14 +352,3 @@ def peak_of(work: Callable[[], object], device: torch.device | str = "cpu") -> f
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return int(status["VmHWM"].split()[0]) * 1024 / 1e9
     return math.nan
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep what is freed, where it can: fresh memory costs a page fault for every 4 kB.
-
-    Large tensors come and go in every layer; by default each is mapped anew.
-    """
-    trim_threshold, mmap_max = -1, -4  # mallopt(3)
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(mmap_max, 0)
-        ctypes.CDLL(None).mallopt(trim_threshold, -1)

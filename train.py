@@ -45,6 +45,7 @@ from data import Batch, DataError, SegmentationDataset, normalize, open_dataset,
 from evaluate import EvaluationError, allow_tf32, evaluate, metrics, predictions, table
 from heads import loss_units, mask_counts
 from measure import forward_flops, matmul_rate
+from memory import keep_freed_memory
 from model import Block, ModelConfig, Segmenter, build_model
 from run import Process, RunError
 from sync_batchnorm import convert_sync_batchnorm
@@ -512,6 +513,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command. Ends the process with status 2 for a user's fault, 1 for a loss that is not finite, 130 for Ctrl-C
     before the loop; in it, StopSignal finishes the iteration and saves."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    keep_freed_memory()
     try:
         options = parse(arguments)
         process = run.join_processes(options.device)

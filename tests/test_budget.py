@@ -53,7 +53,7 @@ def test_arithmetic_outlasts_bytes_in_a_large_product():
 
 def forward_tally(head: str, device: str) -> budget.Tally:
     """What forward and losses of the tiny model cost with the bfloat16 autocast of `device`."""
-    with (FakeTensorMode(allow_non_fake_inputs=True), patch.object(heads, "match", budget.some_matches),
+    with (FakeTensorMode(allow_non_fake_inputs=True), patch.object(heads, "match", budget.first_queries),
           patch.object(ops, "active_path", lambda device: "native"), budget.Tally() as tally):
         model = twin(replace(SIZES["tiny"], head=head), device, training=True)
         images = torch.empty(2, 3, 128, 128, device=device)
@@ -95,10 +95,11 @@ def test_attention_keeps_no_scores():
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_counts_grow_with_images_and_kernels_do_not(needs_operator, head):
+def test_counts_grow_with_images_and_kernels_hardly(needs_operator, head):
+    """Mask2Former multiplies matched queries with pixels image by image: forward and for two gradients."""
     two, four = (budget.run_without_data(head, "tiny", images) for images in (2, 4))
     assert four.tally.flop == 2 * two.tally.flop
-    assert four.tally.kernels == two.tally.kernels
+    assert four.tally.kernels - two.tally.kernels == {"mask2former": 2 * 3, "upernet": 0}[head]
     assert two.kept < four.kept < 2 * two.kept  # the bfloat16 copies of the weights are there once
     with torch.device("meta"):
         assert two.parameters == sum(p.numel() for p in build_model(head, "tiny").parameters())

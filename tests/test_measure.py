@@ -240,12 +240,3 @@ def test_faults_of_the_measured_are_not_swallowed():
 
     with pytest.raises(OSError, match="on fire"):
         measure.peak_of(fail)
-
-
-def test_keeping_freed_memory_is_harmless_where_the_c_library_cannot(monkeypatch):
-    class Bare:
-        def __init__(self, _):
-            pass
-
-    monkeypatch.setattr(measure.ctypes, "CDLL", Bare)
-    assert measure.keep_freed_memory() is None

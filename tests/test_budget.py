@@ -77,7 +77,7 @@ def test_posing_as_a_cpu_moves_what_cuda_autocast_moves(needs_operator, head):
     posed, real = forward_tally(head, "cpu"), forward_tally(head, "cuda")
     assert posed.flop == real.flop
     assert posed.seconds.pop("casts") == pytest.approx(real.seconds.pop("casts"), rel=0.05)
-    assert posed.seconds == pytest.approx(real.seconds, rel=1e-3)
+    assert posed.seconds == pytest.approx(real.seconds, rel=2e-3)
 
 
 def test_attention_keeps_no_scores():

@@ -10,6 +10,7 @@ S = (2h * 2w) + (h * w) + (h/2 * w/2) = 21 L / 4 pyramid tokens at strides 8, 16
 """
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -79,13 +80,14 @@ class SpatialPrior(nn.Module):
         self.fc4 = nn.Conv2d(4 * channels, dim, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(B, 3, H, W) -> c4 (B, D, H/4, W/4) and tokens [(B, n, D)] at strides 8, 16, 32."""
+        """(B, 3, H, W) -> the stem's map (B, channels, H/4, W/4), which still has `fc1` ahead of it (see
+        ViTAdapter.finest), and tokens [(B, n, D)] at strides 8, 16, 32."""
         c4 = self.stem(images)
         c8 = self.conv2(c4)
         c16 = self.conv3(c8)
         c32 = self.conv4(c16)
         maps = self.fc2(c8), self.fc3(c16), self.fc4(c32)
-        return self.fc1(c4), [m.flatten(2).transpose(1, 2) for m in maps]  # (B, D, h, w) -> (B, h*w, D)
+        return c4, [m.flatten(2).transpose(1, 2) for m in maps]  # (B, D, h, w) -> (B, h*w, D)
 
 
 class Injector(nn.Module):
@@ -203,39 +205,62 @@ class ViTAdapter(nn.Module):
                 module.reset_parameters()
 
     def forward(self, images: Tensor, cls_token: Tensor, tokens: Tensor,
-                vit_stages: Sequence[Callable[[Tensor], Tensor]]) -> FeatureMaps:
+                vit_stages: Sequence[Callable[[Tensor], Tensor]], lateral: nn.Conv2d | None = None) -> FeatureMaps:
         """Run ViT and adapter together.
 
         Args:
             images: (B, 3, H, W), H and W multiples of 32.
             cls_token: (B, 1, D); tokens: (B, L, D), the embedded patches at stride 16.
             vit_stages: four callables (B, 1 + L, D) -> (B, 1 + L, D), the ViT's blocks in order.
+            lateral: a 1x1 convolution without bias. If given, f4 is what it makes of f4; only in eval mode.
         """
         where = geometry(images.shape[2] // 16, images.shape[3] // 16, like=tokens)
-        c4, levels = self.spatial_prior(images)
+        stem, levels = self.spatial_prior(images)
         pyramid = torch.cat([level + embed for level, embed in zip(levels, self.level_embed, strict=True)], dim=1)
         vit_maps = []
         for interaction, run_blocks in zip(self.interactions, vit_stages, strict=True):
             cls_token, tokens, pyramid = interaction(cls_token, tokens, pyramid, run_blocks, where)
             vit_maps.append(to_map(tokens, where.vit_grid))
-        return self.merge(c4, pyramid, vit_maps, where)
+        return self.merge(stem, pyramid, vit_maps, where, lateral)
 
-    def merge(self, c4: Tensor, pyramid: Tensor, vit_maps: list[Tensor], where: Geometry) -> FeatureMaps:
+    def merge(self, stem: Tensor, pyramid: Tensor, vit_maps: list[Tensor], where: Geometry,
+              lateral: nn.Conv2d | None = None) -> FeatureMaps:
         """Add to each level of the pyramid the ViT's map after one interaction, then normalise."""
         levels = pyramid.split([h * w for h, w in where.pyramid_grids], dim=1)
         c8, c16, c32 = (to_map(level, grid) for level, grid in zip(levels, where.pyramid_grids, strict=True))
-        c4 = c4 + self.enlarged(c8)
-        outputs = []
-        for norm, c, x in zip(self.norms, (c4, c8, c16, c32), vit_maps, strict=True):
-            if x.shape[2:] != c.shape[2:]:
-                x = F.interpolate(x, c.shape[2:], mode="bilinear", align_corners=False)
-            outputs.append(norm(c + x))
-        return FeatureMaps(*outputs)
+        f4 = (self.finest if lateral is None else partial(self.finest_through, lateral))(stem, c8, vit_maps[0])
+        coarser = zip(self.norms[1:], (c8, c16, c32), vit_maps[1:], strict=True)
+        return FeatureMaps(f4, *(norm(c + resized(x, c.shape[2:])) for norm, c, x in coarser))
 
-    def enlarged(self, c8: Tensor) -> Tensor:
-        """self.up(c8), (B, D, h, w) -> (B, D, 2h, 2w), as a matrix product: where kernel and stride are equal, every
-        pixel makes 2x2 of its own. The backward pass is twice as fast on a CPU."""
-        kernel = self.up.weight.permute(0, 2, 3, 1)  # (D, 2, 2, D)
-        x = c8.permute(0, 2, 3, 1) @ kernel.flatten(1)  # (B, h, w, 4 D)
-        x = x.unflatten(3, kernel.shape[1:]).transpose(2, 3)  # (B, h, 2, w, 2, D)
-        return x.flatten(1, 2).flatten(2, 3).permute(0, 3, 1, 2) + self.up.bias[:, None, None]
+    def finest(self, stem: Tensor, c8: Tensor, x: Tensor) -> Tensor:
+        """f4 of the stem's map (B, channels, H/4, W/4), c8 (B, D, H/8, W/8) and the ViT's map x (B, D, H/16, W/16)."""
+        prior = self.spatial_prior.fc1
+        c4 = F.conv2d(stem, prior.weight, prior.bias + self.up.bias)  # both biases in one pass
+        c4 = c4 + enlarged(c8, self.up.weight.permute(0, 2, 3, 1))
+        return self.norms[0](c4 + resized(x, c4.shape[2:]))
+
+    def finest_through(self, lateral: nn.Conv2d, stem: Tensor, c8: Tensor, x: Tensor) -> Tensor:
+        """lateral(finest(...)) in eval mode, where all of it is linear: weights are multiplied first, maps once.
+
+        The lateral's C channels are computed at stride 4, never the D of f4: a twentieth of a model's arithmetic.
+        """
+        norm, prior, weight = self.norms[0], self.spatial_prior.fc1, lateral.weight.flatten(1)  # (C, D)
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        shift = norm.bias + scale * (prior.bias + self.up.bias - norm.running_mean)
+        scaled = weight * scale
+        f4 = F.conv2d(stem, (scaled @ prior.weight.flatten(1))[:, :, None, None], weight @ shift)
+        f4 = f4 + enlarged(c8, self.up.weight.permute(0, 2, 3, 1) @ scaled.t())
+        return f4 + resized(F.conv2d(x, scaled[:, :, None, None]), f4.shape[2:])
+
+
+def resized(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear, (B, D, h, w) -> (B, D, *size)."""
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False) if x.shape[2:] != tuple(size) else x
+
+
+def enlarged(x: Tensor, kernel: Tensor) -> Tensor:
+    """Transposed convolution of stride 2 with a 2x2 kernel (D, 2, 2, C), (B, D, h, w) -> (B, C, 2h, 2w), as a matrix
+    product: every pixel makes 2x2 of its own. The backward pass is twice as fast on a CPU."""
+    x = x.permute(0, 2, 3, 1) @ kernel.flatten(1)  # (B, h, w, 4 C)
+    x = x.unflatten(3, kernel.shape[1:]).transpose(2, 3)  # (B, h, 2, w, 2, C)
+    return x.flatten(1, 2).flatten(2, 3).permute(0, 3, 1, 2)

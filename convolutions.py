@@ -50,14 +50,17 @@ def winograd(x: Tensor, weight: Tensor) -> Tensor:
     B, C, h, w = x.shape
     O = len(weight)  # noqa: E741
     of_taps = weight.new_tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])  # (w0, w1, w2) -> u
-    u = torch.einsum("ik,jl,ockl->ijco", of_taps, of_taps, weight).flatten(0, 1)  # (16, C, O)
+    of_taps = torch.einsum("ik,jl->ijkl", of_taps, of_taps).flatten(0, 1).flatten(1)  # (16, 9)
+    u = torch.einsum("pt,oct->poc", of_taps, weight.flatten(2))  # (16, O, C)
     result = x.new_empty(B, h // 2, 2, w // 2, 2, O)
     products = x.new_empty(4, 4, h // 2, w // 2, C)
     for image, y in zip(F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)), result, strict=True):  # one: bounded memory
         for i, line in enumerate(differences(*(image[k:h + k - 1:2] for k in range(4)))):  # line: (h/2, w + 2, C)
             differences(*(line[:, k:w + k - 1:2] for k in range(4)), out=products[i])
-        m = torch.bmm(products.view(16, -1, C), u).view(4, 4, h // 2, w // 2, O)
-        for i, line in enumerate((m[0] + m[1] + m[2], m[1] - m[2] - m[3])):  # line: (4, h/2, w/2, O)
+        m = torch.bmm(products.view(16, -1, C), u.mT).view(4, 4, h // 2, w // 2, O)
+        m[0].add_(m[1]).add_(m[2])
+        m[1].sub_(m[2]).sub_(m[3])
+        for i, line in enumerate(m[:2]):  # line: (4, h/2, w/2, O)
             torch.add(line[0], line[1], out=y[:, i, :, 0]).add_(line[2])
             torch.sub(line[1], line[2], out=y[:, i, :, 1]).sub_(line[3])
     return result.view(B, h, w, O).permute(0, 3, 1, 2)
@@ -85,8 +88,8 @@ def conv3x3_of_enlarged(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Ten
     across, down = enlarging_taps(w, W, like=x), enlarging_taps(h, H, like=x)
     x = x.permute(0, 2, 3, 1)  # (B, C, h, w) -> (B, h, w, C)
     lines = []
-    for row in weight.permute(2, 1, 3, 0):  # the taps of one row, (C, 3, O)
-        taps = (x @ row.flatten(1)).view(B, h, w * 3, O)
+    for row in weight.permute(2, 3, 0, 1).contiguous():  # the taps of one row, (3, O, C)
+        taps = F.linear(x, row.flatten(0, 1)).view(B, h, w * 3, O)
         lines.append(across @ taps)  # (B, h, W, O)
     return (down @ torch.stack(lines, dim=2).view(B, h * 3, W * O)).view(B, H, W, O).permute(0, 3, 1, 2)
 

@@ -79,16 +79,25 @@ class UperNet(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = classifier(channels, num_classes)
 
+    @property
+    def lateral_of_f4(self) -> nn.Conv2d:
+        """The 1x1 convolution through which alone f4 is looked at."""
+        return self.laterals[0][0]
+
     def pyramid_pooling(self, f32: Tensor) -> Tensor:
         sized = zip(self.POOL_SIZES, self.pools, strict=True)
         pooled = [resize(conv(F.adaptive_avg_pool2d(f32, size)), f32.shape[2:]) for size, conv in sized]
         return self.bottleneck(torch.cat([f32, *pooled], dim=1))
 
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Four maps -> logits (B, K, H/4, W/4)."""
+    def forward(self, features: Sequence[Tensor], lateral_done: bool = False) -> Tensor:
+        """Four maps, of which f4 may be past `lateral_of_f4` already -> logits (B, K, H/4, W/4)."""
         *finer, f32 = features
         top = self.pyramid_pooling(f32)
-        levels = [lateral(f) for lateral, f in zip(self.laterals, finer, strict=True)] + [top]
+        levels = [lateral(f) for lateral, f in zip(self.laterals[lateral_done:], finer[lateral_done:], strict=True)]
+        if lateral_done:
+            _, norm, relu = self.laterals[0]
+            levels.insert(0, relu(norm(finer[0])))
+        levels.append(top)
         for i in (2, 1, 0):  # top-down: each level receives the coarser one
             levels[i] = levels[i] + resize(levels[i + 1], levels[i].shape[2:])
         levels = [conv(level) for conv, level in zip(self.outputs, levels[:3], strict=True)] + [top]
@@ -218,8 +227,9 @@ class PixelDecoder(nn.Module):
         for layer in self.layers:
             layer.attention.reset_parameters()
 
-    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Four maps -> mask features (B, C, H/4, W/4) and memory [(B, C, h, w)] at strides 32, 16, 8."""
+    def forward(self, features: Sequence[Tensor], lateral_done: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """Four maps, of which f4 may be past `lateral[0]` already -> mask features (B, C, H/4, W/4) and memory
+        [(B, C, h, w)] at strides 32, 16, 8."""
         f4, *coarser = features
         maps = [project(f) for project, f in zip(self.inputs, reversed(coarser), strict=True)]  # low resolution first
         grids = [(m.shape[2], m.shape[3]) for m in maps]
@@ -231,7 +241,8 @@ class PixelDecoder(nn.Module):
             x = layer(x, positions, points, grids)
         levels = zip(x.split([h * w for h, w in grids], dim=1), grids, strict=True)
         memory = [level.unflatten(1, grid).permute(0, 3, 1, 2) for level, grid in levels]  # (B, h*w, C) -> (B, C, h, w)
-        finest = self.output(self.lateral(f4) + resize(memory[-1], f4.shape[2:]))
+        f4 = (self.lateral[1:] if lateral_done else self.lateral)(f4)
+        finest = self.output(f4 + resize(memory[-1], f4.shape[2:]))
         return self.mask_features(finest), memory
 
 
@@ -296,9 +307,15 @@ class Mask2Former(nn.Module):
         for embedding in (self.query_feat, self.query_embed, self.level_embed):
             nn.init.normal_(embedding)
 
-    def forward(self, features: Sequence[Tensor], every_layer: bool) -> Prediction:
-        """Four maps -> the last prediction (Y = 1); with `every_layer` those before the first layer and after each."""
-        mask_features, memory_maps = self.pixel_decoder(features)
+    @property
+    def lateral_of_f4(self) -> nn.Conv2d:
+        """The 1x1 convolution through which alone f4 is looked at."""
+        return self.pixel_decoder.lateral[0]
+
+    def forward(self, features: Sequence[Tensor], every_layer: bool, lateral_done: bool = False) -> Prediction:
+        """Four maps -> the last prediction (Y = 1); with `every_layer` those before the first layer and after each.
+        With `lateral_done` f4 is past `lateral_of_f4` already."""
+        mask_features, memory_maps = self.pixel_decoder(features, lateral_done)
         memory = [m.flatten(2).transpose(1, 2) + e for m, e in zip(memory_maps, self.level_embed, strict=True)]
         positions = [sine_positions(m.shape[2], m.shape[3], m.shape[1], like=m) for m in memory_maps]
         # Masks are linear in the mask features: resizing these once a level spares resizing Q masks in every layer.

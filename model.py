@@ -227,8 +227,11 @@ class Segmenter(nn.Module):
                 c.decoder_ffn, c.encoder_layers, c.encoder_ffn,
             )
 
-    def features(self, images: Tensor) -> FeatureMaps:
-        """(B, 3, H, W) with H = W = window -> four maps (B, D, H/s, W/s) at strides s = 4, 8, 16, 32."""
+    def features(self, images: Tensor, lateral: nn.Conv2d | None = None) -> FeatureMaps:
+        """(B, 3, H, W) with H = W = window -> four maps (B, D, H/s, W/s) at strides s = 4, 8, 16, 32.
+
+        In eval mode f4 may be sent through a head's `lateral` on the way.
+        """
         window = self.config.window
         if images.shape[2:] != (window, window):
             raise ValueError(f"images are {images.shape[2]} x {images.shape[3]}, but this model's window is {window} x "
@@ -237,7 +240,7 @@ class Segmenter(nn.Module):
         images = images.contiguous(memory_format=torch.channels_last)
         cls_token, tokens = self.backbone.embed(images)
         stages = [partial(self.backbone.run_stage, i) for i in range(NUM_INTERACTIONS)]
-        return self.adapter(images, cls_token, tokens, stages)
+        return self.adapter(images, cls_token, tokens, stages, lateral)
 
     def forward(self, images: Tensor, labels: Tensor | None = None,
                 units: LossUnits | None = None) -> Tensor | dict[str, Tensor]:
@@ -252,9 +255,9 @@ class Segmenter(nn.Module):
             Without labels, scores (B, K, window, window): logits (UperNet) or class-weighted mask probabilities
             (Mask2Former). With labels, a dict of named losses and their sum under "loss".
         """
-        features = self.features(images)
         if labels is None:
-            return resize(self.scores(features), images.shape[2:])
+            return resize(self.scores(images), images.shape[2:])
+        features = self.features(images)
         if self.config.head == "upernet":
             losses = upernet_losses(self.head(features), self.auxiliary_head(features.f16), labels)
         else:
@@ -262,11 +265,13 @@ class Segmenter(nn.Module):
             losses = mask2former_losses(prediction, labels, self.config.num_points, units)
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
-    def scores(self, features: FeatureMaps) -> Tensor:
+    def scores(self, images: Tensor) -> Tensor:
         """(B, K, H/4, W/4): logits of UperNet, class-weighted mask probabilities of Mask2Former."""
+        lateral = None if self.training else self.head.lateral_of_f4
+        features = self.features(images, lateral)
         if self.config.head == "upernet":
-            return self.head(features)
-        return semantic_scores(self.head(features, every_layer=False))
+            return self.head(features, lateral_done=lateral is not None)
+        return semantic_scores(self.head(features, every_layer=False, lateral_done=lateral is not None))
 
 
 def build_model(head: str, size: str, num_classes: int = 59, **changes) -> Segmenter:

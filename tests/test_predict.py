@@ -259,7 +259,8 @@ def test_explain_shows_the_queries_with_the_highest_score(predictor, monkeypatch
     model = predictor.model
     pixels = data.normalize(torch.from_numpy(photograph(64, 64)).permute(2, 0, 1)[None])
     with torch.no_grad():
-        classes, masks = (x[-1, 0].double() for x in model.head(model.features(pixels), every_layer=False))
+        prediction = model.head(model.features(pixels), every_layer=False)
+        classes, masks = (x[-1, 0].double() for x in (prediction.class_logits, prediction.mask_logits))
     chances, masks, found = classes.exp() / classes.exp().sum(1, keepdim=True), 1 / (1 + (-masks).exp()), []
     for q in range(6):
         inside = masks[q][masks[q] > 0.5]

@@ -149,8 +149,8 @@ class Prediction(NamedTuple):
     """What Q queries say after each of Y decoder layers."""
 
     class_logits: Tensor  # (Y, B, Q, K + 1), the last class is "no object"
-    mask_embeds: Tensor  # (Y, B, Q, C)
-    mask_features: Tensor  # (B, C, H/4, W/4)
+    mask_embeds: Tensor  # (Y, B, Q, C + 1)
+    mask_features: Tensor  # (B, C + 1, H/4, W/4), the last channel is 1
 
     @property
     def mask_logits(self) -> Tensor:
@@ -228,8 +228,8 @@ class PixelDecoder(nn.Module):
             layer.attention.reset_parameters()
 
     def forward(self, features: Sequence[Tensor], lateral_done: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """Four maps, of which f4 may be past `lateral[0]` already -> mask features (B, C, H/4, W/4) and memory
-        [(B, C, h, w)] at strides 32, 16, 8."""
+        """Four maps, of which f4 may be past `lateral[0]` already -> a map (B, C, H/4, W/4), which still has
+        `mask_features` ahead of it, and memory [(B, C, h, w)] at strides 32, 16, 8."""
         f4, *coarser = features
         maps = [project(f) for project, f in zip(self.inputs, reversed(coarser), strict=True)]  # low resolution first
         grids = [(m.shape[2], m.shape[3]) for m in maps]
@@ -242,8 +242,7 @@ class PixelDecoder(nn.Module):
         levels = zip(x.split([h * w for h, w in grids], dim=1), grids, strict=True)
         memory = [level.unflatten(1, grid).permute(0, 3, 1, 2) for level, grid in levels]  # (B, h*w, C) -> (B, C, h, w)
         f4 = (self.lateral[1:] if lateral_done else self.lateral)(f4)
-        finest = self.output(f4 + resize(memory[-1], f4.shape[2:]))
-        return self.mask_features(finest), memory
+        return self.output(f4 + resize(memory[-1], f4.shape[2:])), memory
 
 
 class Attention(nn.Module):
@@ -315,7 +314,11 @@ class Mask2Former(nn.Module):
     def forward(self, features: Sequence[Tensor], every_layer: bool, lateral_done: bool = False) -> Prediction:
         """Four maps -> the last prediction (Y = 1); with `every_layer` those before the first layer and after each.
         With `lateral_done` f4 is past `lateral_of_f4` already."""
-        mask_features, memory_maps = self.pixel_decoder(features, lateral_done)
+        finest, memory_maps = self.pixel_decoder(features, lateral_done)
+        mask_features = F.pad(finest, (0, 0, 0, 0, 0, 1), value=1.0)  # a channel of ones, for the bias
+        # A mask's logit at a pixel f is e (W f + b) = (e W, e b) (f, 1): multiply Q embeddings, not all pixels, by W.
+        last = self.pixel_decoder.mask_features
+        to_pixels = torch.cat([last.weight.flatten(1), last.bias[:, None]], dim=1)  # (C, C + 1)
         memory = [m.flatten(2).transpose(1, 2) + e for m, e in zip(memory_maps, self.level_embed, strict=True)]
         positions = [sine_positions(m.shape[2], m.shape[3], m.shape[1], like=m) for m in memory_maps]
         # Masks are linear in the mask features: resizing these once a level spares resizing Q masks in every layer.
@@ -326,13 +329,14 @@ class Mask2Former(nn.Module):
         normed, mask_embeds = [], []
         for i, layer in enumerate([*self.layers, None]):
             normed.append(self.norm(x))
-            mask_embeds.append(self.mask_embed(normed[-1]))
+            mask_embeds.append(self.mask_embed(normed[-1]) @ to_pixels)
             if layer is not None:
                 level = i % 3
                 attend = where_to_look(mask_embeds[-1].detach(), level_features[level])
                 x = layer(x, query_embed, memory[level], positions[level], attend)
         said = slice(None) if every_layer else slice(-1, None)
-        return Prediction(self.class_embed(torch.stack(normed[said])), torch.stack(mask_embeds[said]), mask_features)
+        mask_embeds = torch.stack(mask_embeds[said])
+        return Prediction(self.class_embed(torch.stack(normed[said])), mask_embeds, mask_features.to(mask_embeds.dtype))
 
 
 def where_to_look(mask_embed: Tensor, level_features: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def max_pool(x: Tensor) -> Tensor:
 def test_spatial_prior_agrees_with_a_plain_loop():
     prior = randomized(SpatialPrior(channels=3, dim=DIM)).train()
     images = torch.randn(2, 3, 32, 64, dtype=torch.double)
-    c4, levels = prior(images)
+    stem, levels = prior(images)
 
     strides = iter([2, 1, 1, 2, 2, 2])
     modules = [m for m in prior.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
@@ -112,11 +112,10 @@ def test_spatial_prior_agrees_with_a_plain_loop():
         if depth >= 2:
             maps.append(x)
     assert [m.shape[1:] for m in maps] == [(3, 8, 16), (6, 4, 8), (12, 2, 4), (12, 1, 2)]
-    projections = (prior.fc1, prior.fc2, prior.fc3, prior.fc4)
+    torch.testing.assert_close(stem, maps[0], **EXACT)
     expected = [torch.einsum("bchw,oc->bohw", m, fc.weight[:, :, 0, 0]) + fc.bias[:, None, None]
-                for m, fc in zip(maps, projections, strict=True)]
-    torch.testing.assert_close(c4, expected[0], **EXACT)
-    for level, m in zip(levels, expected[1:], strict=True):
+                for m, fc in zip(maps[1:], (prior.fc2, prior.fc3, prior.fc4), strict=True)]
+    for level, m in zip(levels, expected, strict=True):
         torch.testing.assert_close(level, m.flatten(2).transpose(1, 2), **EXACT)
 
 
@@ -238,14 +237,16 @@ def test_the_last_extractors_run_one_after_another():
 def test_merge_adds_the_vits_maps_level_by_level():
     """The first interaction's tokens, four times as large, join f4; the last's, half as large, f32."""
     adapter, place = make_adapter(), where()
-    c4 = torch.randn(2, DIM, 16, 24, dtype=torch.double)
+    fc1 = adapter.spatial_prior.fc1
+    stem = torch.randn(2, fc1.in_channels, 16, 24, dtype=torch.double)
     pyramid, vit_maps = tokens(PYRAMID), [torch.randn(2, DIM, *GRID, dtype=torch.double) for _ in range(4)]
-    outputs = adapter.merge(c4, pyramid, vit_maps, place)
+    outputs = adapter.merge(stem, pyramid, vit_maps, place)
     assert [f.shape[2:] for f in outputs] == [(16, 24), (8, 12), (4, 6), (2, 3)]
 
     c8, c16, c32 = (pyramid[:, s].transpose(1, 2) for s in (slice(0, 96), slice(96, 120), slice(120, None)))
     c8, c16, c32 = c8.reshape(2, DIM, 8, 12), c16.reshape(2, DIM, 4, 6), c32.reshape(2, DIM, 2, 3)
     up = torch.einsum("bchw,coij->bohiwj", c8, adapter.up.weight).reshape(2, DIM, 16, 24)  # 2x2 blocks side by side
+    c4 = torch.einsum("bchw,oc->bohw", stem, fc1.weight[:, :, 0, 0]) + fc1.bias[:, None, None]
     c4 = c4 + up + adapter.up.bias[:, None, None]
     x4, x8 = (F.interpolate(x, scale_factor=s, mode="bilinear") for x, s in ((vit_maps[0], 4), (vit_maps[1], 2)))
     x32 = F.avg_pool2d(vit_maps[3], 2)  # bilinear at one half: the mean of 2 x 2
@@ -253,6 +254,27 @@ def test_merge_adds_the_vits_maps_level_by_level():
     for f, total, norm in zip(outputs, sums, adapter.norms, strict=True):
         expected = total / math.sqrt(1 + 1e-5) * norm.weight[:, None, None] + norm.bias[:, None, None]
         torch.testing.assert_close(f, expected, **EXACT)
+
+
+def test_f4_through_a_lateral_is_the_lateral_of_f4():
+    """In eval mode weights are multiplied first; other levels are none the wiser, and gradients are the same."""
+    adapter, place = make_adapter(), where()
+    adapter.norms[0].running_mean.normal_()
+    adapter.norms[0].running_var.uniform_(0.5, 2)
+    lateral = nn.Conv2d(DIM, 6, 1, bias=False).double()
+    parts = [torch.randn(2, 4, 16, 24, dtype=torch.double), tokens(PYRAMID)]
+    parts += [torch.randn(2, DIM, *GRID, dtype=torch.double) for _ in range(4)]
+    for part in parts:
+        part.requires_grad_()
+    stem, pyramid, *vit_maps = parts
+    plain = adapter.merge(stem, pyramid, vit_maps, place)
+    plain = plain._replace(f4=lateral(plain.f4))
+    fast = adapter.merge(stem, pyramid, vit_maps, place, lateral)
+    torch.testing.assert_close(tuple(fast), tuple(plain), **EXACT)
+    weights = [torch.randn_like(f) for f in plain]
+    wanted = [*parts, adapter.up.weight, adapter.norms[0].weight, adapter.spatial_prior.fc1.bias, lateral.weight]
+    gradients = [torch.autograd.grad(maps, wanted, weights) for maps in (fast, plain)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
 
 
 def test_forward_joins_the_parts_in_order():
@@ -263,13 +285,13 @@ def test_forward_joins_the_parts_in_order():
     outputs = adapter(images, cls_token, x, stages)
     assert outputs._fields == ("f4", "f8", "f16", "f32")
 
-    c4, levels = adapter.spatial_prior(images)
+    stem, levels = adapter.spatial_prior(images)
     pyramid = torch.cat([levels[i] + adapter.level_embed[i] for i in range(3)], dim=1)
     vit_maps = []
     for i, interaction in enumerate(adapter.interactions):
         cls_token, x, pyramid = interaction(cls_token, x, pyramid, stages[i], place)
         vit_maps.append(x.transpose(1, 2).reshape(2, DIM, *GRID))
-    for actual, expected in zip(outputs, adapter.merge(c4, pyramid, vit_maps, place), strict=True):
+    for actual, expected in zip(outputs, adapter.merge(stem, pyramid, vit_maps, place), strict=True):
         torch.testing.assert_close(actual, expected, **EXACT)
 
 

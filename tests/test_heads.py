@@ -206,7 +206,8 @@ def test_pixel_decoder_agrees_with_transformers(library):
     ours = PixelDecoder(DIM, CHANNELS, hidden=96, num_layers=2, num_heads=4).double()
     ours.load_state_dict(renamed(theirs.state_dict(), PIXEL_DECODER_NAMES))
     features = [f.requires_grad_() for f in pyramid()]
-    mask_features, memory = ours(features)
+    finest, memory = ours(features)
+    mask_features = ours.mask_features(finest)  # which the decoder multiplies with its queries instead
     expected = theirs(features)
     torch.testing.assert_close(mask_features, expected.mask_features, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(memory, list(expected.multi_scale_features), rtol=1e-10, atol=1e-10)
@@ -229,8 +230,8 @@ def test_masked_attention_decoder_agrees_with_transformers(library):
     ours, theirs = decoders(library)
     features = [f.requires_grad_() for f in pyramid()]
     prediction = ours(features, every_layer=True)
-    mask_features, memory = ours.pixel_decoder(features)
-    expected = theirs(memory, mask_features)
+    finest, memory = ours.pixel_decoder(features)
+    expected = theirs(memory, ours.pixel_decoder.mask_features(finest))
     assert len(prediction.mask_logits) == len(expected.masks_queries_logits) == 5
     for i, masks in enumerate(expected.masks_queries_logits):
         classes = ours.class_embed(expected.intermediate_hidden_states[i].transpose(0, 1))

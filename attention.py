@@ -51,7 +51,7 @@ class FusedBiasedAttention(torch.autograd.Function):
         query, key, value, table, index, output, log_sums = ctx.saved_tensors
         scale, bias, index = query.shape[-1] ** -0.5, gather_bias(table, index), index.flatten()
         to_query, to_key, to_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        to_bias = torch.empty_like(bias)
+        to_bias = bias.new_empty(bias.shape[1:])  # (M, N, N), without the padding of `bias`
         along = (grad * output).sum(-1, keepdim=True)  # (B, M, N, 1): what the softmax's sum to 1 takes off
         for m in range(query.shape[1]):
             q, k, v, g = (x[:, m].to(bias.dtype) for x in (query, key, value, grad))  # (B, N, D)
@@ -60,7 +60,7 @@ class FusedBiasedAttention(torch.autograd.Function):
             to_value[:, m] = p.mT @ g
             to_query[:, m] = (to_scores @ k).mul_(scale)
             to_key[:, m] = (to_scores.mT @ q).mul_(scale)
-            torch.sum(to_scores, 0, out=to_bias[0, m])
+            torch.sum(to_scores, 0, out=to_bias[m])
         to_columns = table.new_zeros(table.shape[::-1])  # (M, R)
-        to_columns.scatter_add_(1, index.expand(len(to_columns), -1), to_bias.flatten(0, 1).flatten(1))
+        to_columns.scatter_add_(1, index.expand(len(to_columns), -1), to_bias.flatten(1))
         return to_query, to_key, to_value, to_columns.t(), None

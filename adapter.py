@@ -107,7 +107,8 @@ class Injector(nn.Module):
 
 
 class ConvFFN(nn.Module):
-    """Feed-forward with a depth-wise 3x3 convolution on each level of the pyramid between its two linear layers."""
+    """Feed-forward with a depth-wise 3x3 convolution on each level of the pyramid between its two linear layers. The
+    extractor applies the first, `fc1`, together with the norm before it."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -115,9 +116,9 @@ class ConvFFN(nn.Module):
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, pyramid: Tensor, grids: Sequence[tuple[int, int]], norm: Callable[[Tensor], Tensor]) -> Tensor:
-        """(B, S, D), normalised first, and the levels' (height, width) -> (B, S, D)."""
-        levels = recomputed(lambda x: self.fc1(norm(x)), pyramid).split([h * w for h, w in grids], dim=1)
+    def forward(self, hidden: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """What `fc1` gave, (B, S, hidden), and the levels' (height, width) -> (B, S, D)."""
+        levels = hidden.split([h * w for h, w in grids], dim=1)
         maps = [self.dwconv(to_map(level, grid)) for level, grid in zip(levels, grids, strict=True)]
         tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)  # (B, D, h, w) -> (B, S, D)
         return recomputed(lambda hidden: self.fc2(F.gelu(hidden)), tokens)
@@ -139,8 +140,14 @@ class Extractor(nn.Module):
 
     def forward(self, pyramid: Tensor, tokens: Tensor, where: Geometry) -> Tensor:
         seen = self.attn(pyramid, where.pyramid_points, tokens, [where.vit_grid], self.query_norm, self.feat_norm)
+        pyramid, hidden = recomputed(self.add_and_narrow, pyramid, seen)
+        return pyramid + self.drop_path(self.ffn(hidden, where.pyramid_grids))
+
+    def add_and_narrow(self, pyramid: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual after attention, and the first layer of the ConvFFN. In mixed precision `seen` is the smaller to
+        keep: half as wide as the sum."""
         pyramid = pyramid + seen
-        return pyramid + self.drop_path(self.ffn(pyramid, where.pyramid_grids, self.ffn_norm))
+        return pyramid, self.ffn.fc1(self.ffn_norm(pyramid))
 
 
 class Interaction(nn.Module):
@@ -230,14 +237,15 @@ class ViTAdapter(nn.Module):
         c8, c16, c32 = (to_map(level, grid) for level, grid in zip(levels, where.pyramid_grids, strict=True))
         f4 = (self.finest if lateral is None else partial(self.finest_through, lateral))(stem, c8, vit_maps[0])
         coarser = zip(self.norms[1:], (c8, c16, c32), vit_maps[1:], strict=True)
-        return FeatureMaps(f4, *(norm(c + resized(x, c.shape[2:])) for norm, c, x in coarser))
+        sums = ((norm, (c + resized(x, c.shape[2:])).to(f4.dtype)) for norm, c, x in coarser)
+        return FeatureMaps(f4, *(norm(total) for norm, total in sums))
 
     def finest(self, stem: Tensor, c8: Tensor, x: Tensor) -> Tensor:
         """f4 of the stem's map (B, channels, H/4, W/4), c8 (B, D, H/8, W/8) and the ViT's map x (B, D, H/16, W/16)."""
         prior = self.spatial_prior.fc1
         c4 = F.conv2d(stem, prior.weight, prior.bias + self.up.bias)  # both biases in one pass
         c4 = c4 + enlarged(c8, self.up.weight.permute(0, 2, 3, 1))
-        return self.norms[0](c4 + resized(x, c4.shape[2:]))
+        return self.norms[0](c4 + resized(x.to(c4.dtype), c4.shape[2:]))  # mixed precision: tokens are float32
 
     def finest_through(self, lateral: nn.Conv2d, stem: Tensor, c8: Tensor, x: Tensor) -> Tensor:
         """lateral(finest(...)) in eval mode, where all of it is linear: weights are multiplied first, maps once.

@@ -20,6 +20,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from convolutions import Conv3x3, conv3x3, conv3x3_of_enlarged
+from memory import recomputed
 from msda_cuda import MSDeformAttn, reference_points
 
 IGNORE = 255
@@ -194,8 +195,14 @@ class PixelDecoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor, positions: Tensor, points: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        x = self.norm1(x + self.attention(x + positions, points, x, grids))
-        return self.norm2(x + self.ffn(x))
+        x, hidden = recomputed(self.norm_and_widen, x + self.attention(x + positions, points, x, grids))
+        _, relu, narrow = self.ffn
+        return self.norm2(x + narrow(relu(hidden)))
+
+    def norm_and_widen(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The normalised x and the first layer of the feed-forward: for the backward pass x alone is kept."""
+        x = self.norm1(x)
+        return x, self.ffn[0](x)
 
 
 class PixelDecoder(nn.Module):

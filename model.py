@@ -144,15 +144,15 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU between, after a norm: (B, N, D) -> (B, N, D)."""
+    """Two linear layers with a GELU between. The block applies `fc1`, together with the norm before it."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        hidden = recomputed(lambda x: self.fc1(norm(x)), x)
+    def forward(self, hidden: Tensor) -> Tensor:
+        """What `fc1` gave, (B, N, 4 D) -> (B, N, D)."""
         return recomputed(lambda hidden: self.fc2(F.gelu(hidden)), hidden)
 
 
@@ -171,8 +171,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
         # StochasticDepth scales whole images, so that it may act before layer scale, which then adds in the same pass.
-        x = torch.addcmul(x, self.gamma_1, self.drop_path(self.attn(x, index, self.norm1)))
-        return torch.addcmul(x, self.gamma_2, self.drop_path(self.mlp(x, self.norm2)))
+        seen = self.drop_path(self.attn(x, index, self.norm1))
+        x, hidden = recomputed(self.add_and_widen, x, seen)
+        return torch.addcmul(x, self.gamma_2, self.drop_path(self.mlp(hidden)))
+
+    def add_and_widen(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual after attention and the first layer of the MLP. Both summands are kept anyway, so their sum is
+        not."""
+        x = torch.addcmul(x, self.gamma_1, seen)
+        return x, self.mlp.fc1(self.norm2(x))
 
 
 class BEiT(nn.Module):

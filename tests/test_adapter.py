@@ -157,7 +157,7 @@ def test_conv_ffn_convolves_each_level_by_itself():
         expected.append(convolved.flatten(2).transpose(1, 2))
     x = torch.cat(expected, dim=1)
     x = x * (1 + torch.erf(x / math.sqrt(2))) / 2  # GELU
-    torch.testing.assert_close(ffn(pyramid, LEVELS, nn.Identity()), x @ ffn.fc2.weight.T + ffn.fc2.bias, **EXACT)
+    torch.testing.assert_close(ffn(ffn.fc1(pyramid), LEVELS), x @ ffn.fc2.weight.T + ffn.fc2.bias, **EXACT)
 
 
 def make_extractor(drop_path: float) -> Extractor:
@@ -173,7 +173,7 @@ def test_extractor_drops_its_feed_forward_path_only(drop_path):
     expected = pyramid + extractor.attn(query, place.pyramid_points, value, [GRID])
     if drop_path == 0:
         normed = F.layer_norm(expected, (DIM,), extractor.ffn_norm.weight, extractor.ffn_norm.bias, 1e-6)
-        expected = expected + extractor.ffn(normed, LEVELS, nn.Identity())
+        expected = expected + extractor.ffn(extractor.ffn.fc1(normed), LEVELS)
     torch.testing.assert_close(extractor(pyramid, x, place), expected, **EXACT)
 
 

@@ -492,7 +492,7 @@ def matching_costs(prediction: Prediction, labels: Tensor, num_points: int) -> T
     num_classes = class_logits.shape[3] - 1
     points = torch.rand(*class_logits.shape[:2], num_points, 2, device=class_logits.device, dtype=class_logits.dtype)
     in_maps, in_labels = corners(points, *mask_features.shape[2:]), corners(points, *labels.shape[1:])
-    pixels = bordered(mask_features, 0).flatten(2).mT  # (B, C, h, w) -> (B, (h + 2)(w + 2), C)
+    pixels = bordered(mask_features, 0).flatten(2).mT  # (B, C + 1, h, w) -> (B, (h + 2)(w + 2), C + 1)
     classes = bordered(labels.clamp(max=num_classes), num_classes)  # 255 -> K
     sums = []
     for embeds, *where in zip(mask_embeds, *in_maps, *in_labels, strict=True):  # little memory at a time
@@ -569,7 +569,7 @@ def class_losses(class_logits: Tensor, matches: Matches, units: LossUnits) -> Te
 
 def matched_masks(prediction: Prediction, matches: Matches) -> Tensor:
     """The mask logits of matched queries, (M, h, w)."""
-    embeds = prediction.mask_embeds[matches.output, matches.image, matches.query]  # (M, C)
+    embeds = prediction.mask_embeds[matches.output, matches.image, matches.query]  # (M, C + 1)
     images = zip(embeds.split(matches.of_image), prediction.mask_features.flatten(2).unbind(), strict=True)
     masks = torch.cat([embeds @ features for embeds, features in images])  # (M, h * w)
     return full_precision(masks).unflatten(1, prediction.mask_features.shape[2:])

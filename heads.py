@@ -347,7 +347,7 @@ class Mask2Former(nn.Module):
 
 
 def where_to_look(mask_embed: Tensor, level_features: Tensor) -> Tensor:
-    """(B, Q, C), (B, C, S) -> bool (B, Q, S): the pixels in a query's mask, or all where its mask is empty."""
+    """(B, Q, C + 1), (B, C + 1, S) -> bool (B, Q, S): the pixels in a query's mask, or all where its mask is empty."""
     attend = mask_embed @ level_features >= 0  # sigmoid >= 0.5
     return attend | ~attend.any(dim=2, keepdim=True)  # a row with nothing to attend to would softmax to NaN
 

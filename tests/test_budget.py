@@ -73,11 +73,14 @@ def forward_tally(head: str, device: str) -> budget.Tally:
 @pytest.mark.parametrize("head", HEADS)
 def test_posing_as_a_cpu_moves_what_cuda_autocast_moves(needs_operator, head):
     """The same kernels, but for cuDNN's batch norm: it notes a few bytes and, without data, loses the channels-last
-    layout, which some copies then mend."""
+    layout, which some copies then mend; and `embedding_bag`, which on CUDA notes the bag of each of its four indices,
+    on a CPU only each bag's size: 3 numbers of 8 bytes a point more, in 4 outputs."""
     posed, real = forward_tally(head, "cpu"), forward_tally(head, "cuda")
     assert posed.flop == real.flop
     assert posed.seconds.pop("casts") == pytest.approx(real.seconds.pop("casts"), rel=0.05)
-    assert posed.seconds == pytest.approx(real.seconds, rel=2e-3)
+    if head == "mask2former":
+        real.seconds["the rest"] -= 4 * 2 * SIZES["tiny"].num_points * 3 * 8 / budget.BANDWIDTH
+    assert posed.seconds == pytest.approx(real.seconds, rel=1e-3)
 
 
 def test_attention_keeps_no_scores():

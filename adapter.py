@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from memory import recomputed
+from fast.memory import recomputed
 from msda_cuda import MSDeformAttn, reference_points
 
 NUM_INTERACTIONS = 4

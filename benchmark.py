@@ -39,10 +39,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-import command
+import common
 import data
 import evaluate
 import heads
+from fast.memory import keep_freed_memory
 from measure import (
     Dispatches,
     forward_flops,
@@ -56,7 +57,6 @@ from measure import (
     seconds,
     training_flops,
 )
-from memory import keep_freed_memory
 from model import SIZES, ModelConfig, Segmenter, build_model
 from msda_cuda import ms_deform_attn, ms_deform_attn_torch
 from msda_cuda.build import BuildError
@@ -346,7 +346,7 @@ def growth_table(options: argparse.Namespace) -> list[Table]:
     rows = [row for system in chosen(options, (*TINY, "mask2former-base")) for quantity, values in GROWTH.items()
             for row in growth_rows(system, quantity, values, options)]
     if options.plot:
-        command.write_whole(options.plot, lambda file: file.write(growth_plot(rows).encode()))
+        common.write_whole(options.plot, lambda file: file.write(growth_plot(rows).encode()))
     return [Table(f"Growth, {options.device}, float32, medians of {options.rounds or ROUNDS} rounds", rows, [
         "`times` is over the first value's seconds; `growth` over what the GFLOP of a forward pass grow by. Window and "
         "classes at batch 1."])]
@@ -740,13 +740,13 @@ TABLES: dict[str, Callable[[argparse.Namespace], list[Table]]] = {
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of the command line."""
-    parser = command.Parser(prog="benchmark.py", description=(__doc__ or "").split("Read:")[0],
+    parser = common.Parser(prog="benchmark.py", description=(__doc__ or "").split("Read:")[0],
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", nargs="?", default="all", choices=[*TABLES, "all"], help="default: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there, after every table")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: cuda if there is one")
-    parser.add_argument("--rounds", type=command.positive, metavar="N",
+    parser.add_argument("--rounds", type=common.positive, metavar="N",
                         help="timed rounds; default: 7 of op, 3 of evaluate, else 5")
     whole = parser.add_argument_group("systems, losses, growth and compile")
     whole.add_argument("--systems", type=lambda names: names.split(","), metavar="NAME,...",
@@ -757,14 +757,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     whole.add_argument("--plot", type=Path, metavar="FILE", help="growth: also draw it there, as SVG")
     model = parser.add_argument_group("loader and evaluate")
     model.add_argument("--data", default="toy", metavar="DIR", help="data set folder; default: the toy data")
-    model.add_argument("--limit", type=command.positive, metavar="N",
+    model.add_argument("--limit", type=common.positive, metavar="N",
                        help="images a round; default: 64 of loader, 8 of evaluate")
     model.add_argument("--head", default="mask2former", choices=("mask2former", "upernet"), help="default: mask2former")
     model.add_argument("--size", default="tiny", choices=SIZES, help="of the untrained model; default: tiny")
-    model.add_argument("--window", type=command.positive, metavar="PIXELS", help="default: that of the size")
+    model.add_argument("--window", type=common.positive, metavar="PIXELS", help="default: that of the size")
     loader = parser.add_argument_group("loader")
-    loader.add_argument("--batch", type=command.positive, default=2, metavar="N", help="images at once; default: 2")
-    loader.add_argument("--workers", type=command.positive, default=os.cpu_count() or 1, metavar="N",
+    loader.add_argument("--batch", type=common.positive, default=2, metavar="N", help="images at once; default: 2")
+    loader.add_argument("--workers", type=common.positive, default=os.cpu_count() or 1, metavar="N",
                         help="default: one for each core")
     return parser.parse_args(arguments)
 
@@ -773,7 +773,7 @@ def run(options: argparse.Namespace) -> None:
     """What the command line asks for: tables on stdout as they are done, and into the JSON file."""
     for path, option in ((options.json, "--json"), (options.plot, "--plot")):
         if path:
-            command.check_file(path, option)
+            common.check_file(path, option)
     for system in options.systems or ():
         config_of(system)
     keep_freed_memory()
@@ -791,7 +791,7 @@ def run(options: argparse.Namespace) -> None:
         if options.json:
             tables = {name: [table._asdict() for table in each] for name, each in found.items()}
             written = json.dumps({"machine": where, **tables}, indent=1).encode() + b"\n"
-            command.write_whole(options.json, lambda file, written=written: file.write(written))
+            common.write_whole(options.json, lambda file, written=written: file.write(written))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -802,9 +802,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return run(options)
         except BuildError as error:
-            return command.complain(str(error))
+            return common.complain(str(error))
 
-    return command.run(work)
+    return common.run(work)
 
 
 if __name__ == "__main__":

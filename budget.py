@@ -24,11 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-import command
+import common
 import evaluate
 import heads
-from attention import plain_attention
 from benchmark import GLOBAL_BATCH, OFFICIAL, PICTURE, PYRAMID, OpShape, Table, markdown
+from fast.attention import plain_attention
 from measure import first_queries, kept_for_backward, model_waits, twin
 from model import SIZES
 from msda_cuda.build import BuildError
@@ -221,7 +221,7 @@ def main() -> int:
     try:
         print("\n".join(markdown(table) for table in tables()))
     except BuildError as error:
-        return command.complain(str(error))
+        return common.complain(str(error))
     return 0
 
 

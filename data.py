@@ -25,16 +25,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from common import UserError
+
 IGNORE = 255
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, in grey levels, RGB
 LOWER_CASE = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 EXTENSIONS = LOWER_CASE + tuple(extension.upper() for extension in LOWER_CASE)
 TEST_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 CONTEXT_CLASSES = Path(__file__).with_name("pascal_context.json")
-
-
-class DataError(ValueError):
-    """A fault of the data that the user can mend; the message is one line: what, where, and how to mend it."""
 
 
 # ---------------------------------------------------------------------------------------------------- data sets
@@ -65,7 +63,7 @@ PASCAL_CONTEXT = Layout("JPEGImages", "SegmentationClassContext", "ImageSets/Seg
 class SegmentationDataset:
     """Pairs of an image and its labels, read from disk when asked for and checked then.
 
-    Raises DataError for a split that is absent, empty, or names files that do not exist.
+    Raises UserError for a split that is absent, empty, or names files that do not exist.
     """
 
     def __init__(self, root: Path, split: str, info: DatasetInfo, layout: Layout) -> None:
@@ -76,7 +74,7 @@ class SegmentationDataset:
         absent = [name for name in self.names if not self._label_path(name).is_file()]
         if absent:
             more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
-            raise DataError(f"{split_file} names '{absent[0]}'{more}, but {self._label_path(absent[0])} is no file: "
+            raise UserError(f"{split_file} names '{absent[0]}'{more}, but {self._label_path(absent[0])} is no file: "
                             "add the label image or remove the name")
 
     def __len__(self) -> int:
@@ -90,21 +88,21 @@ class SegmentationDataset:
         return self._label_path(self.names[i])
 
     def image(self, i: int) -> np.ndarray:
-        """RGB uint8 (H, W, 3), upright (EXIF rotation applied). Raises DataError for a file that cannot be read."""
+        """RGB uint8 (H, W, 3), upright (EXIF rotation applied). Raises UserError for a file that cannot be read."""
         return read_image(self.image_paths[i])
 
     def labels(self, i: int) -> np.ndarray:
-        """Class index or 255, uint8 (H, W). Raises DataError for an unreadable file, a foreign value, a wrong size."""
+        """Class index or 255, uint8 (H, W). Raises UserError for an unreadable file, a foreign value, a wrong size."""
         path, num_classes, first = self.label_path(i), len(self.info.classes), self.layout.first_class
         values = read_labels(path)
         ignored = (values < first) | (values == self.info.ignore_index)
         foreign = values[~ignored & (values >= num_classes + first)]
         if foreign.size:
-            raise DataError(f"{path}: label value {foreign[0]} is no class; the {num_classes} classes are "
+            raise UserError(f"{path}: label value {foreign[0]} is no class; the {num_classes} classes are "
                             f"{first}..{num_classes + first - 1} and {self.info.ignore_index} is ignored")
         size = image_size(self.image_paths[i])
         if values.shape != size:
-            raise DataError(f"{self.image_paths[i]} is {size[1]}x{size[0]} pixels but {path} is "
+            raise UserError(f"{self.image_paths[i]} is {size[1]}x{size[0]} pixels but {path} is "
                             f"{values.shape[1]}x{values.shape[0]}: an image and its labels must be of one size")
         return np.where(ignored, IGNORE, values - first).astype(np.uint8)
 
@@ -112,10 +110,10 @@ class SegmentationDataset:
 def open_dataset(root: str | Path, split: str) -> SegmentationDataset:
     """Open the "train" or "val" split of a plain folder (dataset.json) or a VOC2010 tree with Pascal Context labels.
 
-    The root "toy" is the built-in toy data set, drawn on first use into data/toy. Raises DataError with the remedy.
+    The root "toy" is the built-in toy data set, drawn on first use into data/toy. Raises UserError with the remedy.
     """
     if str(root) == "toy":
-        from toy import make_toy
+        from tools.toy import make_toy
 
         root = make_toy()
     root = Path(root)
@@ -124,12 +122,12 @@ def open_dataset(root: str | Path, split: str) -> SegmentationDataset:
     if (root / PASCAL_CONTEXT.labels).is_dir():
         return SegmentationDataset(root, split, context_info(), PASCAL_CONTEXT)
     if (root / PASCAL_CONTEXT.images).is_dir():
-        raise DataError(f"{root} holds VOC images but no Pascal Context labels: get trainval_merged.json and run "
+        raise UserError(f"{root} holds VOC images but no Pascal Context labels: get trainval_merged.json and run "
                         f"`python data.py prepare-context --voc {root} --json trainval_merged.json`")
     if root.is_dir():
-        raise DataError(f"{root} is no plain folder (no dataset.json) and no VOC2010 tree (no JPEGImages/): "
+        raise UserError(f"{root} is no plain folder (no dataset.json) and no VOC2010 tree (no JPEGImages/): "
                         "make one of your images and labels, see `python data.py from-folders --help`")
-    raise DataError(f"no data at {root}: for Pascal Context unpack VOC2010 there, get trainval_merged.json and run "
+    raise UserError(f"no data at {root}: for Pascal Context unpack VOC2010 there, get trainval_merged.json and run "
                     f"`python data.py prepare-context --voc {root} --json trainval_merged.json`; "
                     "for a first try without downloads use `--data toy`")
 
@@ -144,23 +142,23 @@ def context_info() -> DatasetInfo:
 def read_info(path: Path) -> DatasetInfo:
     """Read and check dataset.json: {"classes": [...], "palette": [[r, g, b], ...], "ignore_index": 255, "name": ...}.
 
-    Only the classes must be there. Raises DataError with the line or the field that is wrong.
+    Only the classes must be there. Raises UserError with the line or the field that is wrong.
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}: mend the JSON") from None
+        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}: mend the JSON") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({one_line(error)}): save it as UTF-8 text") from None
+        raise UserError(f"{path}: cannot be read ({one_line(error)}): save it as UTF-8 text") from None
     classes = fields.get("classes") if isinstance(fields, dict) else None
     if not isinstance(classes, list) or not all(isinstance(name, str) and name for name in classes):
-        raise DataError(f'{path}: "classes" must be a list of class names')
+        raise UserError(f'{path}: "classes" must be a list of class names')
     if not 1 <= len(classes) <= IGNORE or len(set(classes)) < len(classes):
-        raise DataError(f'{path}: "classes" must hold 1 to {IGNORE} different names, not {len(classes)} with '
+        raise UserError(f'{path}: "classes" must hold 1 to {IGNORE} different names, not {len(classes)} with '
                         f"{len(classes) - len(set(classes))} repeated")
     ignore_index = fields.get("ignore_index", IGNORE)
     if type(ignore_index) is not int or not len(classes) <= ignore_index <= 255:
-        raise DataError(f'{path}: "ignore_index" is {ignore_index!r} but must be one of {len(classes)}..255, no class')
+        raise UserError(f'{path}: "ignore_index" is {ignore_index!r} but must be one of {len(classes)}..255, no class')
     palette = _checked_palette(fields.get("palette", default_palette(len(classes)).tolist()), len(classes), path)
     return DatasetInfo(str(fields.get("name", path.parent.name)), tuple(classes), palette, ignore_index)
 
@@ -171,7 +169,7 @@ def _checked_palette(palette: object, num_classes: int, path: Path) -> np.ndarra
     except (TypeError, ValueError, OverflowError):
         colours = np.empty(0)
     if colours.shape != (num_classes, 3) or colours.min() < 0 or colours.max() > 255:
-        raise DataError(f'{path}: "palette" must hold a [red, green, blue] of 0..255 for each of {num_classes} classes')
+        raise UserError(f'{path}: "palette" must hold a [red, green, blue] of 0..255 for each of {num_classes} classes')
     return colours.astype(np.uint8)
 
 
@@ -183,28 +181,28 @@ def default_palette(num_classes: int) -> np.ndarray:
 
 
 def read_split(path: Path) -> list[str]:
-    """The names in a split file, one a line, extension or not. Raises DataError if absent, empty or leading outside."""
+    """The names in a split file, one a line, extension or not. Raises UserError if absent, empty or leading outside."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({one_line(error)}): put the image names there, one a line") from None
+        raise UserError(f"{path}: cannot be read ({one_line(error)}): put the image names there, one a line") from None
     names = [line.strip() for line in lines if line.strip()]
     names = [str(Path(name).with_suffix("")) if name.endswith(EXTENSIONS) else name for name in names]
     if not names:
-        raise DataError(f"{path} is empty: write the names of the images there, one a line, or choose another split")
+        raise UserError(f"{path} is empty: write the names of the images there, one a line, or choose another split")
     for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise DataError(f"{path} names '{name}', which leads out of the data folder: use names below images/")
+            raise UserError(f"{path} names '{name}', which leads out of the data folder: use names below images/")
     return names
 
 
 def find_image(folder: Path, name: str, split_file: Path) -> Path:
-    """The image file of that name, whatever its extension. Raises DataError if there is none."""
+    """The image file of that name, whatever its extension. Raises UserError if there is none."""
     for extension in EXTENSIONS:
         path = folder / f"{name}{extension}"
         if path.is_file():
             return path
-    raise DataError(f"{split_file} names '{name}', but {folder} has no {name}.jpg (nor {', '.join(LOWER_CASE[1:])}): "
+    raise UserError(f"{split_file} names '{name}', but {folder} has no {name}.jpg (nor {', '.join(LOWER_CASE[1:])}): "
                     "add the image or remove the name")
 
 
@@ -219,9 +217,9 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(getattr(error, "strerror", None) or error).split())
 
 
-def unreadable(path: Path, error: BaseException) -> DataError:
-    """The DataError for a file that Pillow cannot read."""
-    return DataError(f"{path}: not a readable image ({one_line(error)}): replace it or take its name out of the split")
+def unreadable(path: Path, error: BaseException) -> UserError:
+    """The UserError for a file that Pillow cannot read."""
+    return UserError(f"{path}: not a readable image ({one_line(error)}): replace it or take its name out of the split")
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -237,7 +235,7 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """The values of a label image, int32 (H, W); never rotated. Raises DataError for a picture that holds colours."""
+    """The values of a label image, int32 (H, W); never rotated. Raises UserError for a picture that holds colours."""
     try:
         with Image.open(path) as picture:
             if picture.mode in ("L", "P", "1") or picture.mode.startswith("I"):
@@ -245,7 +243,7 @@ def read_labels(path: Path) -> np.ndarray:
             mode = picture.mode
     except UNREADABLE as error:
         raise unreadable(path, error) from None
-    raise DataError(f"{path} has mode {mode}, but labels must be one value a pixel (modes L, P or I): "
+    raise UserError(f"{path} has mode {mode}, but labels must be one value a pixel (modes L, P or I): "
                     "convert colour-coded labels with `python data.py from-folders`")
 
 
@@ -512,10 +510,10 @@ class _Crops(Dataset):
         rng = np.random.default_rng((self.seed, position))
         return *train_transform(self.dataset.image(i), self.dataset.labels(i), self.window, rng), self.dataset.names[i]
 
-    def __getitem__(self, batch: list[int]) -> Batch | DataError:
+    def __getitem__(self, batch: list[int]) -> Batch | UserError:
         try:
             images, labels, extents, names = zip(*map(self.sample, batch), strict=True)
-        except DataError as error:
+        except UserError as error:
             return error
         images = torch.from_numpy(np.stack([image.transpose(2, 0, 1) for image in images]))  # (w, w, 3) -> (3, w, w)
         return Batch(images, torch.from_numpy(np.stack(labels)), torch.tensor(extents), list(names))
@@ -533,17 +531,17 @@ def training_loader(dataset: SegmentationDataset, window: int, *, seed: int, pos
 
     The sample at a position depends on (seed, position) alone: the same for any number of workers (0: in this process)
     and ranks, and after a resume. Position p is item p mod N of the permutation of epoch p div N, N = len(dataset).
-    A fault in a worker is raised here, as its DataError.
+    A fault in a worker is raised here, as its UserError.
     """
     loader = DataLoader(_Crops(dataset, window, seed), sampler=positions, batch_size=None, num_workers=workers,
                         worker_init_fn=leave_interrupt_to_parent, pin_memory=torch.cuda.is_available())
     for batch in loader:
-        if isinstance(batch, DataError):
+        if isinstance(batch, UserError):
             raise batch
         yield batch
 
 
 if __name__ == "__main__":
-    from prepare import main
+    from tools.prepare import main
 
     main()

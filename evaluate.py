@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,19 +33,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import command
+import common
 import data
-import draw
+import run
 import weights
-from memory import keep_freed_memory
+from common import UserError
+from fast.memory import keep_freed_memory
+from tools import draw
 
 Save = Callable[[int, np.ndarray], None]  # takes an image's index and its prediction, uint8 (H, W)
 REMEDY = "evaluate it on the data that it was trained on (--data DIR)"
 STRIP = 2**27  # numbers in a slab of probabilities (512 MiB of float32): larger pictures are voted on in strips
-
-
-class EvaluationError(ValueError):
-    """What was asked for cannot be evaluated: one line that says what, where and how to mend it."""
 
 
 # ------------------------------------------------------------------------------------------- sliding windows
@@ -89,7 +86,7 @@ class Canvas:
         self.image = job.view.image[0]
         height, width = self.image.shape[1:]
         if min(height, width) < window:
-            raise EvaluationError(f"a {height}x{width} image is smaller than the {window}x{window} window: enlarge it")
+            raise UserError(f"a {height}x{width} image is smaller than the {window}x{window} window: enlarge it")
         self.tops, self.lefts = window_starts(height, window, stride), window_starts(width, window, stride)
         self.corners = [(top, left) for top in self.tops for left in self.lefts]
         self.missing = len(self.corners)
@@ -150,7 +147,7 @@ def sliding_scores(model: nn.Module, jobs: Iterable[Job], stride: int, window_ba
 def slide(model: nn.Module, image: Tensor, window: int, stride: int, window_batch: int | None = None) -> Tensor:
     """Scores (B, K, H, W) of images (B, 3, H, W): the mean of the scores of overlapping windows, before softmax."""
     if window != model.config.window:
-        raise EvaluationError(f"the model sees windows of {model.config.window} pixels, not of {window}")
+        raise UserError(f"the model sees windows of {model.config.window} pixels, not of {window}")
     jobs = [Job(i, tuple(image.shape[2:]), View(image[i : i + 1])) for i in range(len(image))]
     window_batch = window_batch or automatic_window_batch(model, image.device)
     return torch.stack([scores for _, scores in sliding_scores(model, jobs, stride, window_batch)])
@@ -366,48 +363,27 @@ def newest_checkpoint(runs: Path = Path("runs")) -> Path:
     """The best.pt that was written last under runs/."""
     found = sorted(runs.glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise EvaluationError(f"no {runs}/*/best.pt: train first (python train.py --data toy) or name a --checkpoint")
+        raise UserError(f"no {runs}/*/best.pt: train first (python train.py --data toy) or name a --checkpoint")
     return found[-1]
 
 
 def data_of_run(checkpoint: Path) -> str:
     """The data folder that the checkpoint's run was trained on, from the config.json beside it."""
     if not checkpoint.is_file():
-        raise EvaluationError(f"{checkpoint}: no such file; name a checkpoint, or none for the newest run's best")
+        raise UserError(f"{checkpoint}: no such file; name a checkpoint, or none for the newest run's best")
     config = checkpoint.parent / "config.json"
     with contextlib.suppress(OSError, json.JSONDecodeError, KeyError):
         return json.loads(config.read_text())["data"]
-    raise EvaluationError(f"{config} does not tell the data of {checkpoint.name}: name their folder with --data")
+    raise UserError(f"{config} does not tell the data of {checkpoint.name}: name their folder with --data")
 
 
 def check_classes(info: data.DatasetInfo, classes: Sequence[str], num_classes: int) -> None:
     """Refuse a data set whose classes are not the checkpoint's (`classes`, empty if it does not name them)."""
     if len(info.classes) != num_classes:
-        raise EvaluationError(f"{info.name} has {len(info.classes)} classes, the checkpoint {num_classes}: {REMEDY}")
+        raise UserError(f"{info.name} has {len(info.classes)} classes, the checkpoint {num_classes}: {REMEDY}")
     for ours, theirs in zip(info.classes, classes, strict=False):
         if ours != theirs:
-            raise EvaluationError(f"class '{ours}' of {info.name} is '{theirs}' in the checkpoint: {REMEDY}")
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device of that name; None takes CUDA if there is one. Raises EvaluationError if it cannot be used."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError):  # what PyTorch raises differs from device to device
-        raise EvaluationError(f"device '{name}' cannot be used here: choose cpu, cuda or mps with --device") from None
-
-
-def join_processes(name: str | None) -> torch.device:
-    """This process's device; under torchrun also the process group (NCCL for CUDA, else gloo)."""
-    if "RANK" not in os.environ:
-        return choose_device(name)
-    if (name or "cuda") == "cuda" and torch.cuda.is_available():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(name)
-    device = choose_device(name)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
+            raise UserError(f"class '{ours}' of {info.name} is '{theirs}' in the checkpoint: {REMEDY}")
 
 
 def to_json(result: Metrics, classes: Sequence[str], **facts: object) -> str:
@@ -426,7 +402,7 @@ def to_json(result: Metrics, classes: Sequence[str], **facts: object) -> str:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command line."""
-    parser = command.Parser(
+    parser = common.Parser(
         description="Evaluate a checkpoint: IoU and accuracy per class, aAcc, mIoU, mAcc.",
         epilog="Share the work out with: torchrun --nproc_per_node=N evaluate.py ...",
     )
@@ -434,7 +410,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", metavar="DIR", help="data set folder; default: the one the run was trained on")
     parser.add_argument("--split", default="val", choices=["train", "val"])
     parser.add_argument("--ms", action="store_true", help="multi-scale and flip: six scales, each mirrored")
-    parser.add_argument("--limit", type=command.positive, metavar="N", help="only the first N images")
+    parser.add_argument("--limit", type=common.positive, metavar="N", help="only the first N images")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     parser.add_argument("--save-labels", type=Path, metavar="DIR", help="write each prediction as a palette PNG")
     parser.add_argument("--original-ids", action="store_true", help="in those, Pascal Context's ids of 459 classes")
@@ -445,7 +421,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def add_device_options(parser: argparse.ArgumentParser) -> None:
     """How the model is run: the options that evaluate.py, predict.py and report.py share."""
     parser.add_argument("--device", help="cpu, cuda or mps; default: cuda if there is one")
-    parser.add_argument("--window-batch", type=command.positive, metavar="N",
+    parser.add_argument("--window-batch", type=common.positive, metavar="N",
                         help="windows at once; default: by free memory")
     parser.add_argument("--amp", action="store_const", const=torch.bfloat16,
                         help="run the model in bfloat16 where that is safe")
@@ -453,13 +429,7 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
                         help="TF32 products in float32 on a GPU; on by default, as in training and the official runs")
 
 
-def allow_tf32(allowed: bool) -> None:
-    """Switch TF32 matrix products and convolutions, for this process; PyTorch's defaults are off and on."""
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
-    torch.backends.cudnn.allow_tf32 = allowed
-
-
-def run(options: argparse.Namespace) -> None:
+def evaluate_command(options: argparse.Namespace) -> None:
     """What the command line asks for."""
     checkpoint = options.checkpoint or newest_checkpoint()
     dataset = data.open_dataset(options.data or data_of_run(checkpoint), options.split)
@@ -467,9 +437,9 @@ def run(options: argparse.Namespace) -> None:
     check_classes(dataset.info, facts.get("classes", ()), model.config.num_classes)
     save = label_writer(options.save_labels, dataset, options.original_ids) if options.save_labels else None
     if options.json:
-        command.check_file(options.json, "--json")
-    device = join_processes(options.device)
-    allow_tf32(options.tf32)
+        common.check_file(options.json, "--json")
+    device = run.join_processes(options.device).device
+    common.allow_tf32(options.tf32)
     confusion = evaluate(model.to(device), dataset, multi_scale=options.ms, device=device, limit=options.limit,
                          save=save, window_batch=options.window_batch, amp=options.amp)
     if dist.is_initialized() and dist.get_rank() > 0:
@@ -481,7 +451,7 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         how = {"checkpoint": str(checkpoint), "data": str(dataset.root), "split": options.split, "scales": scales}
         text = to_json(result, dataset.info.classes, **how) + "\n"
-        command.write_whole(options.json, lambda file: file.write(text.encode()))
+        common.write_whole(options.json, lambda file: file.write(text.encode()))
 
 
 def label_writer(folder: Path, dataset: data.SegmentationDataset, original_ids: bool) -> Save:
@@ -489,9 +459,9 @@ def label_writer(folder: Path, dataset: data.SegmentationDataset, original_ids: 
     if original_ids:
         ids = {c["name"]: c["original_id"] for c in json.loads(data.CONTEXT_CLASSES.read_text())["classes"]}
         if set(dataset.info.classes) - set(ids):
-            raise EvaluationError(f"{dataset.info.name} has no original ids: leave out --original-ids")
+            raise UserError(f"{dataset.info.name} has no original ids: leave out --original-ids")
         original = np.uint16([ids[name] for name in dataset.info.classes])
-    command.make_folder(folder, "--save-labels")
+    common.make_folder(folder, "--save-labels")
 
     def save(index: int, prediction: np.ndarray) -> None:
         path = folder / f"{dataset.names[index]}.png"
@@ -508,7 +478,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     keep_freed_memory()
     try:
-        return command.run(lambda: run(options))
+        return common.run(lambda: evaluate_command(options))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

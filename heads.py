@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from convolutions import Conv3x3, conv3x3, conv3x3_of_enlarged
-from memory import recomputed
+from fast.convolutions import Conv3x3, conv3x3, conv3x3_of_enlarged
+from fast.memory import recomputed
 from msda_cuda import MSDeformAttn, reference_points
 
 IGNORE = 255

@@ -8,9 +8,7 @@ import ctypes
 import functools
 import gc
 import math
-import resource
 import statistics
-import sys
 import time
 from bisect import bisect_right
 from collections import Counter, defaultdict
@@ -36,6 +34,7 @@ import heads
 import model as models
 from model import ModelConfig, Segmenter
 from msda_cuda import ops
+from run import peak_memory
 
 aten = torch.ops.aten
 
@@ -327,13 +326,6 @@ def graph(root: torch.autograd.graph.Node) -> list[torch.autograd.graph.Node]:
             found[node] = None
             waiting += [each for each, _ in node.next_functions if each]
     return [node for node in found if node.next_functions]
-
-
-def peak_memory(device: torch.device) -> float:
-    """Gigabytes at most: of the device's memory since the last reset, on a CPU of this process since its start."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def peak_of(work: Callable[[], object], device: torch.device | str = "cpu") -> float:

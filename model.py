@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from adapter import NUM_INTERACTIONS, FeatureMaps, ViTAdapter
-from attention import biased_attention, gather_bias
+from fast.attention import biased_attention, gather_bias
+from fast.memory import recomputed
 from heads import (
     FCN,
     LossUnits,
@@ -24,7 +25,6 @@ from heads import (
     semantic_scores,
     upernet_losses,
 )
-from memory import recomputed
 
 PATCH = 16
 

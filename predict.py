@@ -29,21 +29,18 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-import command
+import common
 import data
-import draw
 import evaluate
 import msda_cuda
 import weights
+from common import UserError
 from heads import resize
 from model import PATCH
+from tools import draw
 
 CELL, CAPTION = 320, 24  # side of a picture in an explanation and height of its text, in pixels
 LEVEL_COLORS = np.uint8([[255, 196, 0], [0, 190, 255], [255, 70, 150]])  # strides 8, 16, 32
-
-
-class PredictError(ValueError):
-    """A request that cannot be met: one line that says what, where and how to mend it."""
 
 
 class Predictor:
@@ -57,12 +54,12 @@ class Predictor:
     Attributes:
         classes: the K class names; palette: uint8 (K, 3), their colours.
     Raises:
-        WeightsError: the file is no checkpoint of a segmenter. EvaluationError: there is no such device.
+        UserError: the file is no checkpoint of a segmenter. UserError: there is no such device.
     """
 
     def __init__(self, checkpoint: str | Path, device: str | None = None, multi_scale: bool = False,
                  window_batch: int | None = None, amp: torch.dtype | None = None):
-        self.device = evaluate.choose_device(device)
+        self.device = common.choose_device(device)
         model, facts = weights.load_model(checkpoint)
         self.model = model.to(self.device).eval()
         self.classes, self.palette = names_and_colors(facts, model.config.num_classes)
@@ -111,12 +108,12 @@ def write_results(predictor: Predictor, picture: Path, stem: Path, opacity: floa
         volume = predictor.probabilities(image)
         labels = volume.argmax(0).astype(np.uint8)
         arrays = {"probabilities": np.float16(volume), "classes": predictor.classes}
-        command.write_whole(Path(f"{stem}_probabilities.npz"), lambda file: np.savez_compressed(file, **arrays))
+        common.write_whole(Path(f"{stem}_probabilities.npz"), lambda file: np.savez_compressed(file, **arrays))
     else:
         labels = predictor(image)
     overlay = draw.overlay(image, labels, predictor.palette, opacity, ignore_index=-1)  # a prediction ignores nothing
     picture = draw.with_legend(overlay, labels, predictor.classes, predictor.palette, -1)
-    command.write_whole(Path(f"{stem}_overlay.jpg"), lambda file: picture.save(file, "JPEG", quality=92))
+    common.write_whole(Path(f"{stem}_overlay.jpg"), lambda file: picture.save(file, "JPEG", quality=92))
     draw.save_labels(labels, Path(f"{stem}_labels.png"), predictor.palette)
 
 
@@ -130,7 +127,7 @@ def find_pictures(arguments: Sequence[str]) -> list[Path]:
         else:
             found = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(argument, recursive=True))]
         if not found:
-            raise PredictError(f"no picture at {argument}: name a file, a folder of pictures or a glob in quotes")
+            raise UserError(f"no picture at {argument}: name a file, a folder of pictures or a glob in quotes")
         pictures += found
     return list(dict.fromkeys(pictures))
 
@@ -232,12 +229,12 @@ def sampling_picture(image: np.ndarray, places: np.ndarray, points: np.ndarray, 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command line."""
-    parser = command.Parser(description="Segment pictures: an overlay with a legend and a label PNG for each.")
+    parser = common.Parser(description="Segment pictures: an overlay with a legend and a label PNG for each.")
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="a file, a folder or a quoted glob")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: the newest runs/*/best.pt")
     parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="default: predictions/")
     parser.add_argument("--ms", action="store_true", help="multi-scale and flip: slower, a little better")
-    parser.add_argument("--opacity", type=command.fraction, default=0.6, metavar="X", help="of colours; default: 0.6")
+    parser.add_argument("--opacity", type=common.fraction, default=0.6, metavar="X", help="of colours; default: 0.6")
     parser.add_argument("--probabilities", action="store_true", help="write NAME_probabilities.npz too: (K, H, W)")
     parser.add_argument("--explain", action="store_true", help="write NAME_explain.png too: queries and attention")
     evaluate.add_device_options(parser)
@@ -245,14 +242,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Predict all pictures; returns 1 if some could not be and are listed. Raises PredictError where not one could."""
+    """Predict all pictures; returns 1 if some could not be and are listed. Raises UserError where not one could."""
     pictures = find_pictures(options.pictures)
     checkpoint = options.checkpoint or evaluate.newest_checkpoint()
-    evaluate.allow_tf32(options.tf32)
+    common.allow_tf32(options.tf32)
     predictor = Predictor(checkpoint, options.device, options.ms, options.window_batch, options.amp)
     if options.explain and predictor.model.config.head != "mask2former":
-        raise PredictError("--explain shows the queries of Mask2Former, and this checkpoint has a UperNet head")
-    command.make_folder(options.out, "--out")
+        raise UserError("--explain shows the queries of Mask2Former, and this checkpoint has a UperNet head")
+    common.make_folder(options.out, "--out")
     failures = []
     bar = tqdm(pictures, unit="picture", disable=None if len(pictures) > 1 else True)
     for picture, stem in zip(bar, stems(pictures, options.out), strict=True):
@@ -260,22 +257,22 @@ def run(options: argparse.Namespace) -> int:
             write_results(predictor, picture, stem, options.opacity, options.probabilities)
             if options.explain:
                 sheet = explain(predictor, data.read_image(picture))
-                command.write_whole(Path(f"{stem}_explain.png"), partial(sheet.save, format="PNG"))
+                common.write_whole(Path(f"{stem}_explain.png"), partial(sheet.save, format="PNG"))
         except (ValueError, OSError) as error:
             failures.append(str(error))
     if len(failures) == len(pictures):
         others = f" (nor can {len(failures) - 1} others be read)" if len(failures) > 1 else ""
-        raise PredictError(failures[0] + others)
+        raise UserError(failures[0] + others)
     print(f"{len(pictures) - len(failures)} of {len(pictures)} pictures: overlays and labels in {options.out}/")
     for failure in failures:
-        command.complain(failure)
+        common.complain(failure)
     return 1 if failures else 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: all well; 1: some pictures could not be read, listed at the end; 2: nothing could be done."""
     options = parse(arguments)
-    return command.run(lambda: run(options))
+    return common.run(lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import platform
+import resource
 import shlex
 import signal
 import subprocess
@@ -30,20 +31,15 @@ from torch.distributed.rendezvous import rendezvous
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-import command
+import common
+from common import UserError
 from data import Batch, DatasetInfo
-from evaluate import choose_device
-from measure import peak_memory
 from model import Segmenter
 from msda_cuda import active_path
-from weights import FORMAT, WeightsError, read_file
+from weights import FORMAT, read_file
 
 RUNS = Path("runs")
 T = TypeVar("T")
-
-
-class RunError(ValueError):
-    """A run that cannot be started or continued; the message is one line: what, where, and how to mend it."""
 
 
 # ---------------------------------------------------------------------------------------------------------- processes
@@ -58,10 +54,10 @@ class Process(NamedTuple):
 
 
 def join_processes(name: str | None) -> Process:
-    """This process's device and, under torchrun, its place among the others. Raises EvaluationError for the device."""
+    """This process's device and, under torchrun, its place among the others. Raises UserError for the device."""
     if "RANK" in os.environ and (name or "cuda") == "cuda" and torch.cuda.is_available():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = choose_device(name)
+    device = common.choose_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
@@ -124,8 +120,8 @@ def open_run(name: str | None, default: str, resume: str | None, iterations: int
              process: Process) -> tuple[Path, dict | None]:
     """The run's folder, and if there is a run to `resume` what its last checkpoint holds.
 
-    A new run's `name` must be free; None stands for `default`, or `default`-2, -3 ... Raises RunError, also for damaged
-    checkpoints, for fewer iterations than are done, and if the processes do not see the same files.
+    A new run's `name` must be free; None stands for `default`, or `default`-2, -3 ... Raises UserError, also for
+    damaged checkpoints, for fewer iterations than are done, and if the processes do not see the same files.
     """
     folder = on_first(process, lambda: find_run(resume) if resume else new_run(name or default, unique=bool(name)))
     state = load_last(folder) if resume else None
@@ -134,10 +130,10 @@ def open_run(name: str | None, default: str, resume: str | None, iterations: int
     if process.world > 1:
         dist.all_gather_object(seen, done)
     if len(set(seen)) > 1:
-        raise RunError(f"{folder}: process 0 finds iteration {seen[0]} there, process {process.rank} finds {done}: "
+        raise UserError(f"{folder}: process 0 finds iteration {seen[0]} there, process {process.rank} finds {done}: "
                        "runs/ must lie on a file system that all nodes share")
     if done > iterations:
-        raise RunError(f"{folder} has done {done} iterations, more than the {iterations} asked for: name a larger "
+        raise UserError(f"{folder} has done {done} iterations, more than the {iterations} asked for: name a larger "
                        "number with --iterations")
     return folder, state
 
@@ -147,18 +143,18 @@ def new_run(name: str, unique: bool) -> Path:
     folder, number = RUNS / name, 1
     while (folder / "config.json").exists():
         if unique:
-            raise RunError(f"{folder} exists: continue it with --resume {shlex.quote(name)}, or choose another --name")
+            raise UserError(f"{folder} exists: continue it with --resume {shlex.quote(name)}, or choose another --name")
         number += 1
         folder = RUNS / f"{name}-{number}"
     return folder
 
 
 def find_run(name: str) -> Path:
-    """The run of that name or path; "" is the newest one. Raises RunError if there is none."""
+    """The run of that name or path; "" is the newest one. Raises UserError if there is none."""
     begun = runs_like("*")
     found = [folder for folder in (Path(name), RUNS / name) if (folder / "config.json").is_file()] if name else begun
     if not found:
-        raise RunError(f"no run to resume at {RUNS / name}: a run is a folder with a config.json; "
+        raise UserError(f"no run to resume at {RUNS / name}: a run is a folder with a config.json; "
                        f"{', '.join(folder.name for folder in begun) or 'none'} in {RUNS}/")
     return found[0]
 
@@ -176,11 +172,11 @@ def begun_by(arguments: Sequence[str]) -> Path | None:
 
 
 def read_config(folder: Path) -> dict:
-    """config.json: the options that start the same run, and what it ran on. Raises RunError if it is damaged."""
+    """config.json: the options that start the same run, and what it ran on. Raises UserError if it is damaged."""
     try:
         return json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise RunError(f"{folder / 'config.json'} cannot be read ({error}): restore it or start a new run") from None
+        raise UserError(f"{folder / 'config.json'} cannot be read ({error}): restore it or start a new run") from None
 
 
 def environment(device: torch.device, world: int) -> dict:
@@ -246,7 +242,7 @@ def save(path: Path, process: Process, model: Segmenter, info: DatasetInfo, prog
 def write_checkpoint(path: Path, state: dict) -> None:
     """Write a checkpoint so that a crash, a kill or a full disk leaves a whole one; last.pt becomes previous.pt.
 
-    Raises DestinationError if the disk is full.
+    Raises UserError if the disk is full.
     """
     for draft in path.parent.glob(f".{path.name}.*"):
         draft.unlink()  # gigabytes, of a process that was killed while it wrote
@@ -256,22 +252,22 @@ def write_checkpoint(path: Path, state: dict) -> None:
         if path.name == "last.pt" and path.exists():
             path.replace(path.with_name("previous.pt"))  # a crash right here leaves this one
 
-    command.write_whole(path, write)
+    common.write_whole(path, write)
 
 
 def load_last(folder: Path) -> dict | None:
     """The newest whole checkpoint: last.pt, or where that is torn or missing the one before. None: there is none.
 
-    Raises RunError if all that exist are damaged.
+    Raises UserError if all that exist are damaged.
     """
     paths = [path for path in (folder / "last.pt", folder / "previous.pt") if path.exists()]
     for path in paths:
         try:
             return read_file(path)
-        except WeightsError as error:
+        except UserError as error:
             print(f"{error}: falling back to the checkpoint before", file=sys.stderr)
     if paths:
-        raise RunError(f"{folder}: no checkpoint is whole: start a new run")
+        raise UserError(f"{folder}: no checkpoint is whole: start a new run")
     return None
 
 
@@ -384,7 +380,7 @@ class Log:
         self.images, self.full_speed = images, full_speed
         kept = [line for line in read_log(self.path) if line["iteration"] <= start]
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        command.write_whole(self.path, lambda file: file.write(text.encode()))
+        common.write_whole(self.path, lambda file: file.write(text.encode()))
         self.tensorboard = SummaryWriter(folder, purge_step=start + 1)
         self.bar = tqdm(total=total, initial=start, unit="it", smoothing=0.05, disable=not sys.stderr.isatty())
         self.sums: dict[str, float] = defaultdict(float)
@@ -454,6 +450,13 @@ class Log:
             self.say(f"stopped: go on with --resume {shlex.quote(folder.name)}")
         self.bar.close()
         self.tensorboard.close()
+
+
+def peak_memory(device: torch.device) -> float:
+    """Gigabytes at most: of the device's memory since the last reset, on a CPU of this process since its start."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def grouped(losses: dict[str, float]) -> str:

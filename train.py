@@ -37,19 +37,20 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-import command
-import draw
+import common
 import run
 from adapter import Extractor, Injector
-from data import Batch, DataError, SegmentationDataset, normalize, open_dataset, positions, training_loader
-from evaluate import EvaluationError, allow_tf32, evaluate, metrics, predictions, table
+from common import UserError
+from data import Batch, SegmentationDataset, normalize, open_dataset, positions, training_loader
+from evaluate import evaluate, metrics, predictions, table
+from fast.memory import keep_freed_memory
 from heads import loss_units, mask_counts
 from measure import forward_flops, matmul_rate
-from memory import keep_freed_memory
 from model import Block, ModelConfig, Segmenter, build_model
-from run import Process, RunError
+from run import Process
 from sync_batchnorm import convert_sync_batchnorm
-from weights import WeightsError, load_weights
+from tools import draw
+from weights import load_weights
 
 CONTEXT = Path("data/VOCdevkit/VOC2010")
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -162,7 +163,7 @@ def train(options: argparse.Namespace, process: Process) -> None:
     default = f"{options.head}-{options.size}-{Path(options.data).name}"
     folder, state = run.open_run(options.name, default, options.resume, options.iterations, process)
     progress = run.Progress(**state["progress"]) if state else run.Progress()
-    allow_tf32(options.tf32)
+    common.allow_tf32(options.tf32)
     torch.manual_seed(options.seed)  # the same starting values everywhere
     model = make_model(options, state, training.info.classes, process)
     groups = parameter_groups(model, options.lr, options.weight_decay, options.layer_decay)
@@ -241,7 +242,7 @@ def train(options: argparse.Namespace, process: Process) -> None:
 
 
 def share_batch(global_batch: int, world: int, batch: int) -> int:
-    """Micro-batches in each device's share of the global batch; if that is no whole, RunError says what would do."""
+    """Micro-batches in each device's share of the global batch; if that is no whole, UserError says what would do."""
     unit = world * batch
     if global_batch % unit == 0:
         return global_batch // unit
@@ -250,7 +251,8 @@ def share_batch(global_batch: int, world: int, batch: int) -> int:
     choices = f"--global-batch {lower} or {lower + unit}" if lower < global_batch else f"--global-batch {lower}"
     if divisors:
         choices = f"--batch {min(divisors, key=lambda b: abs(b - batch))}, " + choices
-    raise RunError(f"the global batch {global_batch} is no multiple of {world} devices x {batch} images: use {choices}")
+    raise UserError(f"the global batch {global_batch} is no multiple of {world} devices x {batch} images: "
+                    f"use {choices}")
 
 
 def exchange(batches: Sequence[Batch], num_classes: int, stop: bool, process: Process) -> tuple[Tensor, bool]:
@@ -332,7 +334,7 @@ def open_datasets(root: str, process: Process) -> tuple[SegmentationDataset, Seg
 
 
 def preflight(dataset: SegmentationDataset, sample: int = 32) -> Tensor:
-    """How many of the sampled pixels have each label value, (256,). Raises DataError for what would train for hours
+    """How many of the sampled pixels have each label value, (256,). Raises UserError for what would train for hours
     towards an mIoU near 0: an unreadable file, a label outside the classes, no labelled pixel, one class alone."""
     chosen = spread(dataset, sample)
     for i in chosen:
@@ -343,19 +345,19 @@ def preflight(dataset: SegmentationDataset, sample: int = 32) -> Tensor:
     where = f"{dataset.root} ({dataset.split}), {len(chosen)} label images looked at"
     remedy = f"are labels class indices from 0 to {len(classes) - 1}? `python data.py check {dataset.root}` tells more"
     if not present:
-        raise DataError(f"{where}: every pixel is ignored; {remedy}")
+        raise UserError(f"{where}: every pixel is ignored; {remedy}")
     if len(present) == 1 and len(classes) > 1:
-        raise DataError(f"{where}: nothing but '{classes[present[0]]}' in them; {remedy}")
+        raise UserError(f"{where}: nothing but '{classes[present[0]]}' in them; {remedy}")
     return pixels
 
 
 def make_model(options: argparse.Namespace, state: dict | None, classes: Sequence[str], process: Process) -> Segmenter:
-    """The model on its device, from a checkpoint or new with pre-trained weights. Raises RunError, WeightsError."""
+    """The model on its device, from a checkpoint or new with pre-trained weights. Raises UserError."""
     if options.head == "upernet" and process.world * options.batch == 1:
-        raise RunError("UperNet's batch norm needs 2 images at once, on all devices together: use --batch 2")
+        raise UserError("UperNet's batch norm needs 2 images at once, on all devices together: use --batch 2")
     if state:
         if state["classes"] != list(classes):
-            raise RunError(f"--data {options.data} has other classes than the run: go on with the data of its start")
+            raise UserError(f"--data {options.data} has other classes than the run: go on with the data of its start")
         model = Segmenter(ModelConfig(**state["config"]))
         model.load_state_dict(state["model"])
     else:
@@ -364,7 +366,7 @@ def make_model(options: argparse.Namespace, state: dict | None, classes: Sequenc
             changes = {} if options.window is None else {"window": options.window}
             model = build_model(options.head, options.size, len(classes), **changes)
         except ValueError as error:
-            raise RunError(f"--head {options.head} --size {options.size} --data {options.data}: {error}") from None
+            raise UserError(f"--head {options.head} --size {options.size} --data {options.data}: {error}") from None
         if pretrained:
             with contextlib.redirect_stdout(None) if process.rank else contextlib.nullcontext():
                 load_weights(model, pretrained)
@@ -385,7 +387,7 @@ def checkpoint_activations(model: Segmenter) -> None:
 
 
 def find_pretrained(name: str | None, size: str) -> Path | None:
-    """The file of pre-trained BEiT weights, None to start from scratch. Raises RunError if it is absent."""
+    """The file of pre-trained BEiT weights, None to start from scratch. Raises UserError if it is absent."""
     if name == "none" or name is None and size == "tiny":
         return None
     timm = f"beit_{size}_patch16_224.in22k_ft_in22k"
@@ -394,8 +396,8 @@ def find_pretrained(name: str | None, size: str) -> Path | None:
         if Path(path).is_file():
             return Path(path)
     if name:
-        raise RunError(f"--pretrained {name}: no such file; 'none' starts from random weights")
-    raise RunError(f"no pre-trained BEiT weights at {' or '.join(usual)}: put there https://huggingface.co/timm/{timm}/"
+        raise UserError(f"--pretrained {name}: no such file; 'none' starts from random weights")
+    raise UserError(f"no pre-trained BEiT weights at {' or '.join(usual)}: put there https://huggingface.co/timm/{timm}/"
                    f"resolve/main/model.safetensors as {usual[1]}, name a file with --pretrained FILE, or start from "
                    "random weights with --pretrained none")
 
@@ -409,7 +411,7 @@ def start_log(options: argparse.Namespace, process: Process, folder: Path, model
     if not (folder / "config.json").exists():
         config = {**vars(options), "name": folder.name, "model": asdict(model.config), "classes": info.classes,
                   "environment": surroundings}
-        command.write_whole(folder / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode()))
+        common.write_whole(folder / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode()))
     flops = 3 * forward_flops(model.config)  # the backward pass costs twice the forward pass
     rate = matmul_rate(device, AMP[options.amp] or torch.float32)
     log = run.Log(folder, iteration, options.iterations, device, options.batch * accumulation, rate / flops)
@@ -432,9 +434,9 @@ def start_log(options: argparse.Namespace, process: Process, folder: Path, model
 NOT_OPTIONS = ("resume", "command", "official", "cost", "model", "classes", "environment")  # in config.json or a recipe
 
 
-def parser() -> command.Parser:
+def parser() -> common.Parser:
     """The options; what a recipe sets has no default here."""
-    p = command.Parser(prog="train.py", description="\n\n".join(__doc__.split("\n\n")[:2]),
+    p = common.Parser(prog="train.py", description="\n\n".join(__doc__.split("\n\n")[:2]),
                        formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_argument_group("what to train")
     what.add_argument("--head", choices=["mask2former", "upernet"], default="mask2former", help="default: mask2former")
@@ -443,15 +445,15 @@ def parser() -> command.Parser:
                       help=f"a plain folder, a VOC2010 tree, or 'toy'; default: {CONTEXT}")
     what.add_argument("--pretrained", metavar="FILE",
                       help="weights of BEiT or ViT-Adapter, or 'none'; default: BEiT's in pretrained/")
-    what.add_argument("--window", type=command.positive, metavar="PIXELS",
+    what.add_argument("--window", type=common.positive, metavar="PIXELS",
                       help="side of crops and sliding window; default: the size's")
     what.add_argument("--freeze-backbone", action="store_true", help="train adapter and head only")
     how = p.add_argument_group("how (defaults: the recipe's)")
-    how.add_argument("--iterations", type=command.positive, metavar="N")
+    how.add_argument("--iterations", type=common.positive, metavar="N")
     how.add_argument("--lr", type=rate, metavar="RATE")
-    how.add_argument("--global-batch", type=command.positive, default=16, metavar="N",
+    how.add_argument("--global-batch", type=common.positive, default=16, metavar="N",
                      help="images in a step, over all devices; default: 16")
-    how.add_argument("--batch", type=command.positive, metavar="N", help="images on a device at once")
+    how.add_argument("--batch", type=common.positive, metavar="N", help="images on a device at once")
     how.add_argument("--seed", type=natural, default=0, metavar="N", help="default: 0")
     where = p.add_argument_group("on what")
     where.add_argument("--device", metavar="NAME", help="cpu, cuda or mps; default: cuda if there is one")
@@ -467,8 +469,8 @@ def parser() -> command.Parser:
     folder.add_argument("--name", help="of the folder in runs/; default: HEAD-SIZE-DATA")
     folder.add_argument("--resume", nargs="?", const="", metavar="RUN",
                      help="go on with this run and its options; without RUN: with the newest")
-    folder.add_argument("--validate-every", type=command.positive, metavar="N", help="iterations")
-    folder.add_argument("--save-every", type=command.positive, metavar="N", help="iterations")
+    folder.add_argument("--validate-every", type=common.positive, metavar="N", help="iterations")
+    folder.add_argument("--save-every", type=common.positive, metavar="N", help="iterations")
     return p
 
 
@@ -487,7 +489,7 @@ def rate(text: str) -> float:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Options from the command line, else from the resumed run, else from the recipe. Raises RunError."""
+    """Options from the command line, else from the resumed run, else from the recipe. Raises UserError."""
     p = parser()
     options = p.parse_args(arguments)
     if options.resume is not None:
@@ -498,7 +500,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         options.resume = str(folder)
         for name in ("head", "size", "window", "freeze_backbone"):
             if getattr(options, name) != begun.get(name):
-                raise RunError(f"{folder} was begun with another --{name.replace('_', '-')}: leave the option out, "
+                raise UserError(f"{folder} was begun with another --{name.replace('_', '-')}: leave the option out, "
                                "or start a new run")
     options.size = options.size or ("tiny" if options.data == "toy" else "large")
     recipe = RECIPES[options.head, options.size]
@@ -520,12 +522,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.resume is None and run.restarted(process) and (begun := run.begun_by(sys.argv)):
             options = parse([*arguments, "--resume", str(begun)])
         train(options, process)
-    except (DataError, EvaluationError, RunError, WeightsError, command.DestinationError, OSError) as error:
-        sys.exit(command.complain(str(error)))
+    except (UserError, OSError) as error:
+        sys.exit(common.complain(str(error)))
     except run.NonFiniteLoss as error:
         sys.exit(f"error: {error}")  # every process has its own to say
     except KeyboardInterrupt:
-        sys.exit(command.complain("interrupted; what was saved is whole, and --resume goes on from there", 130))
+        sys.exit(common.complain("interrupted; what was saved is whole, and --resume goes on from there", 130))
     if dist.is_initialized():
         dist.destroy_process_group()
 

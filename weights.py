@@ -30,24 +30,13 @@ import torch
 from scipy.interpolate import RectBivariateSpline
 from torch import Tensor
 
-import command
+import common
 import msda_cuda
+from common import UserError
 from model import PATCH, SIZES, ModelConfig, Segmenter, relative_position_index
 
 FORMAT = "vit-adapter-seg/1"
 POSITION_TABLE = "relative_position_bias_table"
-
-
-class WeightsError(ValueError):
-    """A weights file that cannot be used; the message is one line that says which, why and what to do."""
-
-    def __init__(self, message: str):
-        super().__init__(printable(message))
-
-
-def printable(text: str) -> str:
-    """One line: names in a damaged file may hold line breaks, escape sequences and half characters."""
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 # --------------------------------------------------------------------------------------------------- reading, safely
@@ -62,26 +51,26 @@ def read_file(path: str | os.PathLike) -> Any:
     """The values in a weights file, its format told by its first bytes. No code in the file is ever run.
 
     Raises:
-        WeightsError: absent, empty, truncated, damaged, or a pickle that needs more than tensors and plain values.
+        UserError: absent, empty, truncated, damaged, or a pickle that needs more than tensors and plain values.
     """
     name = str(path)
     if not Path(path).is_file():
-        raise WeightsError(f"{name}: no such file")
+        raise UserError(f"{name}: no such file")
     try:
         with open(path, "rb") as file:
             start = file.read(9)
             file.seek(0)
             if not start:
-                raise WeightsError(f"{name}: the file is empty; download it again")
+                raise UserError(f"{name}: the file is empty; download it again")
             if start.startswith(b"PK"):
                 return read_zip(file, name)
             is_safetensors = start[8:] == b"{"  # 8 bytes of length, then a JSON header
             return read_safetensors(file, name) if is_safetensors else read_pickle(file, name)
-    except WeightsError:
+    except UserError:
         raise
     except Exception as error:  # damage shows itself as BadZipFile, EOFError, KeyError, MemoryError, UnicodeError ...
         reason = type(error).__name__
-        raise WeightsError(f"{name}: cannot be read ({reason}): truncated, damaged, or no checkpoint at all? "
+        raise UserError(f"{name}: cannot be read ({reason}): truncated, damaged, or no checkpoint at all? "
                            "Download it again") from None
 
 
@@ -91,11 +80,11 @@ def read_zip(file: BinaryIO, name: str) -> Any:
         members = [member for member in archive.namelist() if not member.startswith("__MACOSX/")]
         if any(member.endswith("/data.pkl") for member in members):
             if damaged := archive.testzip():  # PyTorch itself does not compare checksums
-                raise WeightsError(f"{name}: {damaged} inside is damaged (wrong checksum); download it again")
+                raise UserError(f"{name}: {damaged} inside is damaged (wrong checksum); download it again")
             return read_pickle(file, name)
         inner = [member for member in members if member.endswith((".pth", ".pt", ".tar", ".bin"))]
         if len(inner) != 1:
-            raise WeightsError(f"{name}: a zip archive with {len(inner)} checkpoints in it; unpack it and name one")
+            raise UserError(f"{name}: a zip archive with {len(inner)} checkpoints in it; unpack it and name one")
         return read_pickle(io.BytesIO(archive.read(inner[0])), f"{name}:{inner[0]}")
 
 
@@ -107,17 +96,17 @@ def read_pickle(file: BinaryIO, name: str) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if wanted := re.search(r"GLOBAL (\S{1,80})", str(error)):
-            raise WeightsError(f"{name}: refused: it would run {wanted[1]} while loading, and weights need no code; "
+            raise UserError(f"{name}: refused: it would run {wanted[1]} while loading, and weights need no code; "
                                "get it as plain tensors or .safetensors from a source you trust") from None
         raise
 
 
 def read_safetensors(file: BinaryIO, name: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name. Raises WeightsError where the package that reads it is absent."""
+    """The tensors of a safetensors file by name. Raises UserError where the package that reads it is absent."""
     try:
         from safetensors.torch import load
     except ImportError:
-        raise WeightsError(f"{name}: a safetensors file; `pip install safetensors` reads it") from None
+        raise UserError(f"{name}: a safetensors file; `pip install safetensors` reads it") from None
     return load(file.read())
 
 
@@ -138,22 +127,22 @@ class Weights(NamedTuple):
 
 
 def read_weights(path: str | os.PathLike) -> Weights:
-    """Read a file, tell by its names what it is, and give its tensors our names; raises WeightsError."""
+    """Read a file, tell by its names what it is, and give its tensors our names; raises UserError."""
     content = state = read_file(path)
     if isinstance(content, dict):  # mmcv's {meta, state_dict}, BEiT's and our {"model": ...} and similar
         wrapped = (content.get(key) for key in ("state_dict", "model", "module"))
         state = next((inner for inner in wrapped if isinstance(inner, dict)), content)
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise WeightsError(f"{path}: holds a {type(content).__name__}, not a dictionary of named tensors")
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a dictionary of named tensors")
     state = {key.removeprefix("module."): value for key, value in state.items()}  # the prefix of DataParallel
     kind = next((kind for kind, sign in SIGNS.items() if any(key.startswith(sign) for key in state)), None)
     if kind is None:
         found = listing(list(state)) or "nothing"
-        raise WeightsError(f"{path}: no ViT-Adapter, BEiT or own checkpoint: it holds {found}")
+        raise UserError(f"{path}: no ViT-Adapter, BEiT or own checkpoint: it holds {found}")
     dropped = [] if kind == "ours" else not_needed(state)
     state = {key: value for key, value in state.items() if key not in dropped}
     if wrong := [key for key, value in state.items() if not is_plain(value)]:
-        raise WeightsError(f"{path}: {listing(wrong)} should be dense tensors of float or int64 numbers")
+        raise UserError(f"{path}: {listing(wrong)} should be dense tensors of float or int64 numbers")
     state = {key: value.detach() for key, value in state.items()}
     if kind == "beit":
         state = {"backbone." + key: value for key, value in spread_shared_table(state).items()}
@@ -361,7 +350,7 @@ class LoadReport:
 
 def listing(names: list[str], most: int = 4) -> str:
     """The first names, and how many more."""
-    shown = ", ".join(printable(name[:100]) for name in names[:most])
+    shown = ", ".join(common.printable(name[:100]) for name in names[:most])
     return shown + (f", ... ({len(names) - most} more)" if len(names) > most else "")
 
 
@@ -372,7 +361,7 @@ def load_weights(model: Segmenter, path: str | os.PathLike, strict: bool = True)
     everything beside the backbone, keep their starting values.
 
     Raises:
-        WeightsError: an unusable file; with `strict` also tensors missing, unexpected or of another shape. The model is
+        UserError: an unusable file; with `strict` also tensors missing, unexpected or of another shape. The model is
             then unchanged.
     """
     report = load_into(model, read_weights(path), str(path), strict)
@@ -387,7 +376,7 @@ def load_into(model: Segmenter, weights: Weights, name: str, strict: bool = True
     problems = {"missing": report.missing, "unexpected": report.unexpected, "of another shape": report.mismatched}
     if strict and any(problems.values()):
         listed = "; ".join(f"{len(names)} {what}: {listing(names)}" for what, names in problems.items() if names)
-        raise WeightsError(f"{name} does not fit this {model.config.head} of {size_of(model.config)} size; {listed} "
+        raise UserError(f"{name} does not fit this {model.config.head} of {size_of(model.config)} size; {listed} "
                            f"(`python weights.py {name}` tells what it is)")
     # A model without memory, on the meta device, takes the file's tensors themselves; any other one copies them.
     model.load_state_dict(fitting, strict=False, assign=model.backbone.cls_token.is_meta)
@@ -428,7 +417,7 @@ def load_model(path: str | os.PathLike) -> tuple[Segmenter, dict[str, Any]]:
         for each), "iteration".
 
     Raises:
-        WeightsError: an unusable file, or one without a head (BEiT pre-training).
+        UserError: an unusable file, or one without a head (BEiT pre-training).
     """
     weights = read_weights(path)
     model = empty_model(weights, str(path))
@@ -441,7 +430,7 @@ def load_model(path: str | os.PathLike) -> tuple[Segmenter, dict[str, Any]]:
 def empty_model(weights: Weights, name: str) -> Segmenter:
     """The model that weights are of, on the meta device: without memory, whatever sizes a damaged file may claim."""
     if weights.kind == "beit":
-        raise WeightsError(f"{name}: BEiT pre-training has no segmentation head; give it to train.py --pretrained")
+        raise UserError(f"{name}: BEiT pre-training has no segmentation head; give it to train.py --pretrained")
     try:
         stored = weights.info.get("config") if weights.kind == "ours" else None
         told = infer_config(weights.state)
@@ -453,7 +442,7 @@ def empty_model(weights: Weights, name: str) -> Segmenter:
         with torch.device("meta"):
             return Segmenter(config)
     except Exception as error:  # of any type: sizes that make no sense break constructors anywhere
-        raise WeightsError(f"{name}: fits no model here ({type(error).__name__}: {error})") from None
+        raise UserError(f"{name}: fits no model here ({type(error).__name__}: {error})") from None
 
 
 def facts(info: dict[Any, Any], num_classes: int) -> dict[str, Any]:
@@ -482,7 +471,7 @@ def export(model: Segmenter, path: Path, about: dict[str, Any]) -> None:
         about: what the file says of itself, as JSON in `torch.export.load(path, extra_files={"about.json": ""})`.
 
     Raises:
-        DestinationError: the file cannot be written.
+        UserError: the file cannot be written.
     """
     window = model.config.window
     images = torch.zeros(2, 3, window, window, device=model.backbone.cls_token.device)
@@ -491,14 +480,14 @@ def export(model: Segmenter, path: Path, about: dict[str, Any]) -> None:
     with text, torch.no_grad():
         program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     files = {"about.json": json.dumps(about)}
-    command.write_whole(path, lambda file: torch.export.save(program, file, extra_files=files))
+    common.write_whole(path, lambda file: torch.export.save(program, file, extra_files=files))
 
 
 # ------------------------------------------------------------------------------------------------------------ command
 
 
 def describe(path: Path) -> str:
-    """What a file is, in a few lines; raises WeightsError."""
+    """What a file is, in a few lines; raises UserError."""
     weights = read_weights(path)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -521,32 +510,32 @@ def describe(path: Path) -> str:
 def run(options: argparse.Namespace) -> None:
     """What the command line asks for."""
     if options.export and options.export.suffix != ".pt2":
-        raise WeightsError(f"--export {options.export}: it writes a program of torch.export; name it *.pt2")
+        raise UserError(f"--export {options.export}: it writes a program of torch.export; name it *.pt2")
     print(describe(options.file))
     if not (options.to or options.export):
         return
     model, known = load_model(options.file)
     about = {"config": asdict(model.config), **known}
     if options.to:
-        command.check_file(options.to, "--to")
+        common.check_file(options.to, "--to")
         content = {"format": FORMAT, "model": model.state_dict(), **about}
-        command.write_whole(options.to, lambda file: torch.save(content, file))
+        common.write_whole(options.to, lambda file: torch.save(content, file))
         print(f"{'written':12}{options.to}")
     if options.export:
-        command.check_file(options.export, "--export")
+        common.check_file(options.export, "--export")
         export(model, options.export, about)
         print(f"{'exported':12}{options.export}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = command.Parser(description="Tell what a weights file is; convert it to this project's format; export it.")
+    parser = common.Parser(description="Tell what a weights file is; convert it to this project's format; export it.")
     parser.add_argument("file", type=Path, help="released (.pth, .zip), BEiT (.pth, .safetensors) or our own (.pt)")
     parser.add_argument("--to", type=Path, metavar="OUT.pt", help="write it in our format, with its configuration")
     parser.add_argument("--export", type=Path, metavar="OUT.pt2",
                         help="write it as a program of torch.export, which needs PyTorch alone to be loaded and run")
     options = parser.parse_args(arguments)
-    return command.run(lambda: run(options))
+    return common.run(lambda: run(options))
 
 
 if __name__ == "__main__":

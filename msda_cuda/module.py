@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from memory import recomputed
+from fast.memory import recomputed
 
 from .ops import ms_deform_attn
 from .reference import Shapes

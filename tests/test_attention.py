@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import attention
-from attention import biased_attention, gather_bias
+from fast import attention
+from fast.attention import biased_attention, gather_bias
 from model import Attention, relative_position_index
 
 B, M, D = 2, 3, 4

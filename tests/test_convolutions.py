@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import convolutions
-from convolutions import Conv3x3, Winograd, conv3x3_of_enlarged, winograd
+from fast import convolutions
+from fast.convolutions import Conv3x3, Winograd, conv3x3_of_enlarged, winograd
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -14,7 +14,8 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
-from data import DataError, Distortion
+from common import UserError
+from data import Distortion
 
 GOLDEN = Path(__file__).parent / "golden"
 OPS = np.load(GOLDEN / "data_ops.npz")
@@ -236,7 +237,7 @@ def test_pascal_context_tree(tmp_path: Path) -> None:
     assert dataset.info.palette[0].tolist() == [180, 120, 120]
     np.testing.assert_array_equal(dataset.labels(0), (OPS["reduce_zero_in"] % 60 - 1).astype(np.uint8))
     Image.fromarray(np.full((16, 16), 60, np.uint8)).save(path)
-    with pytest.raises(DataError, match="label value 60 is no class; the 59 classes are 1..59 and 255 is ignored"):
+    with pytest.raises(UserError, match="label value 60 is no class; the 59 classes are 1..59 and 255 is ignored"):
         dataset.labels(0)
 
 
@@ -327,7 +328,7 @@ def broken(root: Path, fault: str) -> None:
 ])
 def test_a_fault_is_one_line_that_names_the_file(tmp_path: Path, fault: str, message: str) -> None:
     broken(write_plain(tmp_path / "d"), fault)
-    with pytest.raises(DataError, match=message) as raised:
+    with pytest.raises(UserError, match=message) as raised:
         dataset = data.open_dataset(tmp_path / "d", "train")
         dataset.image(0), dataset.labels(0)
     assert "\n" not in str(raised.value)
@@ -336,7 +337,7 @@ def test_a_fault_is_one_line_that_names_the_file(tmp_path: Path, fault: str, mes
 def test_decompression_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_plain(tmp_path / "d")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # 40 x 60 is more than twice that
-    with pytest.raises(DataError, match="a.png: not a readable image .*decompression bomb"):
+    with pytest.raises(UserError, match="a.png: not a readable image .*decompression bomb"):
         data.open_dataset(root, "val").image(0)
 
 
@@ -347,7 +348,7 @@ def test_decompression_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
 ])
 def test_a_root_without_data_says_how_to_get_them(tmp_path: Path, make, message: str) -> None:
     make(tmp_path / "d")
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         data.open_dataset(tmp_path / "d", "train")
 
 
@@ -417,6 +418,6 @@ def test_the_same_image_is_distorted_differently_in_another_epoch(tmp_path: Path
 def test_a_fault_in_a_worker_is_one_clean_line(tmp_path: Path, workers: int) -> None:
     root = write_plain(tmp_path / "d")
     broken(root, "value")
-    with pytest.raises(DataError) as raised:
+    with pytest.raises(UserError) as raised:
         batches(root, [[0, 1, 2]], workers)
     assert str(raised.value).startswith(f"{root}/labels/a.png: label value 17") and "\n" not in str(raised.value)

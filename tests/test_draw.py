@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-import draw
+from tools import draw
 
 PALETTE = np.uint8([[200, 0, 0], [0, 200, 0], [0, 0, 200]])
 CLASSES = ["sky", "road", "a class with a very long name"]

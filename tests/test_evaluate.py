@@ -20,10 +20,11 @@ from PIL import Image
 from torch import nn
 
 import data
-import draw
 import evaluate
+from common import UserError
 from evaluate import View, confusion_matrix, metrics, predict, slide, vote, window_starts
 from model import build_model
+from tools import draw
 
 GOLDEN = Path(__file__).parent / "golden"
 REPOSITORY = Path(__file__).parents[1]
@@ -125,9 +126,9 @@ def test_batches_are_filled_across_images():
 
 
 def test_an_image_smaller_than_the_window_is_refused_in_one_line():
-    with pytest.raises(evaluate.EvaluationError, match="31x40 image is smaller than the 32x32 window"):
+    with pytest.raises(UserError, match="31x40 image is smaller than the 32x32 window"):
         slide(PixelModel(), torch.zeros(1, 3, 31, 40), 32, 21)
-    with pytest.raises(evaluate.EvaluationError, match="windows of 32 pixels, not of 64"):
+    with pytest.raises(UserError, match="windows of 32 pixels, not of 64"):
         slide(PixelModel(), torch.zeros(1, 3, 64, 64), 64, 42)
 
 
@@ -444,7 +445,7 @@ def test_without_a_run_the_error_tells_how_to_get_one(tmp_path, monkeypatch, cap
     ],
 )
 def test_a_checkpoint_for_other_classes_is_refused(folder, classes, number, message):
-    with pytest.raises(evaluate.EvaluationError, match=message):
+    with pytest.raises(UserError, match=message):
         evaluate.check_classes(data.open_dataset(folder, "val").info, classes, number)
 
 

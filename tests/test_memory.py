@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import memory
-from memory import recomputed
+from fast import memory
+from fast.memory import recomputed
 
 
 class Products(TorchDispatchMode):
@@ -50,7 +50,7 @@ def test_without_gradient_nothing_stands_between():
 
 FAULTS = """
 import resource, torch
-from memory import keep_freed_memory
+from fast.memory import keep_freed_memory
 if {keep}:
     keep_freed_memory()
 for _ in range(20):

@@ -14,8 +14,8 @@ from PIL import Image
 from scipy.io import savemat
 
 import data
-import prepare
-from data import DataError
+from common import UserError
+from tools import prepare
 
 GOLDEN = Path(__file__).parent / "golden"
 SAMPLE, SAMPLE_LABELS = GOLDEN / "context_sample.json", np.load(GOLDEN / "context_sample_labels.npz")
@@ -83,7 +83,7 @@ def test_a_cut_run_goes_on_and_sources_are_not_mixed(voc: Path, tmp_path: Path, 
     images = [voc / "JPEGImages" / f"{name}.jpg" for name in NAMES["val"]]
     content = images[1].read_bytes()
     images[1].unlink()
-    with pytest.raises(DataError, match=f"{NAMES['val'][1]}.jpg is no file, but there are labels for it"):
+    with pytest.raises(UserError, match=f"{NAMES['val'][1]}.jpg is no file, but there are labels for it"):
         prepare.prepare_context(voc, SAMPLE, "json", workers=1)
     assert not (voc / "ImageSets" / "SegmentationContext").exists()  # the data set cannot be opened by mistake
     assert all(path.suffix == ".png" for path in (voc / "SegmentationClassContext").glob("[!.]*"))
@@ -93,7 +93,7 @@ def test_a_cut_run_goes_on_and_sources_are_not_mixed(voc: Path, tmp_path: Path, 
     assert (voc / "SegmentationClassContext" / f"{NAMES['train'][0]}.png").stat().st_mtime_ns == kept
     assert "3 label images were there already" in capsys.readouterr().out
     write_mats(voc, tmp_path / "trainval")
-    with pytest.raises(DataError, match="holds labels from the json source, not from mat: remove it first"):
+    with pytest.raises(UserError, match="holds labels from the json source, not from mat: remove it first"):
         prepare.prepare_context(voc, tmp_path / "trainval", "mat", workers=1)
 
 
@@ -131,7 +131,7 @@ def test_run_lengths_are_the_inverse_of_an_encoder(height: int, width: int, dens
 
 @pytest.mark.parametrize("code", ["", "0", "e0W", "\x10", "zzz"])
 def test_broken_run_lengths_are_refused(code: str) -> None:
-    with pytest.raises(DataError, match="run-length code"):
+    with pytest.raises(UserError, match="run-length code"):
         prepare.decode_runs(code, (60, 81))
 
 
@@ -152,7 +152,7 @@ def test_json_is_streamed_the_same_in_any_chunks(chunk: int, tmp_path: Path, mon
 def test_a_cut_off_download_is_named(cut: int, voc: Path, tmp_path: Path) -> None:
     path = tmp_path / "cut.json"
     path.write_bytes(SAMPLE.read_bytes()[:cut])
-    with pytest.raises(DataError, match="cut.json, byte .*: broken or cut off JSON: get the file again"):
+    with pytest.raises(UserError, match="cut.json, byte .*: broken or cut off JSON: get the file again"):
         prepare.prepare_context(voc, path, "json", workers=1)
     assert not (voc / "SegmentationClassContext").exists()
 
@@ -167,7 +167,7 @@ def test_annotations_may_come_before_their_images_and_unknown_classes_are_named(
     content["annos_segmentation"][0]["category_id"] = 3
     turned.write_text(json.dumps(content))
     image = prepare.index_json(turned)["train"][0]
-    with pytest.raises(DataError, match="category_id 3 is none of the 59 classes"):
+    with pytest.raises(UserError, match="category_id 3 is none of the 59 classes"):
         prepare.labels_from_json(turned, image)
 
 
@@ -253,7 +253,7 @@ def test_faults_leave_nothing_behind(tmp_path: Path, fault: str, message: str) -
             classes = str(tmp_path / "nowhere.txt")
         case "zero":
             classes = "0"
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         prepare.from_folders(tmp_path / "photos", tmp_path / "masks", classes, tmp_path / "own", False, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["masks", "photos"]
 
@@ -261,7 +261,7 @@ def test_faults_leave_nothing_behind(tmp_path: Path, fault: str, message: str) -
 def test_an_unknown_colour_is_named(tmp_path: Path) -> None:
     Image.fromarray(COLOURS[[[0, 1, 2]]]).save(tmp_path / "x.png")
     classes = prepare.ClassList(["a", "b"], COLOURS[:2], {0xFF0000: 0, 0x0000FF: 1})
-    with pytest.raises(DataError, match="x.png: label colour 9 9 9 is none of the 2 classes: add it to the list"):
+    with pytest.raises(UserError, match="x.png: label colour 9 9 9 is none of the 2 classes: add it to the list"):
         prepare.convert_labels(tmp_path / "x.png", classes)
 
 

@@ -17,11 +17,10 @@ import torch
 from PIL import Image
 
 import data
-import draw
 import evaluate
-import report
 from model import build_model
-from report import Point
+from tools import draw, report
+from tools.report import Point
 
 INFO = data.DatasetInfo("three", ("sky", "road & <kerb>", "unicorn"), np.uint8([[1, 2, 3], [255, 0, 0], [0, 255, 0]]))
 CONFUSION = np.array([[30, 10, 0], [0, 40, 0], [0, 0, 0]])

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 import run
-from command import DestinationError
-from run import Log, RunError, Stopwatch, load_last, write_checkpoint
+from common import UserError
+from run import Log, Stopwatch, load_last, write_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -49,7 +49,7 @@ def test_a_torn_or_missing_last_falls_back(folder, capsys):
     (folder / "last.pt").unlink()
     assert load_last(folder)["iteration"] == 2
     tear(folder / "previous.pt")
-    with pytest.raises(RunError, match="no checkpoint is whole"):
+    with pytest.raises(UserError, match="no checkpoint is whole"):
         load_last(folder)
     (folder / "previous.pt").unlink()
     assert load_last(folder) is None
@@ -93,7 +93,7 @@ def test_a_full_disk_leaves_the_old_checkpoints_whole(folder, monkeypatch, error
     def full(*_):
         raise error
 
-    with monkeypatch.context() as patch, pytest.raises(DestinationError, match="last.pt .*No space left"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="last.pt .*No space left"):
         patch.setattr(torch, "save", full)
         write_checkpoint(folder / "last.pt", checkpoint(4))
     assert {path.name for path in folder.iterdir()} == {"last.pt", "previous.pt", "best.pt"}
@@ -106,7 +106,7 @@ def test_damaged_config(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/config.json").write_text("{")
     assert run.find_run("") == run.find_run("a") == tmp_path / "a"
-    with pytest.raises(RunError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         run.read_config(tmp_path / "a")
 
 

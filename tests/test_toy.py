@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import data
-import toy
-from data import DataError
+from common import UserError
+from tools import toy
 
 SMALL = {"train": 5, "val": 3, "size": (96, 128), "progress": False}
 
@@ -50,14 +50,14 @@ def test_finished_data_are_kept(small: Path) -> None:
 
 
 def test_other_data_are_never_overwritten(small: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds toy data made with .*'train': 5.*choose another folder or remove it"):
+    with pytest.raises(UserError, match="holds toy data made with .*'train': 5.*choose another folder or remove it"):
         toy.make_toy(small, **{**SMALL, "train": 6})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
-    with pytest.raises(DataError, match="mine exists and was not drawn here"):
+    with pytest.raises(UserError, match="mine exists and was not drawn here"):
         toy.make_toy(tmp_path / "mine", **SMALL)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
-    with pytest.raises(DataError, match="need a picture a split"):
+    with pytest.raises(UserError, match="need a picture a split"):
         toy.make_toy(tmp_path / "none", train=0)
 
 

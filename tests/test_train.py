@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import run
 import train
+from common import UserError
 from model import BASE, LARGE, Segmenter
 from weights import load_model, rename_official
 
@@ -137,11 +138,11 @@ def test_precision_and_seed(place):
 def test_share_batch():
     assert train.share_batch(16, 8, 2) == 1 and train.share_batch(16, 1, 2) == 8 and train.share_batch(16, 4, 1) == 4
     message = "16 is no multiple of 1 devices x 3 images: use --batch 2, --global-batch 15 or 18"
-    with pytest.raises(run.RunError, match=message):
+    with pytest.raises(UserError, match=message):
         train.share_batch(16, 1, 3)
-    with pytest.raises(run.RunError, match="use --global-batch 15 or 18"):
+    with pytest.raises(UserError, match="use --global-batch 15 or 18"):
         train.share_batch(16, 3, 1)
-    with pytest.raises(run.RunError, match="use --batch 2, --global-batch 32"):
+    with pytest.raises(UserError, match="use --batch 2, --global-batch 32"):
         train.share_batch(16, 8, 4)
 
 

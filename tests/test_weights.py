@@ -24,9 +24,10 @@ from conftest import GOLDEN, ROOT, fill, golden_config, load_golden, noise, offi
 
 import msda_cuda
 import weights
+from common import UserError
 from heads import resize
 from model import ModelConfig, Segmenter, build_model
-from weights import FORMAT, WeightsError, infer_config, load_model, load_weights, rename_official, resize_position_table
+from weights import FORMAT, infer_config, load_model, load_weights, rename_official, resize_position_table
 
 HEADS = ["mask2former", "upernet"]
 TABLE = "backbone.blocks.0.attn.relative_position_bias_table"
@@ -202,7 +203,7 @@ def test_timm_beit(tmp_path, kind):
 def test_safetensors_without_its_package(tmp_path, monkeypatch):
     path = write(tmp_path / "x.safetensors", struct.pack("<Q", 2) + b"{}")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(WeightsError, match="pip install safetensors"):
+    with pytest.raises(UserError, match="pip install safetensors"):
         weights.read_file(path)
 
 
@@ -271,7 +272,7 @@ def test_uper_net_into_mask2former(tmp_path):
     path = write(tmp_path / "x.pth", to_bytes({"state_dict": official_state("upernet")}))
     model = Segmenter(golden_config("mask2former"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(WeightsError) as caught:
+    with pytest.raises(UserError) as caught:
         load_weights(model, path)
     message = str(caught.value)
     assert "\n" not in message and "does not fit this mask2former of custom size" in message
@@ -307,7 +308,7 @@ def test_strict_and_not(tmp_path, name, value, message):
     torch.manual_seed(1)
     model = Segmenter(small_config())
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    with pytest.raises(WeightsError, match=message):
+    with pytest.raises(UserError, match=message):
         load_weights(model, path)
     assert_same(model.state_dict(), before)
     report = load_weights(model, path, strict=False)
@@ -343,13 +344,13 @@ def test_position_table_corner_cases():
 
 
 def outcome(path: Path, model: Segmenter | None = None) -> dict | None:
-    """What a model, or one made for it, gets from a file, or None after a WeightsError of one line."""
+    """What a model, or one made for it, gets from a file, or None after a UserError of one line."""
     try:
         if model is None:
             return load_model(path)[0].state_dict()
         load_weights(model, path)
         return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    except WeightsError as error:  # any other exception fails the test
+    except UserError as error:  # any other exception fails the test
         assert str(error).startswith(str(path)) and str(error).isprintable() and len(str(error)) < 1000
         return None
 
@@ -380,9 +381,9 @@ def test_truncated_files(tmp_path, samples, kind):
     lengths = {*range(24), *(len(whole) - n for n in range(1, 24)), *(rng.randrange(len(whole)) for _ in range(60))}
     for length in sorted(lengths):
         assert outcome(write(path, whole[:length]), model) is None, length
-    with pytest.raises(WeightsError, match="the file is empty; download it again"):
+    with pytest.raises(UserError, match="the file is empty; download it again"):
         load_model(write(path, b""))
-    with pytest.raises(WeightsError, match="truncated, damaged, or no checkpoint at all"):
+    with pytest.raises(UserError, match="truncated, damaged, or no checkpoint at all"):
         load_model(write(path, whole[:-1]))
 
 
@@ -513,7 +514,7 @@ def test_pickle_bombs(tmp_path, place, bomb_type):
     assert marker.exists()  # the bomb is a real one
     marker.unlink()
     path = write(tmp_path / "x.pth", BOMBS[place](bomb_type(marker)))
-    with pytest.raises(WeightsError) as caught:
+    with pytest.raises(UserError) as caught:
         load_weights(Segmenter(small_config()), path)
     assert outcome(path) is None
     assert not marker.exists()
@@ -562,17 +563,17 @@ def test_huge_claims(tmp_path, what):
 
 
 def test_absent_unreadable_and_ambiguous_files(tmp_path):
-    with pytest.raises(WeightsError, match="nowhere.pth: no such file"):
+    with pytest.raises(UserError, match="nowhere.pth: no such file"):
         load_model(tmp_path / "nowhere.pth")
-    with pytest.raises(WeightsError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         load_model(tmp_path)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("a.pth", b"1")
         archive.writestr("b.pth", b"2")
-    with pytest.raises(WeightsError, match="a zip archive with 2 checkpoints in it; unpack it and name one"):
+    with pytest.raises(UserError, match="a zip archive with 2 checkpoints in it; unpack it and name one"):
         load_model(write(tmp_path / "two.zip", buffer.getvalue()))
-    with pytest.raises(WeightsError, match="BEiT pre-training has no segmentation head"):
+    with pytest.raises(UserError, match="BEiT pre-training has no segmentation head"):
         load_model(write(tmp_path / "beit.pth", to_bytes({"model": beit()})))
 
 

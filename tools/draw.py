@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-import command
+import common
 
 Picture = np.ndarray | Image.Image
 
@@ -102,7 +102,7 @@ def save_labels(labels: np.ndarray, path: Path, palette: np.ndarray | None = Non
         colours[: len(palette)] = palette
         picture.putpalette(colours.tobytes())
     path.parent.mkdir(parents=True, exist_ok=True)
-    command.write_whole(path, lambda file: picture.save(file, "PNG"))
+    common.write_whole(path, lambda file: picture.save(file, "PNG"))
 
 
 # --------------------------------------------------------------------------------------------------- legends

@@ -25,10 +25,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-import command
+import common
 import data
-import draw
-from data import CONTEXT_CLASSES, IGNORE, PASCAL_CONTEXT, DataError, SegmentationDataset
+from common import UserError
+from data import CONTEXT_CLASSES, IGNORE, PASCAL_CONTEXT, SegmentationDataset
+from tools import draw
 
 MOST_FAULTS = 20  # that `check` prints
 EXPECTED_COUNTS = {"json": {"train": 4996, "val": 5104}, "mat": {"train": 4998, "val": 5105}}
@@ -60,10 +61,10 @@ def prepare_context(voc: Path, source: Path, kind: str, workers: int) -> dict[st
         source: trainval_merged.json (kind "json") or the folder of 459-class LabelMap files (kind "mat").
 
     Files that are there are kept, so that a run cut short goes on; the split files come last. Returns the number of
-    images by split. Raises DataError for sources that are absent or not what they should be.
+    images by split. Raises UserError for sources that are absent or not what they should be.
     """
     if not (voc / PASCAL_CONTEXT.images).is_dir():
-        raise DataError(f"{voc} has no {PASCAL_CONTEXT.images}/: unpack VOC2010 and give its folder, VOCdevkit/VOC2010")
+        raise UserError(f"{voc} has no {PASCAL_CONTEXT.images}/: unpack VOC2010 and give its folder, VOCdevkit/VOC2010")
     if kind == "json":
         splits, make_labels = index_json(source), partial(labels_from_json, source)
     else:
@@ -78,7 +79,7 @@ def prepare_context(voc: Path, source: Path, kind: str, workers: int) -> dict[st
     (voc / PASCAL_CONTEXT.splits).mkdir(parents=True, exist_ok=True)
     for split, members in splits.items():
         text = "".join(f"{image.name}\n" for image in members).encode()
-        command.write_whole(voc / PASCAL_CONTEXT.splits / f"{split}.txt", lambda file, text=text: file.write(text))
+        common.write_whole(voc / PASCAL_CONTEXT.splits / f"{split}.txt", lambda file, text=text: file.write(text))
     return {split: len(members) for split, members in splits.items()}
 
 
@@ -86,7 +87,7 @@ def _claim(folder: Path, kind: str) -> None:
     """Make the label folder and note in it which source it is from: the two differ, and must not be mixed."""
     note = folder / ".source"
     if note.is_file() and note.read_text() != kind:
-        raise DataError(f"{folder} holds labels from the {note.read_text()} source, not from {kind}: remove it first")
+        raise UserError(f"{folder} holds labels from the {note.read_text()} source, not from {kind}: remove it first")
     folder.mkdir(parents=True, exist_ok=True)
     note.write_text(kind)
 
@@ -98,10 +99,10 @@ def _write_context_labels(voc: Path, make_labels: Callable[[Annotated], np.ndarr
     if path.is_file():
         return True
     if not picture.is_file():
-        raise DataError(f"{picture} is no file, but there are labels for it: unpack all of VOC2010")
+        raise UserError(f"{picture} is no file, but there are labels for it: unpack all of VOC2010")
     labels = make_labels(image)
     if data.image_size(picture) != labels.shape:
-        raise DataError(f"{picture} is {data.image_size(picture)} (height, width) but its labels are {labels.shape}: "
+        raise UserError(f"{picture} is {data.image_size(picture)} (height, width) but its labels are {labels.shape}: "
                         "images and labels are not of one release")
     draw.save_labels(labels, path, np.vstack([[[0, 0, 0]], data.context_info().palette]))
     return False
@@ -124,9 +125,9 @@ def labels_from_json(path: Path, image: Annotated) -> np.ndarray:
             annotation = json.loads(file.read(length))
             category, code = annotation["category_id"], annotation["segmentation"]
             if not 0 < category < len(table) or not table[category]:
-                raise DataError(f"{path}, byte {offset}: category_id {category} is none of the 59 classes")
+                raise UserError(f"{path}, byte {offset}: category_id {category} is none of the 59 classes")
             if tuple(code["size"]) != image.size:
-                raise DataError(f"{path}, byte {offset}: a mask of size {code['size']} for an image of {image.size}")
+                raise UserError(f"{path}, byte {offset}: a mask of size {code['size']} for an image of {image.size}")
             labels[decode_runs(code["counts"], image.size)] = table[category]
     return labels
 
@@ -136,13 +137,13 @@ def decode_runs(code: str, size: tuple[int, int]) -> np.ndarray:
 
     A run is written in groups of 5 bits, low ones first, one to a character (from '0'); a sixth bit says that more
     follow, the fifth of the last is the sign. From the fourth on, a run is the difference to the run before last. Runs
-    go down the columns and begin with one outside the mask. Raises DataError if they do not fill the mask.
+    go down the columns and begin with one outside the mask. Raises UserError if they do not fill the mask.
     """
     groups = np.frombuffer(code.encode(), np.uint8).astype(np.int64) - 48
     last = (groups & 32) == 0
     first = np.flatnonzero(np.concatenate([[True], last[:-1]]))  # (R,)
     if not len(groups) or not last[-1] or groups.min() < 0 or groups.max() > 63:
-        raise DataError(f"{code[:20]!r}... is no compressed run-length code")
+        raise UserError(f"{code[:20]!r}... is no compressed run-length code")
     lengths = np.diff(np.append(first, len(groups)))
     place = np.arange(len(groups)) - np.repeat(first, lengths)  # of a group in its run
     runs = np.add.reduceat((groups & 31) << (5 * place), first)
@@ -151,7 +152,7 @@ def decode_runs(code: str, size: tuple[int, int]) -> np.ndarray:
         runs[parity::2] = runs[parity::2].cumsum()
     height, width = size
     if runs.min() < 0 or runs.sum() != height * width:
-        raise DataError(f"run-length code of {runs.sum()} pixels for a mask of {height} x {width}")
+        raise UserError(f"run-length code of {runs.sum()} pixels for a mask of {height} x {width}")
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
@@ -170,8 +171,8 @@ class JsonStream:
         return bool(chunk)
 
     def fail(self) -> None:
-        """Raise DataError at the present place."""
-        raise DataError(f"{self.file.name}, byte {self.offset + self.at}: broken or cut off JSON: get the file again")
+        """Raise UserError at the present place."""
+        raise UserError(f"{self.file.name}, byte {self.offset + self.at}: broken or cut off JSON: get the file again")
 
     def next_mark(self, allowed: str = "") -> str:
         """The next character that is no space; passed over if `allowed` ones are given, of which it must be one."""
@@ -243,10 +244,10 @@ def index_json(path: Path) -> dict[str, list[Annotated]]:
                     places[item["image_id"]].append((offset, length))
                 bar.update(offset + length - bar.n)
     except (OSError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no trainval_merged.json ({data.one_line(error)}): get it from the Pascal Context "
+        raise UserError(f"{path} is no trainval_merged.json ({data.one_line(error)}): get it from the Pascal Context "
                         "(detail) download") from None
     if not splits["train"] or not splits["val"]:
-        raise DataError(f"{path} names {len(splits['train'])} training and {len(splits['val'])} validation images: "
+        raise UserError(f"{path} names {len(splits['train'])} training and {len(splits['val'])} validation images: "
                         "get the file again")
     return splits
 
@@ -260,7 +261,7 @@ def labels_from_mat(folder: Path, image: Annotated) -> np.ndarray:
         label_map = np.asarray(loadmat(path)["LabelMap"]).astype(np.int64)
         return context_table()[label_map]
     except Exception as error:  # SciPy raises many kinds for a broken file
-        raise DataError(f"{path} holds no LabelMap of 459 classes ({data.one_line(error)}): "
+        raise UserError(f"{path} holds no LabelMap of 459 classes ({data.one_line(error)}): "
                         "unpack trainval.tar.gz again") from None
 
 
@@ -281,7 +282,7 @@ CLASS_LINE = re.compile(r"(.+?)(?:[\s,:]+(\d+)[\s,]+(\d+)[\s,]+(\d+))?")  # name
 def read_classes(classes: str) -> ClassList:
     """Read a list of classes, one a line: `name` or `name R G B`; the name `ignore` is for colours of no class.
 
-    A number instead of a file stands for that many classes without names. Raises DataError for a list that is no list.
+    A number instead of a file stands for that many classes without names. Raises UserError for a list that is no list.
     """
     lines = [f"class {k}" for k in range(int(classes))] if classes.isdigit() else _read_lines(Path(classes))
     names, colours = [], {}
@@ -289,12 +290,12 @@ def read_classes(classes: str) -> ClassList:
         name, *rgb = CLASS_LINE.fullmatch(line).groups()
         if rgb[0]:
             if max(map(int, rgb)) > 255 or (colour := int.from_bytes(map(int, rgb))) in colours:
-                raise DataError(f"{classes}, line {number}: {' '.join(rgb)} is no colour of 0..255 or used before")
+                raise UserError(f"{classes}, line {number}: {' '.join(rgb)} is no colour of 0..255 or used before")
             colours[colour] = IGNORE if name == "ignore" else len(names)
         if not rgb[0] or name != "ignore":
             names.append(name)
     if len(set(names)) < len(names) or not 1 <= len(names) <= IGNORE:
-        raise DataError(f"--classes {classes}: 1 to {IGNORE} different names are needed, not {len(names)} "
+        raise UserError(f"--classes {classes}: 1 to {IGNORE} different names are needed, not {len(names)} "
                         f"with {len(names) - len(set(names))} repeated")
     palette = data.default_palette(len(names))
     for colour, k in colours.items():
@@ -307,7 +308,7 @@ def _read_lines(path: Path) -> list[str]:
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--classes {path}: cannot be read ({data.one_line(error)}): "
+        raise UserError(f"--classes {path}: cannot be read ({data.one_line(error)}): "
                         "give a file with one class name a line, or a number") from None
 
 
@@ -319,7 +320,7 @@ def from_folders(images: Path, labels: Path, classes: str, out: Path, link: bool
     is wrong.
     """
     if out.exists():
-        raise DataError(f"{out} exists: remove it or choose another folder with --out")
+        raise UserError(f"{out} exists: remove it or choose another folder with --out")
     class_list = read_classes(classes)
     pairs = pair_files(images, labels)
     draft = out.with_name(f"{out.name}.draft{os.getpid()}")
@@ -340,20 +341,20 @@ def from_folders(images: Path, labels: Path, classes: str, out: Path, link: bool
 
 
 def pair_files(images: Path, labels: Path) -> list[tuple[Path, Path]]:
-    """The (image, label) files of equal names. Raises DataError if a folder is absent or an image has no partner."""
+    """The (image, label) files of equal names. Raises UserError if a folder is absent or an image has no partner."""
     stems: list[dict[str, Path]] = []
     for folder in (images, labels):
         if not folder.is_dir():
-            raise DataError(f"{folder} is no folder: give the folders of the images and of the label images")
+            raise UserError(f"{folder} is no folder: give the folders of the images and of the label images")
         files = sorted(f for f in folder.iterdir() if f.suffix.lower() in data.EXTENSIONS and f.is_file())
         twice = [stem for stem, count in Counter(f.stem for f in files).items() if count > 1]
         if twice or not files:
             what = f"several files named {twice[0]}.*: keep one of them" if twice else "no images: is it right?"
-            raise DataError(f"{folder} holds {what}")
+            raise UserError(f"{folder} holds {what}")
         stems.append({f.stem: f for f in files})
     alone = sorted(stems[0].keys() ^ stems[1].keys())
     if alone:
-        raise DataError(f"{len(alone)} files have no partner of the same name in {images} and {labels}, first of all "
+        raise UserError(f"{len(alone)} files have no partner of the same name in {images} and {labels}, first of all "
                         f"{(stems[0] | stems[1])[alone[0]]}: add the others or remove these")
     return [(image, stems[1][stem]) for stem, image in stems[0].items()]
 
@@ -364,7 +365,7 @@ def split_by_hash(names: Iterable[str]) -> dict[str, list[str]]:
     ordered = sorted(ranks, key=lambda name: (ranks[name], name))
     cut = min(max(sum(rank < 200 for rank in ranks.values()), 1), len(ordered) - 1)
     if cut < 1:
-        raise DataError("one image cannot be split into training and validation: give at least two")
+        raise UserError("one image cannot be split into training and validation: give at least two")
     return {"train": sorted(ordered[cut:]), "val": sorted(ordered[:cut])}
 
 
@@ -373,7 +374,7 @@ def _adopt(draft: Path, classes: ClassList, link: bool, pair: tuple[Path, Path])
     image, label = pair
     values = convert_labels(label, classes)
     if values.shape != data.image_size(image):
-        raise DataError(f"{image} is {data.image_size(image)} (height, width) but {label} is {values.shape}: "
+        raise UserError(f"{image} is {data.image_size(image)} (height, width) but {label} is {values.shape}: "
                         "an image and its labels must be of one size")
     draw.save_labels(values, draft / "labels" / f"{label.stem}.png", classes.palette)
     target = draft / "images" / image.name
@@ -384,10 +385,10 @@ def _adopt(draft: Path, classes: ClassList, link: bool, pair: tuple[Path, Path])
 
 
 def convert_labels(path: Path, classes: ClassList) -> np.ndarray:
-    """Labels, uint8 (H, W), of a file of class indices or of the list's colours. Raises DataError for other values."""
+    """Labels, uint8 (H, W), of a file of class indices or of the list's colours. Raises UserError for other values."""
     coloured = has_colours(path)
     if coloured and not classes.colours:
-        raise DataError(f"{path} is colour-coded: give each class its colour in the list, `name R G B` on a line")
+        raise UserError(f"{path} is colour-coded: give each class its colour in the list, `name R G B` on a line")
     if coloured:
         values = data.read_image(path).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
         known = classes.colours
@@ -399,12 +400,12 @@ def convert_labels(path: Path, classes: ClassList) -> np.ndarray:
         if value not in known:
             what = "colour " + " ".join(map(str, value.to_bytes(3))) if coloured else f"value {value}"
             how = "add it to the list, `ignore R G B` for no class" if coloured else f"no class is {IGNORE}"
-            raise DataError(f"{path}: label {what} is none of the {len(classes.names)} classes: {how}")
+            raise UserError(f"{path}: label {what} is none of the {len(classes.names)} classes: {how}")
     return np.array([known[value] for value in found.tolist()], np.uint8)[where].reshape(values.shape)
 
 
 def has_colours(path: Path) -> bool:
-    """Whether a label image is colour-coded. Raises DataError for a file that cannot be read."""
+    """Whether a label image is colour-coded. Raises UserError for a file that cannot be read."""
     try:
         with Image.open(path) as picture:
             return picture.mode in ("RGB", "RGBA")
@@ -432,7 +433,7 @@ def inspect_pair(dataset: SegmentationDataset, i: int) -> Finding:
         pixels += np.bincount(dataset.labels(i).ravel(), minlength=256)
         with Image.open(path) as picture:
             mode, rotated = picture.mode, picture.getexif().get(0x0112, 1) in range(2, 9)
-    except DataError as error:
+    except UserError as error:
         return Finding(str(error), [], pixels, "")
     remarks = []
     if mode != "RGB":
@@ -449,7 +450,7 @@ def inspect_pair(dataset: SegmentationDataset, i: int) -> Finding:
 def check(root: Path, sheet: Path, workers: int) -> int:
     """Read every pair of both splits; print faults, remarks and class frequencies; draw a contact sheet.
 
-    Returns the number of faults. Raises DataError for a data set that cannot be opened.
+    Returns the number of faults. Raises UserError for a data set that cannot be opened.
     """
     datasets = {split: data.open_dataset(root, split) for split in ("train", "val")}
     findings = {}
@@ -520,7 +521,7 @@ def draw_sheet(datasets: dict[str, SegmentationDataset], findings: dict[str, lis
     rows = [[*left, *right] for left, right in itertools.zip_longest(rows[::2], rows[1::2], fillvalue=[])]
     pictures = draw.contact_sheet(rows, ("image", "labels") * 2)
     sheet = draw.stack([pictures, draw.legend(info.classes, info.palette, pictures.width)])
-    command.write_whole(path, partial(sheet.save, format="PNG"))
+    common.write_whole(path, partial(sheet.save, format="PNG"))
     print(f"contact sheet: {path}")
 
 
@@ -529,10 +530,10 @@ def draw_sheet(datasets: dict[str, SegmentationDataset], findings: dict[str, lis
 
 def build_parser() -> argparse.ArgumentParser:
     """The commands of `python data.py`."""
-    parser = command.Parser(prog="data.py", description="Make data sets ready for training, and check them.")
+    parser = common.Parser(prog="data.py", description="Make data sets ready for training, and check them.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     workers = argparse.ArgumentParser(add_help=False)
-    workers.add_argument("--workers", type=command.positive, default=os.cpu_count() or 1, metavar="N",
+    workers.add_argument("--workers", type=common.positive, default=os.cpu_count() or 1, metavar="N",
                          help="processes (default: %(default)s)")
 
     context = commands.add_parser("prepare-context", parents=[workers],
@@ -572,11 +573,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Carry out one command. Raises DataError, DestinationError."""
+    """Carry out one command. Raises UserError."""
     if options.command in ("toy", "from-folders"):
-        command.make_folder(options.out.parent, "--out")
+        common.make_folder(options.out.parent, "--out")
     if options.command == "toy":
-        from toy import make_toy
+        from tools.toy import make_toy
 
         print(f"toy data at {make_toy(options.out, options.train, options.val, tuple(options.size), options.seed)}")
     elif options.command == "from-folders":
@@ -586,9 +587,9 @@ def run(options: argparse.Namespace) -> None:
               f"train with `python train.py --data {options.out}`")
     elif options.command == "check":
         sheet = options.sheet or Path(f"check_{options.root.resolve().name}.png")
-        command.check_file(sheet, "--sheet")
+        common.check_file(sheet, "--sheet")
         if faults := check(options.root, sheet, options.workers):
-            raise DataError(f"{faults} fault{'s' if faults > 1 else ''} in {options.root}, named above: "
+            raise UserError(f"{faults} fault{'s' if faults > 1 else ''} in {options.root}, named above: "
                             "mend them before training")
         print("no faults")
     else:
@@ -603,5 +604,5 @@ def run(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python data.py ...`; exits with status 2 and one line on a fault of the data."""
     options = build_parser().parse_args(arguments)
-    if status := command.run(lambda: run(options)):
+    if status := common.run(lambda: run(options)):
         sys.exit(status)

@@ -1,4 +1,4 @@
-"""command.py: exit statuses, one line for each fault, files that are whole or the old ones."""
+"""common.py: exit statuses, one line for each fault, files that are whole or the old ones."""
 
 import importlib
 import os
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import command
-from command import DestinationError
+import common
+from common import UserError
 
 
 def fail(error: BaseException):
@@ -28,13 +28,13 @@ def fail(error: BaseException):
     (fail(KeyboardInterrupt()), 130, "error: interrupted\n"),
 ])
 def test_a_command_ends_in_a_status_and_at_most_one_line(capsys, work, status, line):
-    assert command.run(work) == status
+    assert common.run(work) == status
     assert capsys.readouterr().err == line
 
 
 def test_faults_of_the_program_are_no_users_faults():
     with pytest.raises(KeyError):
-        command.run(fail(KeyError("x")))
+        common.run(fail(KeyError("x")))
 
 
 def test_other_processes_complain_after_the_first(monkeypatch, capsys):
@@ -42,7 +42,7 @@ def test_other_processes_complain_after_the_first(monkeypatch, capsys):
     monkeypatch.setattr(time, "sleep", waits.append)
     for rank in ("0", "1"):
         monkeypatch.setenv("LOCAL_RANK", rank)
-        assert command.complain("a fault", 1) == 1
+        assert common.complain("a fault", 1) == 1
     assert waits == [3] and capsys.readouterr().err == "error: a fault\n" * 2
 
 
@@ -55,9 +55,9 @@ def test_other_processes_complain_after_the_first(monkeypatch, capsys):
     (["more"], "unrecognized arguments: more"),
 ])
 def test_a_wrong_option_is_one_line_and_status_2(capsys, arguments, message):
-    parser = command.Parser(prog="x.py")
-    parser.add_argument("--share", type=command.fraction)
-    parser.add_argument("--count", type=command.positive)
+    parser = common.Parser(prog="x.py")
+    parser.add_argument("--share", type=common.fraction)
+    parser.add_argument("--count", type=common.positive)
     with pytest.raises(SystemExit) as stop:
         parser.parse_args(arguments)
     assert stop.value.code == 2
@@ -68,19 +68,19 @@ def test_a_wrong_option_is_one_line_and_status_2(capsys, arguments, message):
 
 def test_a_file_is_written_whole_or_the_old_one_stays(tmp_path):
     path = tmp_path / "x"
-    command.write_whole(path, lambda file: file.write(b"old"))
+    common.write_whole(path, lambda file: file.write(b"old"))
     for error in (OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed\nmore")):
         def write(file, error=error):
             file.write(b"new")
             raise error
 
-        with pytest.raises(DestinationError, match=r"x cannot be written \((No space|Pytorch)[^\n]*: make room"):
-            command.write_whole(path, write)
+        with pytest.raises(UserError, match=r"x cannot be written \((No space|Pytorch)[^\n]*: make room"):
+            common.write_whole(path, write)
         assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["x"]
-    command.write_whole(path, lambda file: file.write(b"new"))
+    common.write_whole(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["x"]
     with pytest.raises(KeyboardInterrupt):
-        command.write_whole(path, fail_with_interrupt)
+        common.write_whole(path, fail_with_interrupt)
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["x"]
 
 
@@ -90,17 +90,17 @@ def fail_with_interrupt(file):
 
 def test_destinations_are_looked_at_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
-    command.make_folder(tmp_path / "a" / "b", "--out")
-    command.check_file(tmp_path / "c" / "x.json", "--json")
+    common.make_folder(tmp_path / "a" / "b", "--out")
+    common.check_file(tmp_path / "c" / "x.json", "--json")
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["a", "a/b", "c", "file"]
     for path, reason in [("file", "File exists"), ("file/x", "Not a directory")]:
-        with pytest.raises(DestinationError, match=f"--out .*{path} cannot be used as a folder .{reason}.: mend it"):
-            command.make_folder(tmp_path / path, "--out")
-    with pytest.raises(DestinationError, match="--json .*a is a folder: name a file, in it or elsewhere"):
-        command.check_file(tmp_path / "a", "--json")
+        with pytest.raises(UserError, match=f"--out .*{path} cannot be used as a folder .{reason}.: mend it"):
+            common.make_folder(tmp_path / path, "--out")
+    with pytest.raises(UserError, match="--json .*a is a folder: name a file, in it or elsewhere"):
+        common.check_file(tmp_path / "a", "--json")
 
 
-@pytest.mark.parametrize("script", ["evaluate", "predict", "report", "weights", "prepare"])
+@pytest.mark.parametrize("script", ["evaluate", "predict", "tools.report", "weights", "tools.prepare"])
 def test_every_command_line_complains_in_one_line(capsys, script):
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(script).main(["--bogus"])

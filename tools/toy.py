@@ -20,8 +20,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data import IGNORE, DataError, leave_interrupt_to_parent
-from draw import save_labels
+from common import UserError
+from data import IGNORE, leave_interrupt_to_parent
+from tools.draw import save_labels
 
 CLASSES = ("sky", "grass", "road", "water", "house", "tree", "crate", "ball", "pole", "sign")
 SKY, GRASS, ROAD, WATER, HOUSE, TREE, CRATE, BALL, POLE, SIGN = range(len(CLASSES))
@@ -36,13 +37,13 @@ def make_toy(root: str | Path = "data/toy", train: int = 400, val: int = 60, siz
     """Draw the data set as a plain folder, or keep the one that is there; returns its root.
 
     The pictures depend on seed and size alone: image i of a split is the same however many are asked for. A run cut
-    short leaves nothing at `root`, for all is drawn beside it and renamed. Raises DataError where `root` holds
+    short leaves nothing at `root`, for all is drawn beside it and renamed. Raises UserError where `root` holds
     something else.
     """
     root = Path(root)
     made_by = {"version": VERSION, "train": train, "val": val, "size": list(size), "seed": seed}
     if min(train, val) < 1 or min(size) < 64 or seed < 0:
-        raise DataError(f"toy data need a picture a split, 64 pixels a side and a seed of 0 or more, not {made_by}")
+        raise UserError(f"toy data need a picture a split, 64 pixels a side and a seed of 0 or more, not {made_by}")
     if _is_made_by(root, made_by):
         return root
     draft = root.with_name(f"{root.name}.draft{os.getpid()}")
@@ -69,15 +70,15 @@ def make_toy(root: str | Path = "data/toy", train: int = 400, val: int = 60, siz
 
 
 def _is_made_by(root: Path, made_by: dict) -> bool:
-    """Whether the wanted data are there. Raises DataError if other files are."""
+    """Whether the wanted data are there. Raises UserError if other files are."""
     if not root.exists():
         return False
     try:
         found = json.loads((root / "dataset.json").read_text())["made_by"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{root} exists and was not drawn here: choose another folder or remove it") from None
+        raise UserError(f"{root} exists and was not drawn here: choose another folder or remove it") from None
     if found != made_by:
-        raise DataError(f"{root} holds toy data made with {found}, not {made_by}: choose another folder or remove it")
+        raise UserError(f"{root} holds toy data made with {found}, not {made_by}: choose another folder or remove it")
     return True
 
 

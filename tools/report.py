@@ -1,7 +1,7 @@
 """A run as one HTML page: runs/NAME/report/index.html, self-contained, for a phone as for a desk, light and dark.
 
-    python report.py                    the newest run, its best checkpoint, single-scale
-    python report.py camvid --ms        the run runs/camvid, multi-scale with flips
+    python -m tools.report                    the newest run, its best checkpoint, single-scale
+    python -m tools.report camvid --ms        the run runs/camvid, multi-scale with flips
 
 Read: main -> write_report -> page, which puts together curves, class_bars, confusion_picture and examples.
 
@@ -27,12 +27,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import command
+import common
 import data
-import draw
 import evaluate
 import weights
-from run import RUNS, RunError, read_config, read_log, runs_like
+from common import UserError
+from run import RUNS, read_config, read_log, runs_like
+from tools import draw
 
 SHOWN = 12  # worst images, and as many typical ones
 COLUMNS = ("image", "labels", "prediction", "errors")
@@ -245,26 +246,26 @@ def embedded(picture: draw.Picture, side: int = 420) -> str:
 
 
 def find(name: str) -> Path:
-    """The folder of the run of that name or path, "" for the newest run. Raises RunError if it has no best.pt."""
+    """The folder of the run of that name or path, "" for the newest run. Raises UserError if it has no best.pt."""
     folders = [Path(name), RUNS / name] if name else runs_like("*")
     found = next((folder for folder in folders if (folder / "best.pt").is_file()), None)
     if found is None:
         names = ", ".join(folder.name for folder in runs_like("*")) or "none"
-        raise RunError(f"no {RUNS / (name or '*') / 'best.pt'} to report on: name a run that has been validated; "
+        raise UserError(f"no {RUNS / (name or '*') / 'best.pt'} to report on: name a run that has been validated; "
                        f"in {RUNS}/: {names}")
     return found
 
 
 def write_report(folder: Path, options: argparse.Namespace) -> Path:
     """Evaluate the run's best checkpoint and write folder/report/index.html, whole or not at all. Returns its path."""
-    device = evaluate.choose_device(options.device)
-    evaluate.allow_tf32(options.tf32)
+    device = common.choose_device(options.device)
+    common.allow_tf32(options.tf32)
     config, log, checkpoint = read_config(folder), read_log(folder / "log.jsonl"), folder / "best.pt"
     dataset = data.open_dataset(options.data or evaluate.data_of_run(checkpoint), "val")
     model, known = weights.load_model(checkpoint)
     evaluate.check_classes(dataset.info, known.get("classes", ()), model.config.num_classes)
     path = folder / "report" / "index.html"
-    command.check_file(path, "the report")
+    common.check_file(path, "the report")
     scores: list[float] = []
     predictions: list[bytes] = []
 
@@ -280,7 +281,7 @@ def write_report(folder: Path, options: argparse.Namespace) -> Path:
     about = [dataset.info.name, f"{len(scores)} validation images",
              "multi-scale + flip" if options.ms else "single-scale", f"iteration {known.get('iteration')}"]
     text = page(folder.name, ", ".join(about), config, log, dataset.info, confusion.cpu(), worst, typical)
-    command.write_whole(path, lambda file: file.write(text.encode()))
+    common.write_whole(path, lambda file: file.write(text.encode()))
     return path
 
 
@@ -330,14 +331,14 @@ def facts(title: str, values: dict) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = command.Parser(description="Write a run's report: runs/NAME/report/index.html.")
+    parser = common.Parser(description="Write a run's report: runs/NAME/report/index.html.")
     parser.add_argument("run", nargs="?", default="", help="name or folder of a run; default: the newest")
     parser.add_argument("--data", metavar="DIR", help="data set folder; default: the one the run was trained on")
     parser.add_argument("--ms", action="store_true", help="multi-scale and flip")
-    parser.add_argument("--limit", type=command.positive, metavar="N", help="only the first N images")
+    parser.add_argument("--limit", type=common.positive, metavar="N", help="only the first N images")
     evaluate.add_device_options(parser)
     options = parser.parse_args(arguments)
-    return command.run(lambda: print(write_report(find(options.run), options)))
+    return common.run(lambda: print(write_report(find(options.run), options)))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
+import torch
 
-class DestinationError(ValueError):
-    """A file or folder that cannot be written: one line that says which, why, and how to mend it."""
+
+class UserError(ValueError):
+    """A fault that the user can mend. The message is one line: what is wrong, where, and how to mend it."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """One line: names in a damaged file may hold line breaks, escape sequences and half characters."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def run(work: Callable[[], int | None]) -> int:
@@ -62,20 +72,20 @@ def fraction(text: str) -> float:
 
 
 def make_folder(path: Path, option: str) -> None:
-    """Make the folder that an option names, unless it is there; raises DestinationError if no file can be put there."""
+    """Make the folder that an option names, unless it is there; raises UserError if no file can be put there."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
         why = f"cannot be used as a folder ({error.strerror})"
-        raise DestinationError(f"{option} {path} {why}: mend it or name another") from None
+        raise UserError(f"{option} {path} {why}: mend it or name another") from None
 
 
 def check_file(path: Path, option: str) -> None:
-    """Make the folder of the file that an option names; raises DestinationError if the file cannot be put there."""
+    """Make the folder of the file that an option names; raises UserError if the file cannot be put there."""
     if path.is_dir():
-        raise DestinationError(f"{option} {path} is a folder: name a file, in it or elsewhere")
+        raise UserError(f"{option} {path} is a folder: name a file, in it or elsewhere")
     make_folder(path.parent, option)
 
 
@@ -83,7 +93,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file beside its place and rename it: a kill or a full disk leaves the old one or the new one, whole.
 
     Raises:
-        DestinationError: no such folder, no permission, no room.
+        UserError: no such folder, no permission, no room.
     """
     draft = path.with_name(f".{path.name}.partial")  # one name: what a kill leaves is written over, not added to
     try:
@@ -94,7 +104,22 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         draft.replace(path)
     except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as the latter
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise DestinationError(f"{path} cannot be written ({reason}): make room or name another place") from None
+        raise UserError(f"{path} cannot be written ({reason}): make room or name another place") from None
     finally:
         with contextlib.suppress(OSError):  # gone if all went well; where its folder is absent it never was
             draft.unlink()
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name; None takes CUDA if there is one. Raises UserError if it cannot be used."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError):  # what PyTorch raises differs from device to device
+        raise UserError(f"device '{name}' cannot be used here: choose cpu, cuda or mps with --device") from None
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Switch TF32 matrix products and convolutions, for this process; PyTorch's defaults are off and on."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed

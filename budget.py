@@ -188,7 +188,7 @@ def deformable_row(shape: OpShape, calls: int) -> Row:
 def evaluation_row(system: str, images: int, counts: Counts, multi_scale: bool) -> Row:
     """The validation set on one GPU: the model alone, `images` windows at a time."""
     views = evaluate.make_views(np.zeros((*PICTURE, 3), np.uint8), 480, multi_scale)
-    windows = sum(evaluate.Canvas(evaluate.Job(0, PICTURE, view), 480, 320).missing for view in views)
+    windows = sum(evaluate.Canvas(view, 480, 320).missing for view in views)
     tally, batches = counts.tally, PICTURES * windows / images
     return {
         "system": system, "views": "multi-scale + flip" if multi_scale else "single-scale",

@@ -4,10 +4,10 @@
     python evaluate.py --ms --checkpoint FILE --data DIR
     torchrun --nproc_per_node=8 evaluate.py --ms       the same numbers, shared out over 8 devices
 
-Read: window_starts -> Canvas -> sliding_scores (windows of all views in full batches) -> vote (views into one
-prediction) -> predictions -> evaluate -> metrics. The short forms `slide` and `predict` do one image at a time.
+Reading order, three steps: slide (window_starts -> Canvas -> sliding_scores), vote (make_views -> vote -> predictions),
+metrics (confusion_matrix -> metrics -> evaluate). `slide` and `predict` are the short forms for one picture.
 
-A *view* is one resized, perhaps mirrored copy of a picture. Every view is cut into windows; a window's scores are
+A *view* is one resized, perhaps mirrored copy of a picture. Every view is cut into windows; the scores of a window are
 added to its view's canvas; a finished canvas is resized to the picture, soft-maxed, and votes with the other views.
 
 Shapes: B images, K classes, (h, w) size of a view, (H, W) size of the original picture. Images are normalised float
@@ -22,7 +22,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from itertools import islice, tee
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,38 +38,23 @@ import data
 import run
 import weights
 from common import UserError
-from fast.memory import keep_freed_memory
+from fast import inference
 from tools import draw
 
-Save = Callable[[int, np.ndarray], None]  # takes an image's index and its prediction, uint8 (H, W)
+Save = Callable[[int, np.ndarray], None]  # takes the index of an image and its prediction, uint8 (H, W)
 REMEDY = "evaluate it on the data that it was trained on (--data DIR)"
 STRIP = 2**27  # numbers in a slab of probabilities (512 MiB of float32): larger pictures are voted on in strips
 
 
-# ------------------------------------------------------------------------------------------- sliding windows
+# ------------------------------------------------------------------------------------------- 1. sliding windows
 
 
 class View(NamedTuple):
-    """A normalised image (1, 3, h, w), whether it was mirrored, and how many views it stands for."""
+    """A normalised image (1, 3, h, w), whether it was mirrored, and how many equal views it stands for."""
 
     image: Tensor
     flipped: bool = False
     weight: float = 1.0
-
-
-class Job(NamedTuple):
-    """A view and the picture that it belongs to: its index and its (H, W)."""
-
-    picture: int
-    size: tuple[int, int]
-    view: View
-
-
-class Result(NamedTuple):
-    """A job and its scores (K, h, w)."""
-
-    job: Job
-    scores: Tensor
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -79,78 +64,66 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
 
 
 class Canvas:
-    """A view on its way through the model: the sum of its windows' scores, and how many windows are still out."""
+    """A view on its way through the model: the sum of its windows' scores, and how many windows are missing."""
 
-    def __init__(self, job: Job, window: int, stride: int):
-        self.job, self.window = job, window
-        self.image = job.view.image[0]
+    def __init__(self, view: View, window: int, stride: int):
+        self.image = view.image[0]
         height, width = self.image.shape[1:]
         if min(height, width) < window:
             raise UserError(f"a {height}x{width} image is smaller than the {window}x{window} window: enlarge it")
-        self.tops, self.lefts = window_starts(height, window, stride), window_starts(width, window, stride)
-        self.corners = [(top, left) for top in self.tops for left in self.lefts]
-        self.missing = len(self.corners)
-        self.total: Tensor | None = None
+        tops, lefts = window_starts(height, window, stride), window_starts(width, window, stride)
+        self.places = [np.s_[:, top : top + window, left : left + window] for top in tops for left in lefts]
+        self.missing = len(self.places)
+        self.total: Tensor | None = None  # the number of classes is known when the first scores come
 
-    def crop(self, top: int, left: int) -> Tensor:
-        """The window (3, window, window) at this corner."""
-        return self.image[:, top : top + self.window, left : left + self.window]
-
-    def add(self, top: int, left: int, scores: Tensor) -> None:
-        """Add a window's scores (K, window, window) where the window was cut."""
+    def add(self, place: tuple[slice, ...], scores: Tensor) -> None:
+        """Add the scores (K, window, window) of a window at the place where it was cut."""
         if self.total is None:
-            self.total = scores.new_zeros(scores.shape[0], *self.image.shape[1:])
-        self.total[:, top : top + self.window, left : left + self.window] += scores
+            self.total = scores.new_zeros(len(scores), *self.image.shape[1:])
+            self.windows = scores.new_zeros(1, *self.image.shape[1:])
+        self.total[place] += scores
+        self.windows[place] += 1
         self.missing -= 1
 
     def mean(self) -> Tensor:
         """Scores (K, h, w): at every pixel the mean over the windows that cover it."""
-        # The number of windows over a pixel is a product of a count along each axis.
-        counts = [
-            sum((torch.arange(n) >= s) & (torch.arange(n) < s + self.window) for s in starts)
-            for n, starts in zip(self.image.shape[1:], (self.tops, self.lefts), strict=True)
-        ]
-        return self.total.div_(torch.outer(*counts).to(self.total.device, non_blocking=True))
+        return self.total.div_(self.windows)
 
 
 @torch.no_grad()
-def sliding_scores(model: nn.Module, jobs: Iterable[Job], stride: int, window_batch: int) -> Iterator[Result]:
-    """Send the windows of all views through the model in batches of `window_batch`; yield the results.
+def sliding_scores(model: nn.Module, views: Iterable[View], window_batch: int,
+                   stride: int | None = None) -> Iterator[Tensor]:
+    """Send the windows of all views through the model in batches of `window_batch`; yield each view's scores, in order.
 
     All windows have one size, so a batch may hold windows of several views and pictures; only the very last batch is
-    smaller. Scores come in the order of the jobs, and a view's memory is freed as soon as it is handed on. The model
-    averages **scores**, before any softmax (as in the official inference code).
+    smaller. Overlapping windows average **scores**, before any softmax (as in the official inference code). The
+    default stride is two thirds of the window: the official 320 of 480 pixels.
     """
-    views: deque[Canvas] = deque()
-    windows: deque[tuple[Canvas, int, int]] = deque()
+    window = model.config.window
+    stride = stride or window * 2 // 3
+    canvases: deque[Canvas] = deque()
 
-    def run_batch(number: int) -> Iterator[Result]:
-        batch = [windows.popleft() for _ in range(number)]
-        scores = model(torch.stack([canvas.crop(top, left) for canvas, top, left in batch]))
+    def all_windows() -> Iterator[tuple[Canvas, tuple[slice, ...]]]:
+        for view in views:
+            canvases.append(canvas := Canvas(view, window, stride))
+            yield from ((canvas, place) for place in canvas.places)
+
+    windows = all_windows()
+    while batch := list(islice(windows, window_batch)):
+        scores = model(torch.stack([canvas.image[place] for canvas, place in batch]))
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # sums and softmax never in half precision
-        for (canvas, top, left), window_scores in zip(batch, scores, strict=True):
-            canvas.add(top, left, window_scores)
-        while views and views[0].missing == 0:
-            done = views.popleft()
-            yield Result(done.job, done.mean())
-
-    for job in jobs:
-        canvas = Canvas(job, model.config.window, stride)
-        views.append(canvas)
-        windows.extend((canvas, *corner) for corner in canvas.corners)
-        while len(windows) >= window_batch:
-            yield from run_batch(window_batch)
-    if windows:
-        yield from run_batch(len(windows))
+        for (canvas, place), window_scores in zip(batch, scores, strict=True):
+            canvas.add(place, window_scores)
+        while canvases and canvases[0].missing == 0:
+            yield canvases.popleft().mean()
 
 
 def slide(model: nn.Module, image: Tensor, window: int, stride: int, window_batch: int | None = None) -> Tensor:
     """Scores (B, K, H, W) of images (B, 3, H, W): the mean of the scores of overlapping windows, before softmax."""
     if window != model.config.window:
         raise UserError(f"the model sees windows of {model.config.window} pixels, not of {window}")
-    jobs = [Job(i, tuple(image.shape[2:]), View(image[i : i + 1])) for i in range(len(image))]
     window_batch = window_batch or automatic_window_batch(model, image.device)
-    return torch.stack([scores for _, scores in sliding_scores(model, jobs, stride, window_batch)])
+    return torch.stack(list(sliding_scores(model, [View(one[None]) for one in image], window_batch, stride)))
 
 
 def automatic_window_batch(model: nn.Module, device: torch.device | str) -> int:
@@ -173,7 +146,7 @@ def automatic_window_batch(model: nn.Module, device: torch.device | str) -> int:
     return max(1, min(64, int(0.6 * (torch.cuda.mem_get_info(device)[0] + idle) / used)))
 
 
-# ----------------------------------------------------------------------------------------- views and voting
+# --------------------------------------------------------------------------------------- 2. views and their vote
 
 
 def make_views(image: np.ndarray, window: int, multi_scale: bool, device: torch.device | str = "cpu") -> list[View]:
@@ -184,29 +157,31 @@ def make_views(image: np.ndarray, window: int, multi_scale: bool, device: torch.
     pictures = data.multi_scale_images(image, window) if multi_scale else [data.single_scale_image(image, window)]
     counts = Counter(picture.shape for picture in pictures)
     views = []
-    for picture in {picture.shape: picture for picture in pictures}.values():
+    for shape, picture in {picture.shape: picture for picture in pictures}.items():
         pixels = torch.from_numpy(picture).to(device).permute(2, 0, 1)[None]  # (h, w, 3) -> (1, 3, h, w)
-        view = View(data.normalize(pixels), False, counts[picture.shape])
-        views += [view, View(view.image.flip(-1), True, view.weight)] if multi_scale else [view]
+        views.append(View(data.normalize(pixels), False, counts[shape]))
+        if multi_scale:
+            views.append(View(views[-1].image.flip(-1), True, counts[shape]))
     return views
 
 
-def vote(results: Iterable[Result], size: tuple[int, int], num_classes: int, strip: int = STRIP) -> Iterator[Tensor]:
-    """Mean probabilities of a picture's views at its size (H, W), as strips (K, rows, W) from top to bottom.
+def vote(results: Iterable[tuple[View, Tensor]], size: tuple[int, int], num_classes: int) -> Iterator[Tensor]:
+    """Mean probabilities of a picture at its size (H, W) from its views and their scores, as strips (K, rows, W) from
+    top to bottom.
 
     Each view's scores are resized, soft-maxed and un-mirrored; then views are averaged by weight. Mask2Former's scores
     are probabilities already and are soft-maxed again: the official code does, and multi-scale results depend on it.
 
-    A picture of up to `strip` numbers (K H W) is one strip, and every view is forgotten once added. A larger one
+    A picture of up to STRIP numbers (K H W) is one strip, and every view is forgotten once added. A larger one
     keeps its views' scores, which are smaller than the picture then, and is put together strip by strip.
     """
     height, width = size
-    rows = max(1, min(height, strip // (num_classes * width)))
+    rows = max(1, min(height, STRIP // (num_classes * width)))
     if rows < height:
         results = list(results)
     for top in range(0, height, rows):
         total, weight = None, 0
-        for (_, _, view), scores in results:
+        for view, scores in results:
             probabilities = resize_rows(scores, size, top, min(top + rows, height)).softmax(0)
             probabilities = probabilities.flip(-1) if view.flipped else probabilities
             total = probabilities.mul_(view.weight) if total is None else total.add_(probabilities, alpha=view.weight)
@@ -229,15 +204,10 @@ def resize_rows(scores: Tensor, size: tuple[int, int], top: int, bottom: int) ->
 
 def predict(model: nn.Module, views: Sequence[View], size: tuple[int, int], window_batch: int | None = None) -> Tensor:
     """Probabilities (K, H, W) of one picture from its views: (image (1, 3, h, w), flipped, weight) each."""
-    jobs = [Job(0, size, View(*view)) for view in views]
-    window_batch = window_batch or automatic_window_batch(model, jobs[0].view.image.device)
-    results = sliding_scores(model, jobs, stride_of(model), window_batch)
-    return torch.cat(list(vote(results, size, model.config.num_classes)), dim=1)
-
-
-def stride_of(model: nn.Module) -> int:
-    """Two thirds of the window: the official 320 of 480 pixels."""
-    return model.config.window * 2 // 3
+    views = [View(*view) for view in views]
+    window_batch = window_batch or automatic_window_batch(model, views[0].image.device)
+    scores = sliding_scores(model, views, window_batch)
+    return torch.cat(list(vote(zip(views, scores, strict=True), size, model.config.num_classes)), dim=1)
 
 
 def predictions(model: nn.Module, images: Iterable[np.ndarray], *, multi_scale: bool = False,
@@ -249,11 +219,13 @@ def predictions(model: nn.Module, images: Iterable[np.ndarray], *, multi_scale: 
     """
     window = model.config.window
     prepared = prefetch((image.shape[:2], make_views(image, window, multi_scale, device)) for image in images)
-    jobs = (Job(index, size, view) for index, (size, views) in enumerate(prepared) for view in views)
+    ahead, current = tee(prepared)  # the model is ahead: a batch may hold windows of the next pictures
+    views_ahead = (view for _, views in ahead for view in views)
     window_batch = window_batch or automatic_window_batch(model, device)
-    stream = sliding_scores(model, jobs, stride_of(model), window_batch)
-    for (_, size), results in groupby(stream, key=lambda result: (result.job.picture, result.job.size)):
-        strips = vote(results, size, model.config.num_classes)
+    scores = sliding_scores(model, views_ahead, window_batch)
+    for size, views in current:
+        # not strict: this takes as many scores as the picture has views, the rest is the next pictures'
+        strips = vote(zip(views, scores, strict=False), size, model.config.num_classes)
         # max is three times as fast as argmax on a CPU; uint8 holds every class, for there are at most 255
         yield torch.cat([strip.max(0).indices.to(torch.uint8) for strip in strips])
 
@@ -268,7 +240,7 @@ def prefetch(items: Iterable, ahead: int = 2) -> Iterator:
             yield item
 
 
-# ------------------------------------------------------------------------------------------------ the numbers
+# --------------------------------------------------------------------------------------------------- 3. metrics
 
 
 def confusion_matrix(prediction: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -293,54 +265,51 @@ def metrics(confusion: Tensor) -> Metrics:
 
     A class in neither labels nor predictions has no IoU (NaN) and is left out of the mean.
     """
-    matrix = confusion.cpu().double().numpy()
+    matrix = confusion.cpu().double()
     hits, labelled, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
-    with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN that we want
-        iou, accuracy = hits / (labelled + predicted - hits), hits / labelled
-        all_accuracy = float(hits.sum() / matrix.sum())
-    return Metrics(iou, accuracy, labelled, all_accuracy, nan_mean(iou), nan_mean(accuracy))
-
-
-def nan_mean(values: np.ndarray) -> float:
-    """The mean over the numbers among `values`; NaN if there are none."""
-    numbers = values[~np.isnan(values)]
-    return float(numbers.mean()) if len(numbers) else math.nan
+    iou, accuracy = hits / (labelled + predicted - hits), hits / labelled  # 0 / 0 is the NaN that we want
+    all_accuracy = hits.sum() / matrix.sum()
+    return Metrics(iou.numpy(), accuracy.numpy(), labelled.numpy(), all_accuracy.item(), iou.nanmean().item(),
+                   accuracy.nanmean().item())
 
 
 def table(result: Metrics, classes: Sequence[str]) -> str:
     """The per-class table and the three summary numbers, in percent."""
     width = max(len("class"), *map(len, classes))
-    lines = [f"{'class':<{width}}     IoU     acc        pixels", "-" * (width + 30)]
-    for name, iou, accuracy, pixels in zip(classes, result.iou, result.accuracy, result.pixels, strict=True):
-        lines.append(f"{name:<{width}}  {cell(iou)}  {cell(accuracy)}  {int(pixels):>12,}")
+    line = "-" * (width + 30)
+    rows = [
+        f"{name:<{width}}  {in_percent(iou):>6}  {in_percent(accuracy):>6}  {int(pixels):>12,}"
+        for name, iou, accuracy, pixels in zip(classes, result.iou, result.accuracy, result.pixels, strict=True)
+    ]
     means = {"aAcc": result.all_accuracy, "mIoU": result.mean_iou, "mAcc": result.mean_accuracy}
-    return "\n".join([*lines, lines[1], "   ".join(f"{name} {cell(mean).strip()}" for name, mean in means.items())])
+    summary = "   ".join(f"{name} {in_percent(mean)}" for name, mean in means.items())
+    return "\n".join([f"{'class':<{width}}     IoU     acc        pixels", line, *rows, line, summary])
 
 
-def cell(fraction: float) -> str:
-    """A percentage of six characters; a dash where there is no number."""
-    return f"{'-':>6}" if math.isnan(fraction) else f"{100 * fraction:6.2f}"
+def in_percent(fraction: float) -> str:
+    """A fraction as a percentage with two decimals; a dash where there is no number."""
+    return "-" if math.isnan(fraction) else f"{100 * fraction:.2f}"
 
 
 def evaluate(model: nn.Module, dataset: data.SegmentationDataset, *, multi_scale: bool = False,
              device: torch.device | str = "cpu", limit: int | None = None, progress: bool = True,
-             window_batch: int | None = None, amp: torch.dtype | None = None,
-             save: Save | None = None) -> Tensor:
+             window_batch: int | None = None, amp: torch.dtype | None = None, save: Save | None = None,
+             fast: bool = True) -> Tensor:
     """Confusion matrix int64 (K, K), summed over the first `limit` images of the data set and over all processes.
 
     Under torch.distributed process r takes the images r, r + world, ...: none is counted twice, none is padded on.
-    `save(index, prediction uint8 (H, W))` is called for each image of this process. The model is put back into
-    training mode if it was in it.
+    `save(index, prediction uint8 (H, W))` is called for each image of this process. `fast` switches the fast text on:
+    the numbers are the same to rounding. The model is put back into training mode if it was in it.
     """
     distributed = dist.is_available() and dist.is_initialized()
-    start, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    mine = range(start, min(len(dataset), limit or len(dataset)), world)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    mine = range(rank, min(len(dataset), limit or len(dataset)), world)
     total = torch.zeros(len(dataset.info.classes), len(dataset.info.classes), dtype=torch.int64, device=device)
-    silent = None if progress and start == 0 else True  # None: silent only where stderr is no terminal
+    silent = None if progress and rank == 0 else True  # None: silent only where stderr is no terminal
     bar = tqdm(mine, desc="evaluating", unit="image", disable=silent, dynamic_ncols=True)
     training = model.training
     model.eval()
-    with torch.autocast(torch.device(device).type, amp, enabled=amp is not None):
+    with inference(model, fast), torch.autocast(torch.device(device).type, amp, enabled=amp is not None):
         images = (dataset.image(i) for i in mine)
         results = predictions(model, images, multi_scale=multi_scale, device=device, window_batch=window_batch)
         for index, prediction in zip(bar, results, strict=True):
@@ -356,15 +325,15 @@ def evaluate(model: nn.Module, dataset: data.SegmentationDataset, *, multi_scale
     return total
 
 
-# ------------------------------------------------------------------------------------------- the command line
+# --------------------------------------------------------------------------------------------- the command line
 
 
-def newest_checkpoint(runs: Path = Path("runs")) -> Path:
+def newest_checkpoint() -> Path:
     """The best.pt that was written last under runs/."""
-    found = sorted(runs.glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise UserError(f"no {runs}/*/best.pt: train first (python train.py --data toy) or name a --checkpoint")
-    return found[-1]
+    newest = max(run.RUNS.glob("*/best.pt"), key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
+        raise UserError(f"no {run.RUNS}/*/best.pt: train first (python train.py --data toy) or name a --checkpoint")
+    return newest
 
 
 def data_of_run(checkpoint: Path) -> str:
@@ -375,6 +344,14 @@ def data_of_run(checkpoint: Path) -> str:
     with contextlib.suppress(OSError, json.JSONDecodeError, KeyError):
         return json.loads(config.read_text())["data"]
     raise UserError(f"{config} does not tell the data of {checkpoint.name}: name their folder with --data")
+
+
+def load_with_data(checkpoint: Path, root: str | None, split: str) -> tuple[data.SegmentationDataset, nn.Module, dict]:
+    """A data set (None: the one that the run was trained on), the checkpoint's model for it, and the other facts."""
+    dataset = data.open_dataset(root or data_of_run(checkpoint), split)
+    model, facts = weights.load_model(checkpoint)
+    check_classes(dataset.info, facts.get("classes", ()), model.config.num_classes)
+    return dataset, model, facts
 
 
 def check_classes(info: data.DatasetInfo, classes: Sequence[str], num_classes: int) -> None:
@@ -400,8 +377,57 @@ def to_json(result: Metrics, classes: Sequence[str], **facts: object) -> str:
     return json.dumps({**facts, **means, "classes": per_class}, indent=1)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options of the command line."""
+def label_writer(folder: Path, dataset: data.SegmentationDataset, original_ids: bool) -> Save:
+    """A function that writes prediction i as folder/NAME.png: class indices with the palette, or original ids."""
+    values, palette = np.arange(256, dtype=np.uint8), dataset.info.palette
+    if original_ids:
+        ids = {c["name"]: c["original_id"] for c in json.loads(data.CONTEXT_CLASSES.read_text())["classes"]}
+        if set(dataset.info.classes) - set(ids):
+            raise UserError(f"{dataset.info.name} has no original ids: leave out --original-ids")
+        values, palette = np.uint16([ids[name] for name in dataset.info.classes]), None
+    common.make_folder(folder, "--save-labels")
+    return lambda i, prediction: draw.save_labels(values[prediction], folder / f"{dataset.names[i]}.png", palette)
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """How the model is run: the options that evaluate.py, predict.py and report.py share."""
+    parser.add_argument("--device", help="cpu, cuda or mps; default: cuda if there is one")
+    parser.add_argument("--window-batch", type=common.positive, metavar="N",
+                        help="windows at once; default: by free memory")
+    parser.add_argument("--amp", action="store_const", const=torch.bfloat16,
+                        help="run the model in bfloat16 where that is safe")
+    parser.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True,
+                        help="TF32 products in float32 on a GPU; on by default, as in training and the official runs")
+    parser.add_argument("--fast", action=argparse.BooleanOptionalAction, default=True,
+                        help="the fast text beside the plain one; the numbers are the same to rounding")
+
+
+def evaluate_checkpoint(options: argparse.Namespace) -> None:
+    """Evaluate the checkpoint that the options name; process 0 prints the table and writes the numbers."""
+    checkpoint = options.checkpoint or newest_checkpoint()
+    dataset, model, _ = load_with_data(checkpoint, options.data, options.split)
+    save = label_writer(options.save_labels, dataset, options.original_ids) if options.save_labels else None
+    if options.json:
+        common.check_file(options.json, "--json")
+    process = run.join_processes(options.device)
+    common.allow_tf32(options.tf32)
+    confusion = evaluate(model.to(process.device), dataset, multi_scale=options.ms, device=process.device,
+                         limit=options.limit, window_batch=options.window_batch, amp=options.amp, save=save,
+                         fast=options.fast)
+    if process.rank > 0:
+        return
+    result = metrics(confusion)
+    scales = "multi-scale + flip" if options.ms else "single-scale"
+    print(f"{checkpoint} on {dataset.info.name} {options.split}, {scales}")
+    print(table(result, dataset.info.classes))
+    if options.json:
+        how = {"checkpoint": str(checkpoint), "data": str(dataset.root), "split": options.split, "scales": scales}
+        text = to_json(result, dataset.info.classes, **how) + "\n"
+        common.write_whole(options.json, lambda file: file.write(text.encode()))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status: 0, 2 for a user's fault, 130 for Ctrl-C."""
     parser = common.Parser(
         description="Evaluate a checkpoint: IoU and accuracy per class, aAcc, mIoU, mAcc.",
         epilog="Share the work out with: torchrun --nproc_per_node=N evaluate.py ...",
@@ -415,70 +441,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--save-labels", type=Path, metavar="DIR", help="write each prediction as a palette PNG")
     parser.add_argument("--original-ids", action="store_true", help="in those, Pascal Context's ids of 459 classes")
     add_device_options(parser)
-    return parser.parse_args(arguments)
-
-
-def add_device_options(parser: argparse.ArgumentParser) -> None:
-    """How the model is run: the options that evaluate.py, predict.py and report.py share."""
-    parser.add_argument("--device", help="cpu, cuda or mps; default: cuda if there is one")
-    parser.add_argument("--window-batch", type=common.positive, metavar="N",
-                        help="windows at once; default: by free memory")
-    parser.add_argument("--amp", action="store_const", const=torch.bfloat16,
-                        help="run the model in bfloat16 where that is safe")
-    parser.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True,
-                        help="TF32 products in float32 on a GPU; on by default, as in training and the official runs")
-
-
-def evaluate_command(options: argparse.Namespace) -> None:
-    """What the command line asks for."""
-    checkpoint = options.checkpoint or newest_checkpoint()
-    dataset = data.open_dataset(options.data or data_of_run(checkpoint), options.split)
-    model, facts = weights.load_model(checkpoint)
-    check_classes(dataset.info, facts.get("classes", ()), model.config.num_classes)
-    save = label_writer(options.save_labels, dataset, options.original_ids) if options.save_labels else None
-    if options.json:
-        common.check_file(options.json, "--json")
-    device = run.join_processes(options.device).device
-    common.allow_tf32(options.tf32)
-    confusion = evaluate(model.to(device), dataset, multi_scale=options.ms, device=device, limit=options.limit,
-                         save=save, window_batch=options.window_batch, amp=options.amp)
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return
-    result = metrics(confusion)
-    scales = "multi-scale + flip" if options.ms else "single-scale"
-    print(f"{checkpoint} on {dataset.info.name} {options.split}, {scales}")
-    print(table(result, dataset.info.classes))
-    if options.json:
-        how = {"checkpoint": str(checkpoint), "data": str(dataset.root), "split": options.split, "scales": scales}
-        text = to_json(result, dataset.info.classes, **how) + "\n"
-        common.write_whole(options.json, lambda file: file.write(text.encode()))
-
-
-def label_writer(folder: Path, dataset: data.SegmentationDataset, original_ids: bool) -> Save:
-    """A function that writes prediction i as folder/NAME.png: class indices with the palette, or original ids."""
-    if original_ids:
-        ids = {c["name"]: c["original_id"] for c in json.loads(data.CONTEXT_CLASSES.read_text())["classes"]}
-        if set(dataset.info.classes) - set(ids):
-            raise UserError(f"{dataset.info.name} has no original ids: leave out --original-ids")
-        original = np.uint16([ids[name] for name in dataset.info.classes])
-    common.make_folder(folder, "--save-labels")
-
-    def save(index: int, prediction: np.ndarray) -> None:
-        path = folder / f"{dataset.names[index]}.png"
-        if original_ids:
-            draw.save_labels(original[prediction], path)
-        else:
-            draw.save_labels(prediction, path, dataset.info.palette)
-
-    return save
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status: 0, 2 for a user's fault, 130 for Ctrl-C."""
-    options = parse(arguments)
-    keep_freed_memory()
+    options = parser.parse_args(arguments)
     try:
-        return common.run(lambda: evaluate_command(options))
+        return common.run(lambda: evaluate_checkpoint(options))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""predict.py: any picture file, the files written, bad input, and what --explain draws."""
+"""predict.py: any picture file, the files written, bad input."""
 
 import contextlib
 import json
@@ -84,13 +84,8 @@ def test_any_size_comes_back_at_its_own_size(predictor, size):
 def test_a_large_picture_is_put_together_in_strips(predictor, monkeypatch):
     image = photograph(300, 410)
     whole = predictor(image)
-    monkeypatch.setattr(evaluate.vote, "__defaults__", (5 * 410 * 37,))  # 37 rows a strip
-    seen = []
-    resize_rows = evaluate.resize_rows
-    monkeypatch.setattr(evaluate, "resize_rows", lambda *a: seen.append(a[2:]) or resize_rows(*a))
-    strips = predictor(image)
-    assert seen == [(top, min(top + 37, 300)) for top in range(0, 300, 37)]
-    assert (strips != whole).mean() < 1e-4  # rounding may tip a tie
+    monkeypatch.setattr(evaluate, "STRIP", 5 * 410 * 37)  # 37 rows a strip
+    assert (predictor(image) != whole).mean() < 1e-4  # rounding may tip a tie
 
 
 MEMORY = """
@@ -117,6 +112,16 @@ def test_a_picture_of_8000_by_6000_pixels_keeps_to_the_stated_memory(checkpoints
     assert int(done.stdout) < 2_000_000  # kB
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_fast_text_runs_unless_refused(checkpoints, monkeypatch, fast):
+    enabled = []
+    monkeypatch.setattr(predict, "inference", lambda _, fast: contextlib.nullcontext(enabled.append(fast)))
+    predictor = Predictor(checkpoints / "upernet.pt", "cpu", fast=fast)
+    predictor(photograph())
+    predictor.probabilities(photograph())
+    assert enabled == [fast, fast]
+
+
 def test_released_checkpoints_tell_no_classes_and_get_those_of_pascal_context():
     names, palette = predict.names_and_colors({}, 59)
     assert names == list(data.context_info().classes) and palette.shape == (59, 3)
@@ -141,9 +146,8 @@ def test_a_folder_gives_an_overlay_and_labels_for_each_picture(checkpoints, pred
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert names == [f"frame{i}_{kind}" for i in range(3) for kind in ("labels.png", "overlay.jpg")]
     with Image.open(tmp_path / "out" / "frame2_labels.png") as labels:
-        assert (np.array(labels) == predictor(photograph(seed=2))).all() and labels.getpalette()[:15] == sum(
-            PALETTE, []
-        )
+        assert (np.array(labels) == predictor(photograph(seed=2))).all()
+        assert labels.getpalette()[:15] == sum(PALETTE, [])
     with Image.open(tmp_path / "out" / "frame2_overlay.jpg") as overlay:
         assert overlay.width >= 70 and overlay.height > 50  # the legend is below
 
@@ -163,10 +167,9 @@ def saved(image, path, mode):
     return np.array(picture.convert("RGB"))
 
 
-@pytest.mark.parametrize(
-    ("mode", "suffix"),
-    [("L", ".png"), ("RGBA", ".png"), ("P", ".png"), ("CMYK", ".tif"), ("16 bit", ".png"), ("rotated", ".jpg")],
-)
+@pytest.mark.parametrize(("mode", "suffix"), [
+    ("L", ".png"), ("RGBA", ".png"), ("P", ".png"), ("CMYK", ".tif"), ("16 bit", ".png"), ("rotated", ".jpg"),
+])
 def test_every_kind_of_picture_file_is_read_upright_and_in_rgb(predictor, tmp_path, mode, suffix):
     image, path = photograph(), tmp_path / f"x{suffix}"
     expected = saved(image, path, mode)
@@ -185,15 +188,12 @@ def test_a_bad_picture_does_not_stop_the_others_and_is_named_at_the_end(checkpoi
     assert run(checkpoints, tmp_path / "bad.png", "--out", tmp_path / "out") == 2  # nothing could be done
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(["nothing*.png"], "no picture at nothing*.png"), (["."], "no picture at ."), (["x.jpg"], "no picture at x.jpg")],
-)
-def test_no_picture_at_all_is_status_2(checkpoints, tmp_path, monkeypatch, capsys, arguments, message):
+@pytest.mark.parametrize("argument", ["nothing*.png", ".", "x.jpg"])
+def test_no_picture_at_all_is_status_2(checkpoints, tmp_path, monkeypatch, capsys, argument):
     monkeypatch.chdir(tmp_path)
-    assert run(checkpoints, *arguments) == 2
+    assert run(checkpoints, argument) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {message}") and error.count("\n") == 1
+    assert error.startswith(f"error: no picture at {argument}") and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -239,72 +239,17 @@ def test_probabilities_are_saved_with_the_class_names(checkpoints, tmp_path):
         assert (chosen >= file["probabilities"].max(0) - 1e-3).all()
 
 
-# --------------------------------------------------------------------------------------------------- --explain
-
-
 def test_explain_writes_a_sheet_of_queries_and_samples(checkpoints, tmp_path):
     Image.fromarray(photograph()).save(tmp_path / "a.png")
     assert run(checkpoints, tmp_path / "a.png", "--out", tmp_path, "--explain") == 0
     with Image.open(tmp_path / "a_explain.png") as sheet:
-        assert sheet.width > 4 * predict.CELL and sheet.height > 5 * predict.CELL  # 6 queries in 2 rows, 4 cells below
-
-
-def test_explain_shows_the_queries_with_the_highest_score(predictor, monkeypatch):
-    """Class, score and mask of each are worked out a second time, pixel by pixel at the masks' own size."""
-    monkeypatch.setattr(predict, "CELL", 16)  # that size: a window of 64 at stride 4
-    shown = {}
-    monkeypatch.setattr(predict, "query_sheet", lambda picture, masks, captions: shown.update(
-        masks=masks, captions=captions) or Image.fromarray(picture).resize((64, 64)))
-    predict.explain(predictor, photograph(64, 64), number=4)
-    model = predictor.model
-    pixels = data.normalize(torch.from_numpy(photograph(64, 64)).permute(2, 0, 1)[None])
-    with torch.no_grad():
-        prediction = model.head(model.features(pixels), every_layer=False)
-        classes, masks = (x[-1, 0].double() for x in (prediction.class_logits, prediction.mask_logits))
-    chances, masks, found = classes.exp() / classes.exp().sum(1, keepdim=True), 1 / (1 + (-masks).exp()), []
-    for q in range(6):
-        inside = masks[q][masks[q] > 0.5]
-        certainty = inside.mean().item() if len(inside) else 0.0
-        best = max(range(5), key=lambda k: chances[q, k])
-        found.append((chances[q, best].item() * certainty, f"{CLASSES[best]} {{:.2f}} (query {q})", masks[q].numpy()))
-    found.sort(key=lambda entry: -entry[0])
-    assert shown["captions"] == [text.format(score) for score, text, _ in found[:4]]
-    np.testing.assert_allclose(shown["masks"], [mask for *_, mask in found[:4]], atol=1e-5)
+        assert sheet.width > 4 * 320 and sheet.height > 5 * 320  # cells of 320: 6 queries in 2 rows, 4 cells below
 
 
 def test_explain_is_refused_without_queries(checkpoints, tmp_path, capsys):
     Image.fromarray(photograph()).save(tmp_path / "a.png")
     assert run(checkpoints, tmp_path / "a.png", "--out", tmp_path / "out", "--explain", head="upernet") == 2
     assert "UperNet head" in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
-def test_explain_shows_where_the_last_injector_samples(predictor, monkeypatch):
-    """Its patches' centres and the outputs of its two linear layers give the same places and weights."""
-    shown, outputs = {}, {}
-    monkeypatch.setattr(predict, "sampling_picture", lambda image, places, points, weight: shown.update(
-        points=points, weight=weight) or Image.fromarray(image))
-    attention = predictor.model.adapter.interactions[-1].injector.attn
-    with contextlib.ExitStack() as hooks:
-        for name in ("sampling_offsets", "attention_weights"):
-            hook = getattr(attention, name).register_forward_hook(
-                lambda layer, inputs, output, name=name: outputs.update({name: output[0].double()}))
-            hooks.callback(hook.remove)
-        predict.explain(predictor, photograph())
-    offsets = outputs["sampling_offsets"].view(16, 4, 3, 4, 2)  # 4 x 4 patches, heads, levels, points, x and y
-    centres = torch.tensor([[(x + 0.5) / 4, (y + 0.5) / 4] for y in range(4) for x in range(4)], dtype=torch.float64)
-    sides = torch.tensor([8.0, 4, 2]).double()[:, None, None]  # of a window of 64 pixels at strides 8, 16, 32
-    np.testing.assert_allclose(shown["points"], centres[:, None, None, None] + offsets / sides, atol=1e-6)
-    shares = outputs["attention_weights"].view(16, 4, 12).exp()
-    shares = (shares / shares.sum(-1, keepdim=True)).view(16, 4, 3, 4)
-    np.testing.assert_allclose(shown["weight"], shares, atol=1e-6)
-
-
-def test_the_central_window_is_the_middle_of_the_picture():
-    image = np.zeros((40, 100, 3), np.uint8)
-    image[:, 50:] = 200
-    window = predict.central_window(image, 80)
-    assert window.shape == (80, 80, 3)
-    assert (window[:, :38] == 0).all() and (window[:, 42:] == 200).all()
 
 
 def test_defaults_come_from_the_newest_run(checkpoints, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
     python -m tools.report                    the newest run, its best checkpoint, single-scale
     python -m tools.report camvid --ms        the run runs/camvid, multi-scale with flips
 
-Read: main -> write_report -> page, which puts together curves, class_bars, confusion_picture and examples.
+Reading order: main -> write_report -> page, which puts together curves, class_bars, confusion_picture and examples.
 
 Charts are inline SVG that take their colours from the page's style sheet; numbers show when a mark is pointed at or
 touched, by SVG titles and style rules, so the page needs no script and no network.
@@ -21,7 +21,6 @@ import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,85 +29,46 @@ from torch import Tensor
 import common
 import data
 import evaluate
-import weights
 from common import UserError
 from run import RUNS, read_config, read_log, runs_like
 from tools import draw
 
 SHOWN = 12  # worst images, and as many typical ones
 COLUMNS = ("image", "labels", "prediction", "errors")
-FEW = 16  # classes whose bars need one column, beside the confusion matrix on a wide page
-STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1c1c1e; --faint: #6a6a70; --line: #d9d9de; --accent: #1f6feb; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #141416; --ink: #ececee; --faint: #a0a0a8; --line: #3a3a40; --accent: #6cb0ff; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 70rem; padding: 1rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; margin: .5rem 0 0; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem; }
-p { margin: .3rem 0; } .faint { color: var(--faint); } .small { font-size: .9rem; }
-.numbers { display: flex; gap: clamp(1rem, 5vw, 2.2rem); margin: 1rem 0; font-size: .9rem; white-space: nowrap; }
-.numbers b { display: block; font-size: clamp(1.5rem, 7vw, 2rem); line-height: 1.1; }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem 2rem; }
-.thirds { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); gap: 1rem 2rem; }
-.wide { overflow-x: auto; }
-svg { display: block; width: 100%; height: auto; } svg text { fill: var(--ink); font-size: 11px; }
-svg .note { fill: var(--faint); } svg .grid { stroke: var(--line); } svg .mark { fill: var(--accent); }
-svg .curve { fill: none; stroke: var(--accent); stroke-width: 1.8; stroke-linejoin: round; }
-.cell text { visibility: hidden; pointer-events: none; paint-order: stroke; stroke: var(--paper); stroke-width: 6px; }
-.cell:hover text { visibility: visible; }
-.cell:hover rect { stroke: var(--ink); stroke-opacity: 1; }
-.legend { display: flex; flex-wrap: wrap; gap: .1rem 1rem; margin: .6rem 0; padding: 0; list-style: none; }
-.legend i { display: inline-block; width: .8em; height: .8em; margin-right: .4em; border: 1px solid var(--faint); }
-figure { margin: .8rem 0; }
-.row { display: grid; grid-template-columns: repeat(4, 1fr); gap: 0 4px; }
-@media (max-width: 40rem) { .row { grid-template-columns: repeat(2, 1fr); gap: 4px; } .row.names { gap: 0 4px; } }
-img { width: 100%; height: auto; display: block; }
-table { border-collapse: collapse; } caption { text-align: left; font-weight: bold; }
-th { font-weight: normal; color: var(--faint); text-align: left; white-space: nowrap; }
-th, td { padding: .1rem 1rem .1rem 0; vertical-align: top; overflow-wrap: anywhere; }
-pre { padding: .8rem; border: 1px solid var(--line); border-radius: 6px; font-size: .85rem; white-space: pre-wrap;
-  overflow-wrap: anywhere; }
-"""
-
-
-class Point(NamedTuple):
-    """A point of a learning curve."""
-
-    iteration: int
-    value: float
+FEW = 16  # classes whose bars stand beside the confusion matrix on a wide page
+STYLE = Path(__file__).with_name("report.css")
 
 
 # ------------------------------------------------------------------------------------------------------ charts
 
 
-def curve(points: Sequence[Point], title: str, unit: str = "") -> str:
-    """A line chart of at most 400 points; longer curves show the mean of as many stretches."""
+def curve(points: Sequence[tuple[int, float]], title: str, unit: str = "") -> str:
+    """A line chart of (iteration, value) pairs; of more than 400, the means of 400 stretches."""
     if len(points) < 2:
         return ""
     stretches = np.array_split(np.float64(points), min(len(points), 400))
     x, y = np.array([stretch.mean(0) for stretch in stretches]).T
     left, top, width, height = 48, 26, 300, 150
     marks = ticks(min(0.0, float(y.min())), float(y.max()))
-    low, high = marks[0], marks[-1]
-    horizontal = left + width * (x - x[0]) / max(x[-1] - x[0], 1)
-    vertical = top + height * (high - y) / (high - low)
-    path = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(horizontal, vertical, strict=True))
+
+    def vertical(value: float | np.ndarray) -> float | np.ndarray:
+        return top + height * (marks[-1] - value) / (marks[-1] - marks[0])
+
+    places = np.stack([left + width * (x - x[0]) / max(x[-1] - x[0], 1), vertical(y)], 1)
+    path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
     grid = "".join(
-        f'<line class="grid" x1="{left}" x2="{left + width}" y1="{v:.1f}" y2="{v:.1f}"/>'
-        f'<text class="note" x="{left - 5}" y="{v + 4:.1f}" text-anchor="end">{tick(value)}</text>'
-        for value in marks for v in [top + height * (high - value) / (high - low)]
+        f'<line class="grid" x1="{left}" x2="{left + width}" y1="{vertical(value):.1f}" y2="{vertical(value):.1f}"/>'
+        f'<text class="note" x="{left - 5}" y="{vertical(value) + 4:.1f}" text-anchor="end">{tick(value)}</text>'
+        for value in marks
     )
     dots = "".join(
         f'<circle class="mark" cx="{a:.1f}" cy="{b:.1f}" r="{2.5 if len(x) < 60 else 1}">'
         f"<title>iteration {i:.0f}: {v:.4g}{unit}</title></circle>"
-        for a, b, i, v in zip(horizontal, vertical, x, y, strict=True)
+        for (a, b), i, v in zip(places, x, y, strict=True)
     )
-    ends = f'<text class="note" x="{left}" y="192">{x[0]:.0f}</text>' + (
-        f'<text class="note" x="{left + width}" y="192" text-anchor="end">{x[-1]:.0f} iterations</text>'
-    )
-    heading = f'<text x="0" y="13">{html.escape(title)}</text>'
-    return f'<svg viewBox="0 0 360 200">{heading}{grid}<polyline class="curve" points="{path}"/>{dots}{ends}</svg>'
+    return (f'<svg viewBox="0 0 360 200"><text x="0" y="13">{html.escape(title)}</text>{grid}'
+            f'<polyline class="curve" points="{path}"/>{dots}<text class="note" x="{left}" y="192">{x[0]:.0f}</text>'
+            f'<text class="note" x="{left + width}" y="192" text-anchor="end">{x[-1]:.0f} iterations</text></svg>')
 
 
 def ticks(low: float, high: float) -> np.ndarray:
@@ -134,38 +94,27 @@ def curves(log: Sequence[dict]) -> str:
     return f'<div class="columns">{"".join(charts)}</div>' if any(charts) else "<p>The log has no curve yet.</p>"
 
 
-def points_of(log: Sequence[dict], kind: str, key: str, scale: float = 1) -> list[Point]:
-    """The values of `key` in the log's lines of this kind."""
-    return [Point(line["iteration"], scale * line[key]) for line in log if line.get("kind") == kind and key in line]
+def points_of(log: Sequence[dict], kind: str, key: str, scale: float = 1) -> list[tuple[int, float]]:
+    """(iteration, value of `key`) of the log's lines of this kind."""
+    return [(line["iteration"], scale * line[key]) for line in log if line.get("kind") == kind and key in line]
 
 
 def class_bars(result: evaluate.Metrics, info: data.DatasetInfo) -> str:
     """One bar for each class, its IoU, best first; classes that occur nowhere come last, with a dash."""
-    order = sorted(
-        range(len(info.classes)), key=lambda k: -1 if math.isnan(result.iou[k]) else result.iou[k], reverse=True
-    )
     rows = []
-    for row, k in enumerate(order):
-        y, iou = 18 * row, result.iou[k]
-        share = result.pixels[k] / max(result.pixels.sum(), 1)
-        more = f"accuracy {evaluate.cell(result.accuracy[k]).strip()}, {draw.percent(share)} of pixels"
-        length = 0 if math.isnan(iou) else 190 * iou
+    for k in np.argsort(-np.nan_to_num(result.iou, nan=-1), kind="stable"):
+        name, iou = info.classes[k], evaluate.in_percent(result.iou[k])
+        share = draw.percent(result.pixels[k] / max(result.pixels.sum(), 1))
+        length = 190 * np.nan_to_num(result.iou[k])
         rows.append(
-            f"<g><title>{html.escape(info.classes[k])}: IoU {evaluate.cell(iou).strip()}, {more}</title>"
-            f'<rect x="0" y="{y + 3}" width="11" height="11" fill="{color(info.palette[k])}"/>'
-            f'<text x="17" y="{y + 13}">{html.escape(info.classes[k][:16])}</text>'
-            f'<rect class="mark" x="118" y="{y + 3}" width="{length:.1f}" height="11"/>'
-            f'<text x="{123 + length:.1f}" y="{y + 13}">{evaluate.cell(iou).strip()}</text></g>'
+            f'<svg viewBox="0 0 360 18"><title>{html.escape(name)}: IoU {iou}, accuracy '
+            f"{evaluate.in_percent(result.accuracy[k])}, {share} of pixels</title>"
+            f'<rect x="0" y="3" width="11" height="11" fill="{color(info.palette[k])}"/>'
+            f'<text x="17" y="13">{html.escape(name[:16])}</text>'
+            f'<rect class="mark" x="118" y="3" width="{length:.1f}" height="11"/>'
+            f'<text x="{123 + length:.1f}" y="13">{iou}</text></svg>'
         )
-    # Two columns on a wide page, one on a phone, in reading order.
-    half = -(-len(rows) // 2) if len(rows) > FEW else len(rows)
-    parts = [("".join(rows[:half]), 0, half), ("".join(rows[half:]), half, len(rows) - half)]
-    charts = [
-        f'<svg viewBox="0 {18 * first} 360 {18 * count}" style="max-width: 36rem">{part}</svg>'
-        for part, first, count in parts
-        if count
-    ]
-    return f'<div class="columns">{"".join(charts)}</div>'
+    return f'<div class="bars">{"".join(rows)}</div>'
 
 
 def color(rgb: np.ndarray) -> str:
@@ -206,7 +155,8 @@ def confusion_picture(confusion: np.ndarray, classes: Sequence[str]) -> str:
 def image_score(confusion: Tensor) -> float:
     """Mean IoU over the classes of one image's labels, from its confusion matrix; NaN for an image without any."""
     result = evaluate.metrics(confusion)
-    return evaluate.nan_mean(result.iou[result.pixels > 0])
+    occurring = result.iou[result.pixels > 0]
+    return float(occurring.mean()) if len(occurring) else math.nan
 
 
 def choose_examples(scores: Sequence[float], number: int = SHOWN) -> tuple[list[int], list[int]]:
@@ -261,9 +211,7 @@ def write_report(folder: Path, options: argparse.Namespace) -> Path:
     device = common.choose_device(options.device)
     common.allow_tf32(options.tf32)
     config, log, checkpoint = read_config(folder), read_log(folder / "log.jsonl"), folder / "best.pt"
-    dataset = data.open_dataset(options.data or evaluate.data_of_run(checkpoint), "val")
-    model, known = weights.load_model(checkpoint)
-    evaluate.check_classes(dataset.info, known.get("classes", ()), model.config.num_classes)
+    dataset, model, facts = evaluate.load_with_data(checkpoint, options.data, "val")
     path = folder / "report" / "index.html"
     common.check_file(path, "the report")
     scores: list[float] = []
@@ -276,10 +224,11 @@ def write_report(folder: Path, options: argparse.Namespace) -> Path:
         predictions.append(zlib.compress(prediction, 1))  # some kilobytes: all of a validation fit in memory
 
     confusion = evaluate.evaluate(model.to(device), dataset, multi_scale=options.ms, device=device, save=keep,
-                                  limit=options.limit, window_batch=options.window_batch, amp=options.amp)
+                                  limit=options.limit, window_batch=options.window_batch, amp=options.amp,
+                                  fast=options.fast)
     worst, typical = ("".join(examples(dataset, chosen, scores, predictions)) for chosen in choose_examples(scores))
     about = [dataset.info.name, f"{len(scores)} validation images",
-             "multi-scale + flip" if options.ms else "single-scale", f"iteration {known.get('iteration')}"]
+             "multi-scale + flip" if options.ms else "single-scale", f"iteration {facts.get('iteration')}"]
     text = page(folder.name, ", ".join(about), config, log, dataset.info, confusion.cpu(), worst, typical)
     common.write_whole(path, lambda file: file.write(text.encode()))
     return path
@@ -290,14 +239,15 @@ def page(name: str, about: str, config: dict, log: Sequence[dict], info: data.Da
     """The whole document."""
     result = evaluate.metrics(confusion)
     means = {"mIoU": result.mean_iou, "pixel accuracy": result.all_accuracy, "mean accuracy": result.mean_accuracy}
-    headline = "".join(f"<div><b>{evaluate.cell(mean).strip()}</b>{what}</div>" for what, mean in means.items())
+    headline = "".join(f"<div><b>{evaluate.in_percent(mean)}</b>{what}</div>" for what, mean in means.items())
     environment = config.get("environment", {})
     command_line = shlex.join(map(str, environment.get("command", ()))).replace(" --", " \\\n    --") or "not recorded"
     options = {key: value for key, value in config.items() if key not in ("environment", "classes", "model")}
     surroundings = {key: value for key, value in environment.items() if key != "command"}
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(name)}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head><body>
+<title>{html.escape(name)}</title><link rel="icon" href="data:,"><style>
+{STYLE.read_text()}</style></head><body>
 <h1>{html.escape(name)}</h1><p class="faint">{html.escape(about)}</p>
 <div class="numbers">{headline}</div>
 <h2>Learning curves</h2>{curves(log)}
@@ -309,8 +259,8 @@ row. Point at a square for its number.</p>{confusion_picture(confusion.numpy(), 
 the image's labels.</p>{legend(info)}{worst}
 <h2>Typical images</h2><p class="faint small">Those around the median.</p>{typical}
 <h2>How it was made</h2><pre>{html.escape(command_line)}</pre>
-<div class="thirds small">{facts("Options", options)}{facts("Model", config.get("model", {}))}
-{facts("Environment", surroundings)}</div>
+<div class="thirds small">{value_table("Options", options)}{value_table("Model", config.get("model", {}))}
+{value_table("Environment", surroundings)}</div>
 </body></html>
 """
 
@@ -322,7 +272,7 @@ def legend(info: data.DatasetInfo) -> str:
         f'<li><i style="background: {color(rgb)}"></i>{html.escape(name)}</li>' for name, rgb in entries) + "</ul>"
 
 
-def facts(title: str, values: dict) -> str:
+def value_table(title: str, values: dict) -> str:
     """A table of names and values."""
     rows = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
                    for name, value in values.items() if value is not None)

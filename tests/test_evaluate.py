@@ -26,37 +26,31 @@ from common import UserError
 from evaluate import View, confusion_matrix, metrics, predict, slide, vote, window_starts
 from model import build_model
 
+assert_exactly = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-12)
 
-class PixelModel(nn.Module):
-    """Scores that depend on a pixel alone: windows, batches and their order cannot matter."""
 
-    def __init__(self, window=32, num_classes=5, seed=0):
+class SmallModel(nn.Module):
+    """Scores that depend on the place in the window and on the neighbours, as a segmenter's do.
+
+    With `alone` they depend on a pixel alone: windows, batches and their order cannot matter.
+    """
+
+    def __init__(self, window=32, alone=False):
         super().__init__()
-        self.config = SimpleNamespace(window=window, num_classes=num_classes)
-        self.layer = nn.Conv2d(3, num_classes, 1)
-        generator = torch.Generator().manual_seed(seed)
-        self.layer.weight.data = torch.randn(num_classes, 3, 1, 1, generator=generator)
-        self.layer.bias.data.zero_()
+        torch.manual_seed(0)
+        self.config = SimpleNamespace(window=window, num_classes=5)
+        self.layer = nn.Conv2d(3, 5, 1) if alone else nn.Conv2d(3, 5, 5, padding=2)
+        self.place = nn.Parameter(torch.randn(5, window, window) * (not alone))
         self.calls = []
 
     def forward(self, images):
         assert images.shape[2:] == (self.config.window, self.config.window)
         self.calls.append(len(images))
-        return self.layer(images.to(self.layer.weight.dtype))
+        return self.layer(images.to(self.place.dtype)) + self.place
 
 
-class PlaceModel(PixelModel):
-    """Scores that also depend on the place in the window and on the neighbours, as a segmenter's do."""
-
-    def __init__(self, window=32, num_classes=5, seed=0):
-        super().__init__(window, num_classes, seed)
-        generator = torch.Generator().manual_seed(seed + 1)
-        self.layer = nn.Conv2d(3, num_classes, 5, padding=2, bias=False)
-        self.layer.weight.data = torch.randn(num_classes, 3, 5, 5, generator=generator) / 5
-        self.place = nn.Parameter(torch.randn(num_classes, window, window, generator=generator))
-
-    def forward(self, images):
-        return super().forward(images) + self.place
+def random_image(*size):
+    return torch.randn(1, 3, *size, dtype=torch.float64)
 
 
 def photograph(height, width, seed=0):
@@ -76,50 +70,48 @@ def test_windows_cover_the_image_and_the_last_one_ends_at_the_border(length, win
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 97), (75, 64)])
 def test_sliding_a_model_of_single_pixels_equals_running_it_on_the_whole_image(size):
-    model = PixelModel().double().eval()
-    image = torch.randn(2, 3, *size, dtype=torch.float64)
-    torch.testing.assert_close(slide(model, image, 32, 21), model.layer(image), rtol=0, atol=1e-12)
+    model, images = SmallModel(alone=True).double().eval(), random_image(*size).repeat(2, 1, 1, 1)
+    images[1] *= -1
+    assert_exactly(slide(model, images, 32, 21), model.layer(images))
 
 
 def test_overlapping_windows_are_averaged_pixel_by_pixel():
-    model = PlaceModel().double().eval()
-    image = torch.randn(1, 3, 50, 71, dtype=torch.float64)
+    model, image = SmallModel().double().eval(), random_image(50, 71)
     total, count = torch.zeros(1, 5, 50, 71, dtype=torch.float64), torch.zeros(50, 71)
     for top in (0, 18):
         for left in (0, 21, 39):
             total[..., top : top + 32, left : left + 32] += model(image[..., top : top + 32, left : left + 32])
             count[top : top + 32, left : left + 32] += 1
-    torch.testing.assert_close(slide(model, image, 32, 21), (total / count).detach(), rtol=0, atol=1e-12)
+    assert_exactly(slide(model, image, 32, 21), (total / count).detach())
 
 
 def test_batched_windows_of_many_views_give_the_same_as_one_by_one():
-    model = PlaceModel().double().eval()
-    views = [View(torch.randn(1, 3, h, w, dtype=torch.float64), flipped)
-             for h, w, flipped in [(32, 40, False), (61, 55, True), (47, 90, False)]]
+    model = SmallModel().double().eval()
+    views = [View(random_image(32, 40)), View(random_image(61, 55), True), View(random_image(47, 90))]
     one_by_one = predict(model, views, (37, 53), window_batch=1)
     assert set(model.calls) == {1}
     for window_batch in (2, 5, 64):
         model.calls = []
-        torch.testing.assert_close(predict(model, views, (37, 53), window_batch), one_by_one, rtol=0, atol=1e-12)
+        assert_exactly(predict(model, views, (37, 53), window_batch), one_by_one)
         assert all(size == window_batch for size in model.calls[:-1])  # only the last batch may be smaller
 
 
 def test_batches_are_filled_across_images():
-    model = PixelModel().eval()
+    model = SmallModel().eval()
     list(evaluate.predictions(model, [photograph(30, 36, i) for i in range(3)], window_batch=4))
     assert len(model.calls) > 3 and set(model.calls[:-1]) == {4}
 
 
 def test_an_image_smaller_than_the_window_is_refused_in_one_line():
     with pytest.raises(UserError, match="31x40 image is smaller than the 32x32 window"):
-        slide(PixelModel(), torch.zeros(1, 3, 31, 40), 32, 21)
+        slide(SmallModel(), torch.zeros(1, 3, 31, 40), 32, 21)
     with pytest.raises(UserError, match="windows of 32 pixels, not of 64"):
-        slide(PixelModel(), torch.zeros(1, 3, 64, 64), 64, 42)
+        slide(SmallModel(), torch.zeros(1, 3, 64, 64), 64, 42)
 
 
-def test_the_automatic_batch_holds_as_many_pixels_as_four_windows_of_480():
-    for window, number in [(480, 4), (240, 16), (32, 32)]:
-        assert evaluate.automatic_window_batch(PixelModel(window), "cpu") == number
+@pytest.mark.parametrize(("window", "number"), [(480, 4), (240, 16), (32, 32)])
+def test_the_automatic_batch_holds_as_many_pixels_as_four_windows_of_480(window, number):
+    assert evaluate.automatic_window_batch(SmallModel(window), "cpu") == number
 
 
 # ----------------------------------------------------------------------------------------- views and voting
@@ -131,7 +123,7 @@ def test_multi_scale_views_are_ten_with_the_double_one_counted_twice():
     assert [tuple(v.image.shape[2:]) for v in views[::2]] == sizes
     assert [v.weight for v in views] == [2, 2, 1, 1, 1, 1, 1, 1, 1, 1]
     assert [v.flipped for v in views] == [False, True] * 5
-    torch.testing.assert_close(views[3].image, views[2].image.flip(-1), rtol=0, atol=0)
+    assert views[3].image.equal(views[2].image.flip(-1))
 
 
 def test_the_single_scale_view_has_sides_in_multiples_of_32():
@@ -140,24 +132,21 @@ def test_the_single_scale_view_has_sides_in_multiples_of_32():
 
 
 def test_views_counted_twice_weigh_as_two():
-    model = PlaceModel().double().eval()
-    small, large = (torch.randn(1, 3, n, n + 9, dtype=torch.float64) for n in (32, 44))
+    model, small, large = SmallModel().double().eval(), random_image(32, 41), random_image(44, 53)
     twice = predict(model, [View(small), View(small), View(large)], (30, 40))
-    weighted = predict(model, [View(small, False, 2), View(large)], (30, 40))
-    torch.testing.assert_close(weighted, twice, rtol=0, atol=1e-12)
+    assert_exactly(predict(model, [View(small, False, 2), View(large)], (30, 40)), twice)
 
 
 def test_views_are_resized_soft_maxed_un_mirrored_and_then_averaged():
-    model = PlaceModel().double().eval()
-    image = torch.randn(1, 3, 40, 47, dtype=torch.float64)
+    model, image = SmallModel().double().eval(), random_image(40, 47)
     expected = 0
     for flipped in (False, True):
         scores = slide(model, image.flip(-1) if flipped else image, 32, 21)
         probabilities = F.interpolate(scores, (55, 61), mode="bilinear", align_corners=False).softmax(1)
         expected = expected + (probabilities.flip(-1) if flipped else probabilities) / 2
     result = predict(model, [View(image), View(image.flip(-1), True)], (55, 61))
-    torch.testing.assert_close(result, expected[0], rtol=0, atol=1e-12)
-    torch.testing.assert_close(result.sum(0), torch.ones(55, 61, dtype=torch.float64))
+    assert_exactly(result, expected[0])
+    assert_exactly(result.sum(0), torch.ones(55, 61, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("size", [(101, 64), (23, 64), (40, 47)])
@@ -168,7 +157,7 @@ def test_strips_of_a_large_picture_are_those_of_the_whole(size, monkeypatch):
     monkeypatch.setattr(evaluate, "STRIP", 6 * size[1] * 7)  # seven rows
     strips = list(vote(iter(results), size, 6))
     assert [len(strip[0]) for strip in strips[:-1]] == [7] * (size[0] // 7)
-    torch.testing.assert_close(torch.cat(strips, 1), whole, rtol=0, atol=1e-12)
+    assert_exactly(torch.cat(strips, 1), whole)
 
 
 @pytest.mark.parametrize("head", ["mask2former", "upernet"])
@@ -192,17 +181,12 @@ def test_golden_sliding_window_single_and_multi_scale(head, golden_model):
 def test_golden_metrics(suffix):
     golden = load_golden("metrics.npz")
     labels, prediction = (torch.from_numpy(golden[name]) for name in ("labels", f"preds{suffix}"))
-    absent = suffix and np.isnan(golden["iou_absent"])
     if suffix:  # the class that the prediction lacks was taken out of the labels too
-        labels = labels.clone()
-        labels[np.isin(labels, np.flatnonzero(absent))] = 255
+        labels[np.isin(labels, np.flatnonzero(np.isnan(golden["iou_absent"])))] = 255
     result = metrics(sum(confusion_matrix(p, t, 9) for p, t in zip(prediction, labels, strict=True)))
-    np.testing.assert_allclose(result.iou, golden[f"iou{suffix}"], rtol=0, atol=1e-12)
-    np.testing.assert_allclose(result.accuracy, golden[f"acc{suffix}"], rtol=0, atol=1e-12)
-    assert result.all_accuracy == pytest.approx(float(golden[f"aacc{suffix}"]), abs=1e-12)
-    assert result.mean_iou == pytest.approx(float(golden[f"miou{suffix}"]), abs=1e-12)
-    if not suffix:
-        assert result.mean_accuracy == pytest.approx(float(golden["macc"]), abs=1e-12)
+    names = {"iou": result.iou, "acc": result.accuracy, "aacc": result.all_accuracy, "miou": result.mean_iou}
+    for name, value in (names if suffix else {**names, "macc": result.mean_accuracy}).items():
+        np.testing.assert_allclose(value, golden[f"{name}{suffix}"], rtol=0, atol=1e-12)
 
 
 def test_confusion_counts_rows_of_labels_and_columns_of_predictions_without_the_ignored():
@@ -230,28 +214,31 @@ def folder(tmp_path):
         (tmp_path / name).mkdir()
     for i, (h, w) in enumerate([(40, 52), (52, 40), (33, 64), (40, 52), (40, 52), (52, 40), (45, 45)]):
         Image.fromarray(photograph(h, w, i)).save(tmp_path / "images" / f"{i}.png")
-        labels = rng.choice([0, 1, 2, 3, 4, 255], (h, w)).astype(np.uint8)
-        Image.fromarray(labels).save(tmp_path / "labels" / f"{i}.png")
+        Image.fromarray(rng.choice(np.uint8([0, 1, 2, 3, 4, 255]), (h, w))).save(tmp_path / "labels" / f"{i}.png")
     (tmp_path / "val.txt").write_text("\n".join("0123456"))
     palette = [[200, 30, 30], [30, 200, 30], [30, 30, 200], [200, 200, 30], [30, 200, 200]]
     (tmp_path / "dataset.json").write_text(json.dumps({"classes": list("abcde"), "palette": palette}))
     return tmp_path
 
 
-def test_evaluate_counts_every_labelled_pixel_once_and_keeps_the_training_mode(folder):
-    dataset, model = data.open_dataset(folder, "val"), PlaceModel().train()
-    confusion = evaluate.evaluate(model, dataset, progress=False)
+@pytest.fixture
+def dataset(folder):
+    return data.open_dataset(folder, "val")
+
+
+def test_evaluate_counts_every_labelled_pixel_once_and_keeps_the_training_mode(dataset):
+    model = SmallModel().train()
+    confusion = evaluate.evaluate(model, dataset)
     labels = np.concatenate([dataset.labels(i).ravel() for i in range(7)])
     assert confusion.sum(1).tolist() == [(labels == k).sum() for k in range(5)]
     assert model.training
-    first = evaluate.evaluate(model, dataset, limit=2, progress=False)
+    first = evaluate.evaluate(model, dataset, limit=2)
     assert first.sum() == sum((dataset.labels(i) != 255).sum() for i in range(2))
 
 
-def test_evaluate_agrees_with_predicting_each_picture_by_itself(folder):
-    dataset, model = data.open_dataset(folder, "val"), PlaceModel().double().eval()
-    saved = {}
-    confusion = evaluate.evaluate(model, dataset, multi_scale=True, progress=False, save=saved.__setitem__)
+def test_evaluate_agrees_with_predicting_each_picture_by_itself(dataset):
+    model, saved = SmallModel().double().eval(), {}
+    confusion = evaluate.evaluate(model, dataset, multi_scale=True, save=saved.__setitem__)
     total = torch.zeros(5, 5, dtype=torch.int64)
     for i in range(7):
         image = dataset.image(i)
@@ -262,36 +249,30 @@ def test_evaluate_agrees_with_predicting_each_picture_by_itself(folder):
     assert confusion.equal(total)
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_progress_shows_the_time_left_and_the_running_miou_on_a_terminal_only(folder, monkeypatch, capsys):
-    dataset = data.open_dataset(folder, "val")
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setattr(evaluate, "tqdm", functools.partial(evaluate.tqdm, mininterval=0))
-    confusion = evaluate.evaluate(PlaceModel(), dataset)
-    last = sys.stderr.getvalue().split("\r")[-1]
+def test_progress_shows_the_time_left_and_the_running_miou_on_a_terminal_only(dataset, monkeypatch, capsys):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        patch.setattr(evaluate, "tqdm", functools.partial(evaluate.tqdm, mininterval=0))
+        confusion = evaluate.evaluate(SmallModel(), dataset)
+    last = terminal.getvalue().split("\r")[-1]
     assert "7/7" in last and f"mIoU={100 * metrics(confusion).mean_iou:.2f}" in last
-    assert re.search(r"1/7 \[00:0\d<00:0\d", sys.stderr.getvalue())  # time gone < time left
-    monkeypatch.undo()
-    evaluate.evaluate(PlaceModel(), dataset)
+    assert re.search(r"1/7 \[00:0\d<00:0\d", terminal.getvalue())  # time gone < time left
+    evaluate.evaluate(SmallModel(), dataset)
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("processes", [2, 3, 8])
-def test_any_number_of_processes_gives_the_same_confusion_matrix(folder, monkeypatch, processes):
+def test_any_number_of_processes_gives_the_same_confusion_matrix(dataset, monkeypatch, processes):
     """Each process does its share of the seven images here, one after the other; all_reduce would add them up."""
-    dataset, model = data.open_dataset(folder, "val"), PlaceModel()
-    alone = evaluate.evaluate(model, dataset, multi_scale=True, progress=False)
-    shares = []
+    alone, shares = evaluate.evaluate(SmallModel(), dataset, multi_scale=True), []
     monkeypatch.setattr(evaluate.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(evaluate.dist, "get_world_size", lambda: processes)
     monkeypatch.setattr(evaluate.dist, "all_reduce", shares.append)
     for rank in range(processes):
         monkeypatch.setattr(evaluate.dist, "get_rank", lambda rank=rank: rank)
-        evaluate.evaluate(model, dataset, multi_scale=True, progress=False)
+        evaluate.evaluate(SmallModel(), dataset, multi_scale=True)
     assert len(shares) == processes and sum(shares).equal(alone)
 
 
@@ -316,42 +297,45 @@ def test_the_command_under_torchrun_writes_what_it_writes_alone(folder):
 
 
 @pytest.fixture
-def run_folder(folder, tmp_path_factory, monkeypatch):
-    """A working folder with runs/old and runs/new, both trained on the data folder; checkpoints hold a PlaceModel."""
-    here = tmp_path_factory.mktemp("work")
-    monkeypatch.chdir(here)
-    for age, name in [(50, "old"), (0, "new")]:
-        run = here / "runs" / name
+def command(folder, tmp_path_factory, monkeypatch):
+    """command(options) -> exit status, in a folder with runs/old and runs/new, whose checkpoints hold a SmallModel."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("work"))
+    for time, name in [(10, "old"), (20, "new")]:
+        run = Path("runs", name)
         run.mkdir(parents=True)
-        (run / "best.pt").write_bytes(b"")
-        os.utime(run / "best.pt", (10_000 - age, 10_000 - age))
+        (run / "best.pt").touch()
+        os.utime(run / "best.pt", (time, time))
         (run / "config.json").write_text(json.dumps({"data": str(folder)}))
-    facts = {"classes": list("abcde"), "palette": [], "iteration": 7}
-    monkeypatch.setattr(evaluate.weights, "load_model", lambda path: (PlaceModel().eval(), facts))
-    return here
+    monkeypatch.setattr(evaluate.weights, "load_model", lambda _: (SmallModel(), {"classes": list("abcde")}))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
+
+    def run_command(options):
+        try:
+            return evaluate.main(["--device", "cpu", *options.split()])
+        except SystemExit as stop:  # argparse's way out
+            return stop.code
+
+    return run_command
 
 
-def test_command_takes_the_newest_run_and_writes_table_json_and_labels(run_folder, folder, capsys):
-    arguments = ["--json", "out/result.json", "--save-labels", "labels", "--device", "cpu", "--limit", "3"]
-    assert evaluate.main(arguments) == 0
+def test_command_takes_the_newest_run_and_writes_table_json_and_labels(command, dataset, capsys):
+    assert command("--json out/result.json --save-labels labels --limit 3") == 0
     output = capsys.readouterr().out
-    dataset = data.open_dataset(folder, "val")
-    confusion = evaluate.evaluate(PlaceModel().eval(), dataset, limit=3, progress=False)
+    confusion = evaluate.evaluate(SmallModel(), dataset, limit=3)
     assert output.startswith("runs/new/best.pt on ") and evaluate.table(metrics(confusion), "abcde") in output
     result = json.loads(Path("out/result.json").read_text())
     assert result["mean_iou"] == pytest.approx(metrics(confusion).mean_iou)
     assert [c["class"] for c in result["classes"]] == list("abcde")
     assert sorted(p.name for p in Path("labels").iterdir()) == ["0.png", "1.png", "2.png"]
-    total = 0
+    total = torch.zeros(5, 5, dtype=torch.int64)
     for i in range(3):
         with Image.open(f"labels/{i}.png") as picture:
             assert picture.mode == "P" and picture.getpalette()[:3] == [200, 30, 30]
-            labels = torch.from_numpy(dataset.labels(i))
-            total += confusion_matrix(torch.from_numpy(np.array(picture)), labels, 5)
+            total += confusion_matrix(torch.from_numpy(np.array(picture)), torch.from_numpy(dataset.labels(i)), 5)
     assert total.equal(confusion)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
+@pytest.mark.parametrize(("options", "message"), [
     ("--data nowhere", "no data at nowhere"),
     ("--device abacus", "device 'abacus' cannot be used here"),
     ("--original-ids --save-labels x", "has no original ids"),
@@ -362,56 +346,45 @@ def test_command_takes_the_newest_run_and_writes_table_json_and_labels(run_folde
     ("--limit none", "none is not a positive whole number (python evaluate.py --help lists the options)"),
     ("--bogus", "unrecognized arguments: --bogus"),
 ])
-def test_user_errors_are_one_line_and_status_2(run_folder, capsys, monkeypatch, arguments, message):
-    Path("file").write_text("")
-    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
+def test_user_errors_are_one_line_and_status_2(command, capsys, monkeypatch, options, message):
+    Path("file").touch()
     monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: pytest.fail("the work began"))
-    try:
-        status = evaluate.main(["--device", "cpu", *arguments.split()])
-    except SystemExit as stop:  # argparse's way out
-        status = stop.code
+    assert command(options) == 2
     error = capsys.readouterr().err
-    assert status == 2 and error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert sorted(os.listdir()) == ["file", "runs"]
-
-
-@pytest.fixture
-def precision():
-    """Puts the process's TF32 switches back."""
-    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    yield
-    torch.set_float32_matmul_precision(matmul)
-    torch.backends.cudnn.allow_tf32 = cudnn
-
-
-@pytest.mark.parametrize(("option", "expected"), [([], ("high", True)), (["--no-tf32"], ("highest", False))])
-def test_tf32_is_that_of_training_unless_refused(run_folder, precision, option, expected):
-    assert evaluate.main(["--limit", "1", "--device", "cpu", *option]) == 0
-    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == expected
-
-
-def test_the_fast_text_runs_unless_refused(run_folder, monkeypatch):
-    enabled = []
-    monkeypatch.setattr(evaluate, "inference", lambda _, fast: contextlib.nullcontext(enabled.append(fast)))
-    for option in ([], ["--fast"], ["--no-fast"]):
-        assert evaluate.main(["--limit", "1", "--device", "cpu", *option]) == 0
-    assert enabled == [True, True, False]
 
 
 def test_without_a_run_the_error_tells_how_to_get_one(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert evaluate.main([]) == 2
     assert capsys.readouterr().err == (
-        "error: no runs/*/best.pt: train first (python train.py --data toy) or name a --checkpoint\n"
-    )
+        "error: no runs/*/best.pt: train first (python train.py --data toy) or name a --checkpoint\n")
+
+
+@pytest.mark.parametrize(("option", "expected"), [("", ("high", True)), ("--no-tf32", ("highest", False))])
+def test_tf32_is_that_of_training_unless_refused(command, monkeypatch, option, expected):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)  # is put back afterwards
+    before = torch.get_float32_matmul_precision()
+    status = command(f"--limit 1 {option}")
+    actual = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision(before)
+    assert status == 0 and actual == expected
+
+
+def test_the_fast_text_runs_unless_refused(command, monkeypatch):
+    enabled = []
+    monkeypatch.setattr(evaluate, "inference", lambda _, fast: contextlib.nullcontext(enabled.append(fast)))
+    assert [command(f"--limit 1 {option}") for option in ("", "--fast", "--no-fast")] == [0, 0, 0]
+    assert enabled == [True, True, False]
 
 
 @pytest.mark.parametrize(("classes", "number", "message"), [
     ("abcde", 7, "has 5 classes, the checkpoint 7"), ("abXde", 5, "class 'c' of .* is 'X' in the checkpoint"),
 ])
-def test_a_checkpoint_for_other_classes_is_refused(folder, classes, number, message):
+def test_a_checkpoint_for_other_classes_is_refused(dataset, classes, number, message):
     with pytest.raises(UserError, match=message):
-        evaluate.check_classes(data.open_dataset(folder, "val").info, classes, number)
+        evaluate.check_classes(dataset.info, classes, number)
 
 
 def test_original_ids_are_those_of_the_459_classes(tmp_path):

@@ -1,7 +1,6 @@
 """predict.py: any picture file, the files written, bad input."""
 
 import contextlib
-import json
 import subprocess
 import sys
 from dataclasses import asdict
@@ -59,12 +58,12 @@ def test_predictor_gives_what_evaluation_gives(predictor):
     assert predictor.classes == CLASSES and predictor.palette.tolist() == PALETTE
 
 
-def test_predictor_takes_files_pillow_images_and_arrays(predictor, tmp_path):
-    image = photograph()
-    Image.fromarray(image).save(tmp_path / "a.png")
-    expected = predictor(image)
-    assert (predictor(tmp_path / "a.png") == expected).all() and (predictor(str(tmp_path / "a.png")) == expected).all()
-    assert (predictor(Image.fromarray(image)) == expected).all()
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA"])
+def test_predictor_takes_files_pillow_images_and_arrays(predictor, tmp_path, mode):
+    picture, path = Image.fromarray(photograph()).convert(mode), tmp_path / "a.png"
+    picture.save(path)
+    expected = predictor(np.array(picture.convert("RGB")))
+    assert all((predictor(form) == expected).all() for form in (path, str(path), picture))
 
 
 @pytest.mark.parametrize("multi_scale", [False, True])
@@ -132,131 +131,95 @@ def test_released_checkpoints_tell_no_classes_and_get_those_of_pascal_context():
 # -------------------------------------------------------------------------------------------- the command line
 
 
-def run(checkpoints, *arguments, head="mask2former"):
-    return predict.main([*map(str, arguments), "--checkpoint", str(checkpoints / f"{head}.pt"), "--device", "cpu"])
+@pytest.fixture
+def run(checkpoints, tmp_path, monkeypatch):
+    """run(*arguments, head=...) -> exit status, in a folder that holds a.png and bad.png."""
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(photograph()).save("a.png")
+    Path("bad.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+
+    def command(*arguments, head="mask2former"):
+        try:
+            return predict.main(["--checkpoint", f"{checkpoints}/{head}.pt", "--device", "cpu", *arguments])
+        except SystemExit as stop:  # argparse's way out
+            return stop.code
+
+    return command
 
 
-def test_a_folder_gives_an_overlay_and_labels_for_each_picture(checkpoints, predictor, tmp_path, capsys):
-    (tmp_path / "in").mkdir()
+def names(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def test_a_folder_gives_an_overlay_and_labels_for_each_picture(run, predictor, capsys):
+    Path("in").mkdir()
     for i in range(3):
-        Image.fromarray(photograph(seed=i)).save(tmp_path / "in" / f"frame{i}.png")
-    (tmp_path / "in" / "notes.txt").write_text("no picture")
-    assert run(checkpoints, tmp_path / "in", "--out", tmp_path / "out") == 0
+        Image.fromarray(photograph(seed=i)).save(f"in/frame{i}.png")
+    Path("in/notes.txt").write_text("no picture")
+    assert run("in", "--out", "out") == 0
     assert "3 of 3 pictures" in capsys.readouterr().out
-    names = sorted(p.name for p in (tmp_path / "out").iterdir())
-    assert names == [f"frame{i}_{kind}" for i in range(3) for kind in ("labels.png", "overlay.jpg")]
-    with Image.open(tmp_path / "out" / "frame2_labels.png") as labels:
+    assert names("out") == [f"frame{i}_{kind}" for i in range(3) for kind in ("labels.png", "overlay.jpg")]
+    with Image.open("out/frame2_labels.png") as labels, Image.open("out/frame2_overlay.jpg") as overlay:
         assert (np.array(labels) == predictor(photograph(seed=2))).all()
         assert labels.getpalette()[:15] == sum(PALETTE, [])
-    with Image.open(tmp_path / "out" / "frame2_overlay.jpg") as overlay:
         assert overlay.width >= 70 and overlay.height > 50  # the legend is below
 
 
-def saved(image, path, mode):
-    """The photograph in another file format; returns what reading it should give, and how exactly."""
-    if mode == "rotated":
-        exif = Image.Exif()
-        exif[0x0112] = 6  # shown after a quarter turn clockwise
-        Image.fromarray(np.ascontiguousarray(np.rot90(image))).save(path, exif=exif, quality=100, subsampling=0)
-        return image
-    if mode == "16 bit":
-        Image.fromarray(image[..., 0].astype(np.uint16) * 257).save(path)
-        return np.repeat(image[..., :1], 3, 2)
-    picture = Image.fromarray(image).convert(mode)
-    picture.save(path)
-    return np.array(picture.convert("RGB"))
-
-
-@pytest.mark.parametrize(("mode", "suffix"), [
-    ("L", ".png"), ("RGBA", ".png"), ("P", ".png"), ("CMYK", ".tif"), ("16 bit", ".png"), ("rotated", ".jpg"),
-])
-def test_every_kind_of_picture_file_is_read_upright_and_in_rgb(predictor, tmp_path, mode, suffix):
-    image, path = photograph(), tmp_path / f"x{suffix}"
-    expected = saved(image, path, mode)
-    np.testing.assert_allclose(predict.as_array(path).astype(int), expected, atol=12 if suffix == ".jpg" else 0)
-    assert predictor(path).shape == (50, 70)
-
-
-def test_a_bad_picture_does_not_stop_the_others_and_is_named_at_the_end(checkpoints, tmp_path, capsys):
-    Image.fromarray(photograph()).save(tmp_path / "good.png")
-    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    assert run(checkpoints, tmp_path / "bad.png", tmp_path / "good.png", "--out", tmp_path / "out") == 1
+def test_a_bad_picture_does_not_stop_the_others_and_is_named_at_the_end(run, capsys):
+    assert run("bad.png", "a.png", "--out", "out") == 1
     output = capsys.readouterr()
-    assert output.err.startswith(f"error: {tmp_path}/bad.png: not a readable image") and output.err.count("\n") == 1
+    assert output.err.startswith("error: bad.png: not a readable image") and output.err.count("\n") == 1
     assert "1 of 2 pictures" in output.out
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["good_labels.png", "good_overlay.jpg"]
-    assert run(checkpoints, tmp_path / "bad.png", "--out", tmp_path / "out") == 2  # nothing could be done
+    assert names("out") == ["a_labels.png", "a_overlay.jpg"]
+    assert run("bad.png", "--out", "out") == 2  # no picture could be read
 
 
-@pytest.mark.parametrize("argument", ["nothing*.png", ".", "x.jpg"])
-def test_no_picture_at_all_is_status_2(checkpoints, tmp_path, monkeypatch, capsys, argument):
-    monkeypatch.chdir(tmp_path)
-    assert run(checkpoints, argument) == 2
+@pytest.mark.parametrize(("arguments", "message"), [
+    ("nothing*.png", "no picture at nothing*.png: "), ("empty", "no picture at empty: "),
+    ("x.jpg", "no picture at x.jpg: "), ("a.png --checkpoint no.pt", "no.pt: no such file\n"),
+    ("a.png --opacity=1.5", "argument --opacity: 1.5 is not a number from 0 to 1"),
+    ("a.png --opacity=-1", "argument --opacity: -1 is not"),
+    ("a.png --opacity=much", "argument --opacity: much is not"),
+    ("a.png --out a.png", "--out a.png cannot be used as a folder (File exists): mend it or name another\n"),
+    ("a.png --out a.png/x", "--out a.png/x cannot be used as a folder (Not a directory): mend it"),
+    ("a.png --explain --out out", "--explain shows the queries of Mask2Former, and this checkpoint has a UperNet head"),
+])
+def test_user_errors_are_one_line_and_status_2(run, capsys, arguments, message):
+    Path("empty").mkdir()
+    assert run(*arguments.split(), head="upernet") == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: no picture at {argument}") and error.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("opacity", ["1.5", "-1", "much"])
-def test_an_opacity_outside_0_to_1_is_status_2(opacity):
-    with pytest.raises(SystemExit) as stop:
-        predict.main(["a.png", f"--opacity={opacity}"])
-    assert stop.value.code == 2
-
-
-@pytest.mark.parametrize(("out", "reason"), [("a.png", "File exists"), ("a.png/x", "Not a directory")])
-def test_a_destination_that_is_no_folder_is_status_2(checkpoints, tmp_path, capsys, out, reason):
-    Image.fromarray(photograph()).save(tmp_path / "a.png")
-    assert run(checkpoints, tmp_path / "a.png", "--out", tmp_path / out) == 2
-    message = f"error: --out {tmp_path / out} cannot be used as a folder ({reason}): mend it or name another\n"
-    assert capsys.readouterr().err == message and [p.name for p in tmp_path.iterdir()] == ["a.png"]
-
-
-def test_a_missing_checkpoint_is_status_2(tmp_path, capsys):
-    Image.fromarray(photograph()).save(tmp_path / "a.png")
-    assert predict.main([str(tmp_path / "a.png"), "--checkpoint", str(tmp_path / "no.pt")]) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path}/no.pt: no such file\n"
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
+    assert names(".") == ["a.png", "bad.png", "empty"]
 
 
 def test_globs_are_expanded_and_pictures_of_one_name_are_kept_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("a", "b"):
         Path(folder).mkdir()
-        Image.fromarray(photograph()).save(f"{folder}/1.png")
+        Path(folder, "1.png").touch()
     pictures = predict.find_pictures(["*/*.png", "a"])
     assert pictures == [Path("a/1.png"), Path("b/1.png")]
     assert predict.stems(pictures, Path("out")) == [Path("out/a_1.png"), Path("out/b_1.png")]
     assert predict.stems(pictures[:1], Path("out")) == [Path("out/1")]
 
 
-def test_probabilities_are_saved_with_the_class_names(checkpoints, tmp_path):
-    Image.fromarray(photograph()).save(tmp_path / "a.png")
-    assert run(checkpoints, tmp_path / "a.png", "--out", tmp_path, "--probabilities", head="upernet") == 0
-    with np.load(tmp_path / "a_probabilities.npz") as file, Image.open(tmp_path / "a_labels.png") as labels:
+def test_probabilities_are_saved_with_the_class_names(run):
+    assert run("a.png", "--out", ".", "--probabilities", head="upernet") == 0
+    with np.load("a_probabilities.npz") as file, Image.open("a_labels.png") as labels:
         assert file["probabilities"].dtype == np.float16 and file["classes"].tolist() == CLASSES
         np.testing.assert_allclose(file["probabilities"].astype(float).sum(0), 1, atol=4e-3)
         chosen = np.take_along_axis(file["probabilities"], np.array(labels)[None].astype(int), 0)
         assert (chosen >= file["probabilities"].max(0) - 1e-3).all()
 
 
-def test_explain_writes_a_sheet_of_queries_and_samples(checkpoints, tmp_path):
-    Image.fromarray(photograph()).save(tmp_path / "a.png")
-    assert run(checkpoints, tmp_path / "a.png", "--out", tmp_path, "--explain") == 0
-    with Image.open(tmp_path / "a_explain.png") as sheet:
+def test_explain_writes_a_sheet_of_queries_and_samples(run):
+    assert run("a.png", "--out", "out", "--explain") == 0
+    with Image.open("out/a_explain.png") as sheet:
         assert sheet.width > 4 * 320 and sheet.height > 5 * 320  # cells of 320: 6 queries in 2 rows, 4 cells below
 
 
-def test_explain_is_refused_without_queries(checkpoints, tmp_path, capsys):
-    Image.fromarray(photograph()).save(tmp_path / "a.png")
-    assert run(checkpoints, tmp_path / "a.png", "--out", tmp_path / "out", "--explain", head="upernet") == 2
-    assert "UperNet head" in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
-def test_defaults_come_from_the_newest_run(checkpoints, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_defaults_come_from_the_newest_run(run, checkpoints):
     Path("runs/a").mkdir(parents=True)
     Path("runs/a/best.pt").write_bytes((checkpoints / "upernet.pt").read_bytes())
-    Path("runs/a/config.json").write_text(json.dumps({"data": "nowhere"}))
-    Image.fromarray(photograph()).save("a.png")
     assert predict.main(["a.png", "--device", "cpu"]) == 0
-    assert sorted(p.name for p in Path("predictions").iterdir()) == ["a_labels.png", "a_overlay.jpg"]
+    assert names("predictions") == ["a_labels.png", "a_overlay.jpg"]

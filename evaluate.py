@@ -80,14 +80,14 @@ class Canvas:
         """Add the scores (K, window, window) of a window at the place where it was cut."""
         if self.total is None:
             self.total = scores.new_zeros(len(scores), *self.image.shape[1:])
-            self.windows = scores.new_zeros(1, *self.image.shape[1:])
+            self.count = scores.new_zeros(1, *self.image.shape[1:])
         self.total[place] += scores
-        self.windows[place] += 1
+        self.count[place] += 1
         self.missing -= 1
 
     def mean(self) -> Tensor:
         """Scores (K, h, w): at every pixel the mean over the windows that cover it."""
-        return self.total.div_(self.windows)
+        return self.total.div_(self.count)
 
 
 @torch.no_grad()
@@ -106,7 +106,8 @@ def sliding_scores(model: nn.Module, views: Iterable[View], window_batch: int,
     def all_windows() -> Iterator[tuple[Canvas, tuple[slice, ...]]]:
         for view in views:
             canvases.append(canvas := Canvas(view, window, stride))
-            yield from ((canvas, place) for place in canvas.places)
+            for place in canvas.places:
+                yield canvas, place
 
     windows = all_windows()
     while batch := list(islice(windows, window_batch)):
@@ -166,8 +167,7 @@ def make_views(image: np.ndarray, window: int, multi_scale: bool, device: torch.
 
 
 def vote(results: Iterable[tuple[View, Tensor]], size: tuple[int, int], num_classes: int) -> Iterator[Tensor]:
-    """Mean probabilities of a picture at its size (H, W) from its views and their scores, as strips (K, rows, W) from
-    top to bottom.
+    """Mean probabilities of a picture's (view, scores) pairs at its size (H, W), as strips (K, rows, W) from the top.
 
     Each view's scores are resized, soft-maxed and un-mirrored; then views are averaged by weight. Mask2Former's scores
     are probabilities already and are soft-maxed again: the official code does, and multi-scale results depend on it.
@@ -267,10 +267,15 @@ def metrics(confusion: Tensor) -> Metrics:
     """
     matrix = confusion.cpu().double()
     hits, labelled, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
-    iou, accuracy = hits / (labelled + predicted - hits), hits / labelled  # 0 / 0 is the NaN that we want
-    all_accuracy = hits.sum() / matrix.sum()
-    return Metrics(iou.numpy(), accuracy.numpy(), labelled.numpy(), all_accuracy.item(), iou.nanmean().item(),
-                   accuracy.nanmean().item())
+    iou, accuracy = (hits / (labelled + predicted - hits)).numpy(), (hits / labelled).numpy()  # 0 / 0 is NaN: wanted
+    all_accuracy = (hits.sum() / matrix.sum()).item()
+    return Metrics(iou, accuracy, labelled.numpy(), all_accuracy, nan_mean(iou), nan_mean(accuracy))
+
+
+def nan_mean(values: np.ndarray) -> float:
+    """The mean over the numbers among `values`; NaN if there are none."""
+    numbers = values[~np.isnan(values)]
+    return float(numbers.mean()) if len(numbers) else math.nan
 
 
 def table(result: Metrics, classes: Sequence[str]) -> str:

@@ -155,8 +155,7 @@ def confusion_picture(confusion: np.ndarray, classes: Sequence[str]) -> str:
 def image_score(confusion: Tensor) -> float:
     """Mean IoU over the classes of one image's labels, from its confusion matrix; NaN for an image without any."""
     result = evaluate.metrics(confusion)
-    occurring = result.iou[result.pixels > 0]
-    return float(occurring.mean()) if len(occurring) else math.nan
+    return evaluate.nan_mean(result.iou[result.pixels > 0])
 
 
 def choose_examples(scores: Sequence[float], number: int = SHOWN) -> tuple[list[int], list[int]]:

@@ -39,7 +39,6 @@ import run
 import weights
 from common import UserError
 from fast.memory import keep_freed_memory
-from tools import draw
 
 Save = Callable[[int, np.ndarray], None]  # takes an image's index and its prediction, uint8 (H, W)
 REMEDY = "evaluate it on the data that it was trained on (--data DIR)"
@@ -466,9 +465,9 @@ def label_writer(folder: Path, dataset: data.SegmentationDataset, original_ids: 
     def save(index: int, prediction: np.ndarray) -> None:
         path = folder / f"{dataset.names[index]}.png"
         if original_ids:
-            draw.save_labels(original[prediction], path)
+            data.save_labels(original[prediction], path)
         else:
-            draw.save_labels(prediction, path, dataset.info.palette)
+            data.save_labels(prediction, path, dataset.info.palette)
 
     return save
 

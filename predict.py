@@ -114,7 +114,7 @@ def write_results(predictor: Predictor, picture: Path, stem: Path, opacity: floa
     overlay = draw.overlay(image, labels, predictor.palette, opacity, ignore_index=-1)  # a prediction ignores nothing
     picture = draw.with_legend(overlay, labels, predictor.classes, predictor.palette, -1)
     common.write_whole(Path(f"{stem}_overlay.jpg"), lambda file: picture.save(file, "JPEG", quality=92))
-    draw.save_labels(labels, Path(f"{stem}_labels.png"), predictor.palette)
+    data.save_labels(labels, Path(f"{stem}_labels.png"), predictor.palette)
 
 
 def find_pictures(arguments: Sequence[str]) -> list[Path]:

@@ -24,7 +24,6 @@ import evaluate
 from common import UserError
 from evaluate import View, confusion_matrix, metrics, predict, slide, vote, window_starts
 from model import build_model
-from tools import draw
 
 GOLDEN = Path(__file__).parent / "golden"
 REPOSITORY = Path(__file__).parents[1]
@@ -459,7 +458,7 @@ def test_original_ids_are_those_of_the_459_classes(tmp_path):
 
 def test_saved_labels_come_back_exactly(tmp_path):
     labels = np.random.default_rng(0).integers(0, 59, (30, 40)).astype(np.uint8)
-    draw.save_labels(labels, tmp_path / "a" / "b.png", np.zeros((59, 3), np.uint8))
+    data.save_labels(labels, tmp_path / "a" / "b.png", np.zeros((59, 3), np.uint8))
     with Image.open(tmp_path / "a" / "b.png") as picture:
         assert (np.array(picture) == labels).all()
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["b.png"]

@@ -271,8 +271,9 @@ def save_labels(labels: np.ndarray, path: Path, palette: np.ndarray | None = Non
     """
     picture = Image.fromarray(labels)
     if palette is not None:
-        colours = np.full((256, 3), (205, 205, 208), np.uint8)  # all 256: with 16 or fewer Pillow writes 4 bits a pixel
-        colours[:len(palette)] = palette                        # and 255 becomes 15
+        # All 256 colours: with 16 or fewer Pillow writes 4 bits a pixel, and 255 becomes 15.
+        colours = np.full((256, 3), (205, 205, 208), np.uint8)
+        colours[:len(palette)] = palette
         picture.putpalette(colours.tobytes())
     path.parent.mkdir(parents=True, exist_ok=True)
     common.write_whole(path, lambda file: picture.save(file, "PNG"))
@@ -420,7 +421,7 @@ def _linear(values: np.ndarray, factor: float, offset: float) -> np.ndarray:
     return table.clip(0, 255).astype(np.uint8).take(values)
 
 
-# OpenCV's fixed-point tables (12 bits) for uint8 RGB -> HSV: 255 / value and 30 / chroma; of 0 they are not used.
+# OpenCV's fixed-point tables (12 bits) for uint8 RGB -> HSV: 255 / value and 30 / chroma. Chroma 0 makes 0 of any.
 SATURATION_TABLE, HUE_TABLE = np.rint(np.array([[255 << 12], [30 << 12]]) / np.arange(256).clip(1)).astype(np.int32)
 
 
@@ -445,7 +446,7 @@ def rgb_to_hsv(image: np.ndarray) -> np.ndarray:
     planes = np.ascontiguousarray(image.transpose(2, 0, 1))  # (H, W, 3) -> (3, H, W)
     value = planes.max(0)
     chroma = value - planes.min(0)
-    red_is_value, green_is_value, _ = planes == value
+    red_is_value, green_is_value = planes[:2] == value
     red, green, blue = planes.astype(np.int16)
     twice = 2 * chroma.astype(np.int16)
     sixth = np.where(green_is_value, blue - red + twice, red - green + 2 * twice)

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,11 +48,14 @@ def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) 
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_json_gives_what_the_detail_package_gives(voc: Path, tmp_path: Path, order: int) -> None:
+def test_json_gives_what_the_detail_package_gives(voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture,
+                                                  order: int) -> None:
     """Annotations may stand before or after their images in the file."""
     source = tmp_path / "merged.json"
     source.write_text(json.dumps(dict([*json.loads(SAMPLE.read_text()).items()][::order])))
-    prepare.prepare_context(voc, source, None, workers=2)
+    prepare.main(["prepare-context", "--voc", str(voc), "--json", str(source), "--workers", "2"])
+    assert capsys.readouterr().out.splitlines() == ["train: 2 images, DIFFERENT from the 4996 of the full data set",
+                                                    "val: 2 images, DIFFERENT from the 5104 of the full data set"]
     assert_equal(read_back(voc), SAMPLE_LABELS)
     for split, names in NAMES.items():
         assert (voc / "ImageSets" / "SegmentationContext" / f"{split}.txt").read_text().split() == names
@@ -101,12 +106,6 @@ def test_a_cut_run_goes_on_and_sources_are_not_mixed(voc: Path, tmp_path: Path, 
     write_mats(voc, tmp_path / "trainval")
     with pytest.raises(UserError, match="holds labels from the json source, not from mat: remove it first"):
         prepare.prepare_context(voc, None, tmp_path / "trainval", workers=1)
-
-
-def test_counts_that_differ_are_reported(voc: Path, capsys: pytest.CaptureFixture) -> None:
-    prepare.main(["prepare-context", "--voc", str(voc), "--json", str(SAMPLE), "--workers", "1"])
-    assert capsys.readouterr().out.splitlines() == ["train: 2 images, DIFFERENT from the 4996 of the full data set",
-                                                    "val: 2 images, DIFFERENT from the 5104 of the full data set"]
 
 
 def encode_runs(mask: np.ndarray) -> str:
@@ -331,6 +330,11 @@ def test_a_wrong_command_is_one_line_and_status_2(arguments: tuple[str, ...], ca
         prepare.main(arguments)
     printed = capsys.readouterr()
     assert leaving.value.code == 2 and "error: " in printed.err.splitlines()[-1] and not printed.out
+
+
+def test_data_py_hands_its_commands_over() -> None:
+    done = subprocess.run([sys.executable, data.__file__, "check", "nowhere"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: no data at nowhere: ")
 
 
 def test_toy_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

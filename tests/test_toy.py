@@ -42,22 +42,22 @@ def test_it_depends_on_the_seed_alone(small: Path, tmp_path: Path) -> None:
     assert (other / "images/train_0000.jpg").read_bytes() != (small / "images/train_0000.jpg").read_bytes()
 
 
-def test_finished_data_are_kept(small: Path) -> None:
+def test_data_that_are_there_are_kept_and_never_overwritten(small: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in small.rglob("*")}
     assert toy.make_toy(small, **SMALL) == small
-    assert {path: path.stat().st_mtime_ns for path in small.rglob("*")} == before
-
-
-def test_other_data_are_never_overwritten(small: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds toy data made with .*'train': 5.*choose another folder or remove it"):
         toy.make_toy(small, **{**SMALL, "train": 6})
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
-    with pytest.raises(UserError, match="mine exists and was not drawn here"):
-        toy.make_toy(tmp_path / "mine", **SMALL)
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
-    with pytest.raises(UserError, match="need a picture a split"):
-        toy.make_toy(tmp_path / "none", train=0)
+    assert {path: path.stat().st_mtime_ns for path in small.rglob("*")} == before
+    (tmp_path / "thesis.txt").write_text("all of it")
+    with pytest.raises(UserError, match="exists and was not drawn here"):
+        toy.make_toy(tmp_path, **SMALL)
+    assert (tmp_path / "thesis.txt").read_text() == "all of it"
+
+
+@pytest.mark.parametrize("wrong", [{"train": 0}, {"size": (63, 80)}, {"seed": -1}])
+def test_impossible_data_are_refused(tmp_path: Path, wrong: dict) -> None:
+    with pytest.raises(UserError, match="need a picture a split, 64 pixels a side and a seed of 0 or more"):
+        toy.make_toy(tmp_path / "none", **wrong)
 
 
 def test_a_cut_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

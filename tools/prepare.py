@@ -36,15 +36,15 @@ EXPECTED_COUNTS = {"json": {"train": 4996, "val": 5104}, "mat": {"train": 4998, 
 # ------------------------------------------------------------------------------------------------ Pascal Context
 
 
+ANNOTATION = ("id", "category_id", "segmentation")  # the keys that are used
+
+
 class Annotated(NamedTuple):
     """An image; from the JSON file also its size (H, W) and its annotations in the order of the file."""
 
     name: str
     size: tuple[int, int] = (0, 0)
-    annotations: Sequence[dict] = ()  # with the keys of ANNOTATION
-
-
-ANNOTATION = ("id", "category_id", "segmentation")
+    annotations: Sequence[dict] = ()
 
 
 def prepare_context(voc: Path, json_file: Path | None, mat_folder: Path | None, workers: int) -> None:
@@ -68,8 +68,8 @@ def prepare_context(voc: Path, json_file: Path | None, mat_folder: Path | None, 
         splits = {split: [Annotated(name) for name in names] for split, names in lists.items()}
         make_labels = partial(labels_from_mat, mat_folder)
     _claim(voc / PASCAL_CONTEXT.labels, kind)
-    images = [image for split in splits.values() for image in split]
-    kept = sum(in_parallel(partial(_write_context_labels, voc, make_labels), images, workers, "label images"))
+    jobs = [image for images in splits.values() for image in images]
+    kept = sum(in_parallel(partial(_write_context_labels, voc, make_labels), jobs, workers, "label images"))
     if kept:
         print(f"{kept} label images were there already and were kept")
     (voc / PASCAL_CONTEXT.splits).mkdir(parents=True, exist_ok=True)
@@ -157,20 +157,19 @@ def decode_runs(code: str, size: tuple[int, int]) -> np.ndarray:
     follow, the fifth of the last is the sign. From the fourth on, a run is the difference to the run before last. Runs
     go down the columns and begin with one outside the mask. Raises UserError if they do not fill the mask.
     """
-    groups = np.frombuffer(code.encode(), np.uint8).astype(np.int64) - 48
-    last = (groups & 32) == 0
-    first = np.flatnonzero(np.concatenate([[True], last[:-1]]))  # (R,)
-    if not len(groups) or not last[-1] or groups.min() < 0 or groups.max() > 63:
-        raise UserError(f"{code[:20]!r}... is no compressed run-length code")
-    lengths = np.diff(np.append(first, len(groups)))
-    place = np.arange(len(groups)) - np.repeat(first, lengths)  # of a group in its run
-    runs = np.add.reduceat((groups & 31) << (5 * place), first)
-    runs -= np.where(groups[first + lengths - 1] & 16, 1 << (5 * lengths), 0)
-    for parity in (1, 2):  # runs 1, 3, 5, ... and 2, 4, 6, ...; run 0 stands alone
-        runs[parity::2] = runs[parity::2].cumsum()
+    groups = [character - ord("0") for character in code.encode()]
+    runs, run, shift = [], 0, 0
+    for group in groups:
+        run |= (group & 31) << shift
+        shift += 5
+        if not group & 32:  # the last group of the run
+            if group & 16:
+                run -= 1 << shift
+            runs.append(run + runs[-2] if len(runs) > 2 else run)
+            run, shift = 0, 0
     height, width = size
-    if runs.min() < 0 or runs.sum() != height * width:
-        raise UserError(f"run-length code of {runs.sum()} pixels for a mask of {height} x {width}")
+    if shift or min(groups + runs, default=-1) < 0 or max(groups) > 63 or sum(runs) != height * width:
+        raise UserError(f"{code[:20]!r}... is no compressed run-length code of {height} x {width} pixels")
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
@@ -445,16 +444,13 @@ def build_parser() -> argparse.ArgumentParser:
     """The commands of `python data.py`. The names of the options are those of the command's arguments."""
     parser = common.Parser(prog="data.py", description="Make data sets ready for training, and check them.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    workers = argparse.ArgumentParser(add_help=False)
+    workers.add_argument("--workers", type=common.positive, default=os.cpu_count() or 1, metavar="N",
+                         help="processes (default: %(default)s)")
 
-    def add_command(name: str, command: Callable[..., None], purpose: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=purpose)
-        added.set_defaults(command=command)
-        if command is not draw_toy:
-            added.add_argument("--workers", type=common.positive, default=os.cpu_count() or 1, metavar="N",
-                               help="processes (default: %(default)s)")
-        return added
-
-    context = add_command("prepare-context", prepare_context, "Pascal Context: label images and splits for VOC2010")
+    context = commands.add_parser("prepare-context", parents=[workers],
+                                  help="Pascal Context: label images and splits for VOC2010")
+    context.set_defaults(command=prepare_context)
     context.add_argument("--voc", type=Path, default=Path("data/VOCdevkit/VOC2010"), metavar="DIR",
                          help="VOC2010 folder (default: %(default)s)")
     source = context.add_mutually_exclusive_group(required=True)
@@ -463,11 +459,15 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--mat", type=Path, metavar="DIR", dest="mat_folder",
                         help="folder of LabelMap files: 4998 + 5105 images, as papers have them")
 
-    checks = add_command("check", check, "read every pair of a data set and report what is wrong")
+    checks = commands.add_parser("check", parents=[workers],
+                                 help="read every pair of a data set and report what is wrong")
+    checks.set_defaults(command=check)
     checks.add_argument("root", type=Path, metavar="DIR", help="plain folder or VOC2010 tree")
     checks.add_argument("--sheet", type=Path, metavar="PNG", help="contact sheet (default: check_NAME.png)")
 
-    folders = add_command("from-folders", from_folders, "a data set of your own images and label images")
+    folders = commands.add_parser("from-folders", parents=[workers],
+                                  help="a data set of your own images and label images")
+    folders.set_defaults(command=from_folders)
     folders.add_argument("--images", type=Path, required=True, metavar="DIR", help="images")
     folders.add_argument("--labels", type=Path, required=True, metavar="DIR",
                          help="label images of the same names: class indices with 255 for none, or colours of the list")
@@ -478,7 +478,8 @@ def build_parser() -> argparse.ArgumentParser:
                          help="new data set (default: %(default)s)")
     folders.add_argument("--link", action="store_true", help="link the images instead of copying them")
 
-    toy = add_command("toy", draw_toy, "draw the built-in toy data")
+    toy = commands.add_parser("toy", help="draw the built-in toy data")
+    toy.set_defaults(command=draw_toy)
     toy.add_argument("--out", type=Path, default=Path("data/toy"), metavar="DIR", help="(default: %(default)s)")
     toy.add_argument("--train", type=int, default=400, metavar="N", help="training images (default: %(default)s)")
     toy.add_argument("--val", type=int, default=60, metavar="N", help="validation images (default: %(default)s)")

@@ -139,8 +139,8 @@ class Scene:
 
 def bounding_box(mask: np.ndarray) -> tuple[slice, slice]:
     """The rows and columns that hold all of the mask: to draw a small thing without touching the whole picture."""
-    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    return (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)) if rows.size else np.s_[:0, :0]
+    left, top, right, bottom = Image.fromarray(mask.view(np.uint8)).getbbox() or (0, 0, 0, 0)
+    return np.s_[top:bottom, left:right]
 
 
 def mix(below: np.ndarray, above: np.ndarray, share: np.ndarray) -> np.ndarray:

@@ -361,10 +361,8 @@ def train_transform(image: np.ndarray, labels: np.ndarray, window: int,
         image, labels = image[:, ::-1], labels[:, ::-1]
     image = distort(image, Distortion.draw(rng))
     height, width = labels.shape
-    padded_image = np.zeros((window, window, 3), np.uint8)
-    padded_labels = np.full((window, window), IGNORE, np.uint8)
-    padded_image[:height, :width], padded_labels[:height, :width] = image, labels
-    return padded_image, padded_labels, (height, width)
+    padding = ((0, window - height), (0, window - width))
+    return np.pad(image, (*padding, (0, 0))), np.pad(labels, padding, constant_values=IGNORE), (height, width)
 
 
 def choose_crop(labels: np.ndarray, window: int, rng: np.random.Generator) -> tuple[slice, slice]:
@@ -429,10 +427,10 @@ def _rgb_share_table() -> np.ndarray:
     """float32 (3, 180 * 256): the share of the value that R, G, B keep at (hue, saturation): 1 - saturation * weight.
 
     The weight is 0, 1 or linear in the hue, by sectors of 60 degrees. Rounded to float32 where OpenCV rounds: the
-    result is truncated to uint8, so a last bit here is a grey level.
+    result is truncated to uint8, so the last bit here may change a grey level.
     """
     sectors = np.arange(180, dtype=np.float32) * np.float32(6 / 180)
-    place = (np.array([[5], [3], [1]]) + sectors) % 6  # float64, exact; (3, 180)
+    place = (np.array([[5], [3], [1]]) + sectors) % 6  # (3, 180), exact because it is float64
     weights = np.minimum(place, 4 - place).clip(0, 1).astype(np.float32)
     saturation = np.arange(256, dtype=np.float32) * np.float32(1 / 255)
     return (1 - weights[..., None].astype(np.float64) * saturation).astype(np.float32).reshape(3, -1)

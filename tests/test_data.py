@@ -133,7 +133,7 @@ def test_normalisation_never_waits_for_the_device() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 90), st.integers(1, 90), st.sampled_from([32, 64]), st.integers(0, 10**6))
-def test_training_crop_has_its_shape_and_keeps_labels_on_their_pixels(height, width, window, seed) -> None:
+def test_training_crop_has_its_shape_and_its_padding(height, width, window, seed) -> None:
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 4, (height, width), dtype=np.uint8)
     labels = np.kron(labels, np.ones((8, 8), np.uint8))

@@ -257,7 +257,7 @@ def test_faults_leave_nothing_behind(tmp_path: Path, file: str, content: np.ndar
     ("a 1 2 3\nb 1 2 300", "classes.txt, line 2: 1 2 300 is no colour of 0..255 or used before"),
     ("a 1 2 3\nb 1 2 3", "classes.txt, line 2: 1 2 3 is no colour of 0..255 or used before"),
 ])
-def test_a_list_that_is_no_list_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
+def test_a_list_with_a_fault_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:
         (tmp_path / "classes.txt").write_text(content)
     with pytest.raises(UserError, match=message):

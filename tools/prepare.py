@@ -52,11 +52,11 @@ def prepare_context(voc: Path, json_file: Path | None, mat_folder: Path | None, 
 
     Args:
         voc: the VOC2010 folder, with JPEGImages.
-        json_file: trainval_merged.json, or None with
+        json_file: trainval_merged.json; or None, then
         mat_folder: the folder of 459-class LabelMap files.
 
     Files that are there are kept, so that a run cut short goes on; the split files come last. Prints the number of
-    images by split. Raises UserError for sources that are absent or not what they should be.
+    images by split. Raises UserError for a source that is absent or broken.
     """
     if not (voc / PASCAL_CONTEXT.images).is_dir():
         raise UserError(f"{voc} has no {PASCAL_CONTEXT.images}/: unpack VOC2010 and give its folder, VOCdevkit/VOC2010")
@@ -204,7 +204,7 @@ CLASS_LINE = re.compile(r"(.+?)(?:[\s,:]+(\d+)[\s,]+(\d+)[\s,]+(\d+))?")  # name
 def read_classes(classes: str) -> ClassList:
     """Read a list of classes, one a line: `name` or `name R G B`; the name `ignore` is for colours of no class.
 
-    A number instead of a file stands for that many classes without names. Raises UserError for a list that is no list.
+    A number instead of a file stands for that many classes without names. Raises UserError for a list with a fault.
     """
     if classes.isdigit():
         lines = [f"class {k}" for k in range(int(classes))]
@@ -310,20 +310,20 @@ def convert_labels(path: Path, classes: ClassList) -> np.ndarray:
     else:
         values = data.read_labels(path)
         known = {k: k for k in (*range(len(classes.names)), IGNORE)}
-    found, where = np.unique(values, return_inverse=True)
-    for value in found.tolist():
+    present, places = np.unique(values, return_inverse=True)
+    for value in present.tolist():
         if value not in known:
             what = "colour " + " ".join(map(str, value.to_bytes(3))) if coloured else f"value {value}"
             how = "add it to the list, `ignore R G B` for no class" if coloured else f"no class is {IGNORE}"
             raise UserError(f"{path}: label {what} is none of the {len(classes.names)} classes: {how}")
-    return np.array([known[value] for value in found.tolist()], np.uint8)[where].reshape(values.shape)
+    return np.array([known[value] for value in present.tolist()], np.uint8)[places].reshape(values.shape)
 
 
 # --------------------------------------------------------------------------------------------------------- check
 
 
 class Finding(NamedTuple):
-    """A pair of a data set as `check` found it."""
+    """The result of reading one pair of a data set."""
 
     split: str
     name: str

@@ -1,20 +1,25 @@
-"""What all command lines share: faults are one line, and files appear whole or not at all.
+"""What all command lines share: one line for a user's fault, types of numbers, whole files, processes, devices.
 
-Read: run -> complain -> Parser and its numbers; make_folder and check_file look at a destination before the work
-begins, write_whole fills it.
+Reading order: run -> complain -> Parser and its types of numbers; make_folder and check_file look at a destination
+before the work begins, write_whole and new_folder fill it; in_parallel; choose_device.
 """
 
 import argparse
 import contextlib
+import math
 import os
+import shutil
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 import torch
+from tqdm import tqdm
 
 
 class UserError(ValueError):
@@ -42,7 +47,7 @@ def run(work: Callable[[], int | None]) -> int:
 
 
 def complain(message: str, status: int = 2) -> int:
-    """Say it in one line on stderr; returns the exit status."""
+    """Print the fault in one line on stderr; returns the exit status."""
     if int(os.environ.get("LOCAL_RANK", 0)):
         time.sleep(3)  # process 0 has mostly met the same fault, and when it ends torchrun ends the others
     print("error:", *message.split(), file=sys.stderr, flush=True)
@@ -56,19 +61,21 @@ class Parser(argparse.ArgumentParser):
         sys.exit(complain(f"{message} (python {self.prog} --help lists the options)"))
 
 
-def positive(text: str) -> int:
-    """A whole number from 1 up, for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return int(text)
+def number_type(convert: type[int] | type[float], accepts: Callable[[float], bool], meaning: str) -> Callable:
+    """A `type=` for argparse: text -> int or float; other text is refused with "... is not {meaning}"."""
+    def parse(text: str) -> int | float:
+        with contextlib.suppress(ValueError):
+            if accepts(number := convert(text)):
+                return number
+        raise argparse.ArgumentTypeError(f"{text} is not {meaning}")
+
+    return parse
 
 
-def fraction(text: str) -> float:
-    """A number from 0 to 1, for argparse."""
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) <= 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
+natural = number_type(int, lambda n: n >= 0, "a whole number from 0 up")
+positive = number_type(int, lambda n: n >= 1, "a positive whole number")
+fraction = number_type(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+rate = number_type(float, lambda x: 0 < x < math.inf, "a positive number")
 
 
 def make_folder(path: Path, option: str) -> None:
@@ -108,6 +115,35 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     finally:
         with contextlib.suppress(OSError):  # gone if all went well; where its folder is absent it never was
             draft.unlink()
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A draft to fill beside `path`, renamed to it at the end; a fault or a kill leaves nothing at `path`.
+
+    Raises OSError if another process was quicker to make `path`.
+    """
+    draft = path.with_name(f"{path.name}.draft{os.getpid()}")
+    shutil.rmtree(draft, ignore_errors=True)  # of a process of the same number that was killed
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        draft.rename(path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def leave_interrupt_to_parent(_: int = 0) -> None:
+    """Start of a worker process: Ctrl-C is for the main process, which ends its workers without their tracebacks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def in_parallel(function: Callable, jobs: Sequence, workers: int, title: str) -> Iterator:
+    """The function's results in the order of the jobs, from worker processes, under a progress bar."""
+    with ProcessPoolExecutor(workers, initializer=leave_interrupt_to_parent) as pool:
+        results = pool.map(function, jobs, chunksize=max(1, min(32, len(jobs) // (4 * workers))))
+        yield from tqdm(results, desc=title, total=len(jobs), unit="image", disable=None)  # None: on a terminal only
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -1,17 +1,17 @@
 """From files on disk to batches of crops: data sets, paired transforms, the training stream, test-time images.
 
-Read: open_dataset -> SegmentationDataset -> train_transform -> positions -> training_loader -> normalize for training;
-single_scale_image and multi_scale_images for the test. The command line (`python data.py --help`) makes and checks data
-sets; its work is done in toy.py and prepare.py.
+Reading order: open_dataset -> SegmentationDataset -> train_transform -> positions -> training_loader -> normalize for
+training; single_scale_image and multi_scale_images for the test. The command line (`python data.py --help`) makes and
+checks data sets; its code is in tools/prepare.py and tools/toy.py.
 
 Shapes: H, W height and width of an image, w side of the training window, B batch, K classes.
 Images are RGB uint8 (H, W, 3); labels are uint8 (H, W) with the class index 0..K-1, or 255 where there is none.
 """
 
+import contextlib
 import itertools
 import json
 import math
-import signal
 import struct
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -25,12 +25,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+import common
 from common import UserError
 
 IGNORE = 255
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, in grey levels, RGB
-LOWER_CASE = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-EXTENSIONS = LOWER_CASE + tuple(extension.upper() for extension in LOWER_CASE)
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 TEST_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 CONTEXT_CLASSES = Path(__file__).with_name("pascal_context.json")
 
@@ -39,7 +39,7 @@ CONTEXT_CLASSES = Path(__file__).with_name("pascal_context.json")
 
 
 class DatasetInfo(NamedTuple):
-    """What the classes are called and how they are drawn. `ignore_index` is the value of "no class" in the files."""
+    """Names and colours of the classes. `ignore_index` is the value of "no class" in the files."""
 
     name: str
     classes: tuple[str, ...]
@@ -48,7 +48,7 @@ class DatasetInfo(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where a data set keeps its files, below its root."""
+    """The folders of a data set, below its root."""
 
     images: str
     labels: str
@@ -61,7 +61,7 @@ PASCAL_CONTEXT = Layout("JPEGImages", "SegmentationClassContext", "ImageSets/Seg
 
 
 class SegmentationDataset:
-    """Pairs of an image and its labels, read from disk when asked for and checked then.
+    """Pairs of an image and its labels, read from disk and checked when they are asked for.
 
     Raises UserError for a split that is absent, empty, or names files that do not exist.
     """
@@ -71,21 +71,15 @@ class SegmentationDataset:
         split_file = root / layout.splits / f"{split}.txt"
         self.names = read_split(split_file)
         self.image_paths = [find_image(root / layout.images, name, split_file) for name in self.names]
-        absent = [name for name in self.names if not self._label_path(name).is_file()]
+        self.label_paths = [root / layout.labels / f"{name}.png" for name in self.names]
+        absent = [i for i, path in enumerate(self.label_paths) if not path.is_file()]
         if absent:
             more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
-            raise UserError(f"{split_file} names '{absent[0]}'{more}, but {self._label_path(absent[0])} is no file: "
-                            "add the label image or remove the name")
+            raise UserError(f"{split_file} names '{self.names[absent[0]]}'{more}, but {self.label_paths[absent[0]]} "
+                            "is no file: add the label image or remove the name")
 
     def __len__(self) -> int:
         return len(self.names)
-
-    def _label_path(self, name: str) -> Path:
-        return self.root / self.layout.labels / f"{name}.png"
-
-    def label_path(self, i: int) -> Path:
-        """The file that labels(i) reads."""
-        return self._label_path(self.names[i])
 
     def image(self, i: int) -> np.ndarray:
         """RGB uint8 (H, W, 3), upright (EXIF rotation applied). Raises UserError for a file that cannot be read."""
@@ -93,17 +87,15 @@ class SegmentationDataset:
 
     def labels(self, i: int) -> np.ndarray:
         """Class index or 255, uint8 (H, W). Raises UserError for an unreadable file, a foreign value, a wrong size."""
-        path, num_classes, first = self.label_path(i), len(self.info.classes), self.layout.first_class
+        path, first = self.label_paths[i], self.layout.first_class
+        end = first + len(self.info.classes)
         values = read_labels(path)
+        check_size(self.image_paths[i], path, values.shape)
         ignored = (values < first) | (values == self.info.ignore_index)
-        foreign = values[~ignored & (values >= num_classes + first)]
+        foreign = values[~ignored & (values >= end)]
         if foreign.size:
-            raise UserError(f"{path}: label value {foreign[0]} is no class; the {num_classes} classes are "
-                            f"{first}..{num_classes + first - 1} and {self.info.ignore_index} is ignored")
-        size = image_size(self.image_paths[i])
-        if values.shape != size:
-            raise UserError(f"{self.image_paths[i]} is {size[1]}x{size[0]} pixels but {path} is "
-                            f"{values.shape[1]}x{values.shape[0]}: an image and its labels must be of one size")
+            raise UserError(f"{path}: label value {foreign[0]} is no class; the {end - first} classes are "
+                            f"{first}..{end - 1} and {self.info.ignore_index} is ignored")
         return np.where(ignored, IGNORE, values - first).astype(np.uint8)
 
 
@@ -145,32 +137,33 @@ def read_info(path: Path) -> DatasetInfo:
     Only the classes must be there. Raises UserError with the line or the field that is wrong.
     """
     try:
-        fields = json.loads(path.read_text(encoding="utf-8-sig"))
+        fields = json.loads(read_text(path, "save it as UTF-8 text"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}: mend the JSON") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}): save it as UTF-8 text") from None
     classes = fields.get("classes") if isinstance(fields, dict) else None
     if not isinstance(classes, list) or not all(isinstance(name, str) and name for name in classes):
         raise UserError(f'{path}: "classes" must be a list of class names')
-    if not 1 <= len(classes) <= IGNORE or len(set(classes)) < len(classes):
-        raise UserError(f'{path}: "classes" must hold 1 to {IGNORE} different names, not {len(classes)} with '
-                        f"{len(classes) - len(set(classes))} repeated")
+    check_names(classes, f'{path}: "classes"')
     ignore_index = fields.get("ignore_index", IGNORE)
     if type(ignore_index) is not int or not len(classes) <= ignore_index <= 255:
         raise UserError(f'{path}: "ignore_index" is {ignore_index!r} but must be one of {len(classes)}..255, no class')
-    palette = _checked_palette(fields.get("palette", default_palette(len(classes)).tolist()), len(classes), path)
-    return DatasetInfo(str(fields.get("name", path.parent.name)), tuple(classes), palette, ignore_index)
-
-
-def _checked_palette(palette: object, num_classes: int, path: Path) -> np.ndarray:
     try:
-        colours = np.array(palette, dtype=np.int64)
+        palette = np.array(fields.get("palette", default_palette(len(classes))), np.int64)
     except (TypeError, ValueError, OverflowError):
-        colours = np.empty(0)
-    if colours.shape != (num_classes, 3) or colours.min() < 0 or colours.max() > 255:
-        raise UserError(f'{path}: "palette" must hold a [red, green, blue] of 0..255 for each of {num_classes} classes')
-    return colours.astype(np.uint8)
+        palette = np.empty(0)
+    if palette.shape != (len(classes), 3) or palette.min() < 0 or palette.max() > 255:
+        raise UserError(f'{path}: "palette" must hold a [red, green, blue] of 0..255 for each of the {len(classes)} '
+                        "classes")
+    name = str(fields.get("name", path.parent.name))
+    return DatasetInfo(name, tuple(classes), palette.astype(np.uint8), ignore_index)
+
+
+def check_names(names: list[str], source: str) -> None:
+    """Raises UserError unless there are 1 to 255 class names, all different."""
+    repeated = len(names) - len(set(names))
+    if repeated or not 1 <= len(names) <= IGNORE:
+        raise UserError(f"{source}: 1 to {IGNORE} different names are needed, "
+                        f"not {len(names)} with {repeated} repeated")
 
 
 def default_palette(num_classes: int) -> np.ndarray:
@@ -182,12 +175,8 @@ def default_palette(num_classes: int) -> np.ndarray:
 
 def read_split(path: Path) -> list[str]:
     """The names in a split file, one a line, extension or not. Raises UserError if absent, empty or leading outside."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}): put the image names there, one a line") from None
-    names = [line.strip() for line in lines if line.strip()]
-    names = [str(Path(name).with_suffix("")) if name.endswith(EXTENSIONS) else name for name in names]
+    names = read_lines(path, "put the image names there, one a line")
+    names = [str(Path(name).with_suffix("")) if name.lower().endswith(EXTENSIONS) else name for name in names]
     if not names:
         raise UserError(f"{path} is empty: write the names of the images there, one a line, or choose another split")
     for name in names:
@@ -198,15 +187,29 @@ def read_split(path: Path) -> list[str]:
 
 def find_image(folder: Path, name: str, split_file: Path) -> Path:
     """The image file of that name, whatever its extension. Raises UserError if there is none."""
-    for extension in EXTENSIONS:
+    for extension in (*EXTENSIONS, *map(str.upper, EXTENSIONS)):
         path = folder / f"{name}{extension}"
         if path.is_file():
             return path
-    raise UserError(f"{split_file} names '{name}', but {folder} has no {name}.jpg (nor {', '.join(LOWER_CASE[1:])}): "
+    raise UserError(f"{split_file} names '{name}', but {folder} has no {name}.jpg (nor {', '.join(EXTENSIONS[1:])}): "
                     "add the image or remove the name")
 
 
-# ------------------------------------------------------------------------------------------------ reading files
+def check_size(image: Path, labels: Path | str, shape: tuple[int, int]) -> None:
+    """Raises UserError unless the labels' shape (H, W) is that of the upright image."""
+    size = image_size(image)
+    if shape != size:
+        raise UserError(f"{image} is {size[1]}x{size[0]} pixels but {labels} is {shape[1]}x{shape[0]}: "
+                        "an image and its labels must be of one size")
+
+
+def write_split(path: Path, names: Iterable[str]) -> None:
+    """The counterpart of read_split; the file appears whole or not at all."""
+    text = "".join(f"{name}\n" for name in names).encode()
+    common.write_whole(path, lambda file: file.write(text))
+
+
+# ---------------------------------------------------------------------------------------- reading and writing files
 
 # What Pillow raises for a broken file. The bomb is a picture beyond Pillow's limit of 179 million pixels, which stays.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
@@ -217,44 +220,70 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(getattr(error, "strerror", None) or error).split())
 
 
-def unreadable(path: Path, error: BaseException) -> UserError:
-    """The UserError for a file that Pillow cannot read."""
-    return UserError(f"{path}: not a readable image ({one_line(error)}): replace it or take its name out of the split")
+def read_text(path: Path, remedy: str) -> str:
+    """A text file in UTF-8. Raises UserError, which ends with the remedy."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)}): {remedy}") from None
+
+
+def read_lines(path: Path, remedy: str) -> list[str]:
+    """The lines of a text file, without spaces around them and without empty ones. Raises UserError."""
+    return [line.strip() for line in read_text(path, remedy).splitlines() if line.strip()]
+
+
+@contextlib.contextmanager
+def open_picture(path: Path) -> Iterator[Image.Image]:
+    """The Pillow image of a file. Raises UserError if the file, or later its pixels, cannot be read."""
+    try:
+        with Image.open(path) as picture:
+            yield picture
+    except UNREADABLE as error:
+        raise UserError(f"{path}: not a readable image ({one_line(error)}): "
+                        "replace it or take its name out of the split") from None
 
 
 def read_image(path: Path) -> np.ndarray:
     """RGB uint8 (H, W, 3) of any picture, like OpenCV's IMREAD_COLOR: upright, alpha dropped, 16 bits cut to 8."""
-    try:
-        with Image.open(path) as picture:
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith("I"):  # 16-bit gray; Pillow would clip it to white
-                picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
-            return np.array(picture.convert("RGB"))
-    except UNREADABLE as error:
-        raise unreadable(path, error) from None
+    with open_picture(path) as picture:
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I"):  # 16-bit gray; Pillow would clip it to white
+            picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
+        return np.array(picture.convert("RGB"))
 
 
 def read_labels(path: Path) -> np.ndarray:
     """The values of a label image, int32 (H, W); never rotated. Raises UserError for a picture that holds colours."""
-    try:
-        with Image.open(path) as picture:
-            if picture.mode in ("L", "P", "1") or picture.mode.startswith("I"):
-                return np.array(picture).astype(np.int32)
-            mode = picture.mode
-    except UNREADABLE as error:
-        raise unreadable(path, error) from None
+    with open_picture(path) as picture:
+        mode = picture.mode
+        if mode in ("L", "P", "1") or mode.startswith("I"):
+            return np.array(picture).astype(np.int32)
     raise UserError(f"{path} has mode {mode}, but labels must be one value a pixel (modes L, P or I): "
                     "convert colour-coded labels with `python data.py from-folders`")
 
 
+def save_labels(labels: np.ndarray, path: Path, palette: np.ndarray | None = None) -> None:
+    """Write labels (H, W) as a PNG whose values are the labels, the counterpart of read_labels.
+
+    uint8 with a palette (K, 3) that shows them in colour; without one plain gray, uint8 or uint16. The file appears
+    whole or not at all; its folder is made.
+    """
+    picture = Image.fromarray(labels)
+    if palette is not None:
+        # All 256 colours: with 16 or fewer Pillow writes 4 bits a pixel, and 255 becomes 15.
+        colours = np.full((256, 3), (205, 205, 208), np.uint8)
+        colours[:len(palette)] = palette
+        picture.putpalette(colours.tobytes())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    common.write_whole(path, lambda file: picture.save(file, "PNG"))
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """(height, width) of the upright image, from the file's header alone."""
-    try:
-        with Image.open(path) as picture:
-            width, height = picture.size
-            rotated = picture.getexif().get(0x0112, 1) >= 5  # orientations 5..8 swap the sides
-    except UNREADABLE as error:
-        raise unreadable(path, error) from None
+    with open_picture(path) as picture:
+        width, height = picture.size
+        rotated = picture.getexif().get(0x0112, 1) >= 5  # orientations 5..8 swap the sides
     return (width, height) if rotated else (height, width)
 
 
@@ -332,10 +361,8 @@ def train_transform(image: np.ndarray, labels: np.ndarray, window: int,
         image, labels = image[:, ::-1], labels[:, ::-1]
     image = distort(image, Distortion.draw(rng))
     height, width = labels.shape
-    padded_image = np.zeros((window, window, 3), np.uint8)
-    padded_labels = np.full((window, window), IGNORE, np.uint8)
-    padded_image[:height, :width], padded_labels[:height, :width] = image, labels
-    return padded_image, padded_labels, (height, width)
+    padding = ((0, window - height), (0, window - width))
+    return np.pad(image, (*padding, (0, 0))), np.pad(labels, padding, constant_values=IGNORE), (height, width)
 
 
 def choose_crop(labels: np.ndarray, window: int, rng: np.random.Generator) -> tuple[slice, slice]:
@@ -392,46 +419,38 @@ def _linear(values: np.ndarray, factor: float, offset: float) -> np.ndarray:
     return table.clip(0, 255).astype(np.uint8).take(values)
 
 
-def _hsv_tables() -> tuple[np.ndarray, np.ndarray]:
-    """(12-bit) fixed-point 255 / value and 30 / chroma, OpenCV's tables for uint8 RGB -> HSV; entry 0 is 0."""
-    n = np.arange(256).clip(1)
-    saturation, hue = np.rint((255 << 12) / n), np.rint((180 << 12) / (6 * n))
-    saturation[0] = hue[0] = 0
-    return saturation.astype(np.int32), hue.astype(np.int32)
+# OpenCV's fixed-point tables (12 bits) for uint8 RGB -> HSV: 255 / value and 30 / chroma. Chroma 0 makes 0 of any.
+SATURATION_TABLE, HUE_TABLE = np.rint(np.array([[255 << 12], [30 << 12]]) / np.arange(256).clip(1)).astype(np.int32)
 
 
 def _rgb_share_table() -> np.ndarray:
-    """float32 (3, 180 * 256): the share of the value that R, G, B keep at (hue, saturation).
+    """float32 (3, 180 * 256): the share of the value that R, G, B keep at (hue, saturation): 1 - saturation * weight.
 
-    The share is 1 - saturation * weight, with a weight of 0, 1 or linear in the hue, by sectors of 60 degrees. In
-    float32 with the product not rounded, as in OpenCV: the result is truncated, so a last bit here is a grey level.
+    The weight is 0, 1 or linear in the hue, by sectors of 60 degrees. Rounded to float32 where OpenCV rounds: the
+    result is truncated to uint8, so the last bit here may change a grey level.
     """
-    position = np.arange(180, dtype=np.float32) * np.float32(6 / 180)
-    sector = position.astype(np.int64)
-    falling = position - sector.astype(np.float32)  # 0 at the start of a sector, 1 at its end
-    rising, zero, one = 1 - falling, np.zeros_like(falling), np.ones_like(falling)
-    weights = np.stack([np.choose(sector, [zero, falling, one, one, rising, zero]),
-                        np.choose(sector, [rising, zero, zero, falling, one, one]),
-                        np.choose(sector, [one, one, rising, zero, zero, falling])])  # (3, 180)
+    sectors = np.arange(180, dtype=np.float32) * np.float32(6 / 180)
+    place = (np.array([[5], [3], [1]]) + sectors) % 6  # (3, 180), exact because it is float64
+    weights = np.minimum(place, 4 - place).clip(0, 1).astype(np.float32)
     saturation = np.arange(256, dtype=np.float32) * np.float32(1 / 255)
-    return (1 - weights[:, :, None].astype(np.float64) * saturation).astype(np.float32).reshape(3, -1)
+    return (1 - weights[..., None].astype(np.float64) * saturation).astype(np.float32).reshape(3, -1)
 
 
-SATURATION_TABLE, HUE_TABLE = _hsv_tables()
 RGB_SHARE_TABLE = _rgb_share_table()
 
 
 def rgb_to_hsv(image: np.ndarray) -> np.ndarray:
     """uint8 (H, W, 3): hue 0..179 (2 degrees a step), saturation, value 0..255; bit for bit OpenCV's COLOR_RGB2HSV."""
-    red, green, blue = (np.ascontiguousarray(image[..., c]) for c in range(3))
-    value = np.maximum(np.maximum(red, green), blue)
-    chroma = value - np.minimum(np.minimum(red, green), blue)
-    red_is_value, green_is_value = value == red, value == green
-    red, green, blue, wide = (plane.astype(np.int16) for plane in (red, green, blue, chroma))
-    sixth = np.where(green_is_value, blue - red + 2 * wide, red - green + 4 * wide)
+    planes = np.ascontiguousarray(image.transpose(2, 0, 1))  # (H, W, 3) -> (3, H, W)
+    value = planes.max(0)
+    chroma = value - planes.min(0)
+    red_is_value, green_is_value = planes[:2] == value
+    red, green, blue = planes.astype(np.int16)
+    twice = 2 * chroma.astype(np.int16)
+    sixth = np.where(green_is_value, blue - red + twice, red - green + 2 * twice)
     sixth = np.where(red_is_value, green - blue, sixth)  # the hue in 60 degrees, times chroma
-    hue = (sixth * HUE_TABLE.take(chroma) + (1 << 11)) >> 12
     hsv = np.empty_like(image)
+    hue = (sixth * HUE_TABLE.take(chroma) + (1 << 11)) >> 12
     hsv[..., 0] = hue + 180 * (hue < 0)
     hsv[..., 1] = (chroma * SATURATION_TABLE.take(value) + (1 << 11)) >> 12
     hsv[..., 2] = value
@@ -519,12 +538,6 @@ class _Crops(Dataset):
         return Batch(images, torch.from_numpy(np.stack(labels)), torch.tensor(extents), list(names))
 
 
-def leave_interrupt_to_parent(_: int = 0) -> None:
-    """Start of a worker process: Ctrl-C is for the main process, which ends its workers without their tracebacks."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
 def training_loader(dataset: SegmentationDataset, window: int, *, seed: int, positions: Iterable[list[int]],
                     workers: int) -> Iterator[Batch]:
     """Batches of training crops, one for each list of stream positions.
@@ -534,7 +547,7 @@ def training_loader(dataset: SegmentationDataset, window: int, *, seed: int, pos
     A fault in a worker is raised here, as its UserError.
     """
     loader = DataLoader(_Crops(dataset, window, seed), sampler=positions, batch_size=None, num_workers=workers,
-                        worker_init_fn=leave_interrupt_to_parent, pin_memory=torch.cuda.is_available())
+                        worker_init_fn=common.leave_interrupt_to_parent, pin_memory=torch.cuda.is_available())
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch

@@ -39,7 +39,6 @@ import run
 import weights
 from common import UserError
 from fast import inference
-from tools import draw
 
 Save = Callable[[int, np.ndarray], None]  # takes the index of an image and its prediction, uint8 (H, W)
 REMEDY = "evaluate it on the data that it was trained on (--data DIR)"
@@ -391,7 +390,7 @@ def label_writer(folder: Path, dataset: data.SegmentationDataset, original_ids: 
             raise UserError(f"{dataset.info.name} has no original ids: leave out --original-ids")
         values, palette = np.uint16([ids[name] for name in dataset.info.classes]), None
     common.make_folder(folder, "--save-labels")
-    return lambda i, prediction: draw.save_labels(values[prediction], folder / f"{dataset.names[i]}.png", palette)
+    return lambda i, prediction: data.save_labels(values[prediction], folder / f"{dataset.names[i]}.png", palette)
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:

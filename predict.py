@@ -111,7 +111,7 @@ def write_results(predictor: Predictor, picture: Path, stem: Path, options: argp
     overlay = draw.overlay(image, labels, predictor.palette, options.opacity, ignore_index=-1)
     sheet = draw.with_legend(overlay, labels, predictor.classes, predictor.palette, ignore_index=-1)
     common.write_whole(Path(f"{stem}_overlay.jpg"), lambda file: sheet.save(file, "JPEG", quality=92))
-    draw.save_labels(labels, Path(f"{stem}_labels.png"), predictor.palette)
+    data.save_labels(labels, Path(f"{stem}_labels.png"), predictor.palette)
     if options.explain:
         from tools.explain import explain
 

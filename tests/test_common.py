@@ -1,4 +1,4 @@
-"""common.py: exit statuses, one line for each fault, files that are whole or the old ones."""
+"""common.py: exit statuses, one line for each fault, files and folders that are whole or the old ones."""
 
 import importlib
 import os
@@ -12,8 +12,8 @@ from common import UserError
 
 
 def fail(error: BaseException):
-    """A command that ends in this exception."""
-    def work():
+    """A function that ends in this exception."""
+    def work(*_):
         raise error
 
     return work
@@ -37,6 +37,10 @@ def test_faults_of_the_program_are_no_users_faults():
         common.run(fail(KeyError("x")))
 
 
+def test_a_users_fault_is_printable():
+    assert str(UserError("two\nlines of \x1b[31mred")) == "two?lines of ?[31mred"
+
+
 def test_other_processes_complain_after_the_first(monkeypatch, capsys):
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
@@ -47,45 +51,55 @@ def test_other_processes_complain_after_the_first(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--share", "1.5"], "argument --share: 1.5 is not a number from 0 to 1"),
-    (["--share", "much"], "argument --share: much is not a number from 0 to 1"),
-    (["--share", "nan"], "argument --share: nan is not a number from 0 to 1"),
-    (["--count", "0"], "argument --count: 0 is not a positive whole number"),
-    (["--count", "-3"], "argument --count: -3 is not a positive whole number"),
+    (["--fraction", "1.5"], "argument --fraction: 1.5 is not a number from 0 to 1"),
+    (["--fraction", "much"], "argument --fraction: much is not a number from 0 to 1"),
+    (["--fraction", "nan"], "argument --fraction: nan is not a number from 0 to 1"),
+    (["--positive", "0"], "argument --positive: 0 is not a positive whole number"),
+    (["--positive", "-3"], "argument --positive: -3 is not a positive whole number"),
+    (["--natural", "-1"], "argument --natural: -1 is not a whole number from 0 up"),
+    (["--natural", "1.0"], "argument --natural: 1.0 is not a whole number from 0 up"),
+    (["--rate", "0"], "argument --rate: 0 is not a positive number"),
+    (["--rate", "inf"], "argument --rate: inf is not a positive number"),
     (["more"], "unrecognized arguments: more"),
 ])
 def test_a_wrong_option_is_one_line_and_status_2(capsys, arguments, message):
     parser = common.Parser(prog="x.py")
-    parser.add_argument("--share", type=common.fraction)
-    parser.add_argument("--count", type=common.positive)
+    for name in ("fraction", "positive", "natural", "rate"):
+        parser.add_argument(f"--{name}", type=getattr(common, name))
     with pytest.raises(SystemExit) as stop:
         parser.parse_args(arguments)
     assert stop.value.code == 2
     assert capsys.readouterr().err == f"error: {message} (python x.py --help lists the options)\n"
-    found = parser.parse_args(["--share", "0.25", "--count", "3"])
-    assert (found.share, found.count) == (0.25, 3)
+    options = vars(parser.parse_args(["--fraction", "0.25", "--positive", "3", "--natural", "0", "--rate", "1e-4"]))
+    assert options == {"fraction": 0.25, "positive": 3, "natural": 0, "rate": 1e-4}
 
 
-def test_a_file_is_written_whole_or_the_old_one_stays(tmp_path):
+@pytest.mark.parametrize(("error", "raised"), [
+    (OSError(28, "No space left on device"), UserError),
+    (RuntimeError("PytorchStreamWriter failed\nmore"), UserError),
+    (KeyboardInterrupt(), KeyboardInterrupt),
+])
+def test_a_file_is_written_whole_or_the_old_one_stays(tmp_path, error, raised):
     path = tmp_path / "x"
     common.write_whole(path, lambda file: file.write(b"old"))
-    for error in (OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed\nmore")):
-        def write(file, error=error):
-            file.write(b"new")
-            raise error
-
-        with pytest.raises(UserError, match=r"x cannot be written \((No space|Pytorch)[^\n]*: make room"):
-            common.write_whole(path, write)
-        assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["x"]
+    message = r"x cannot be written \((No space|Pytorch)[^\n]*: make room" if raised is UserError else None
+    with pytest.raises(raised, match=message):
+        common.write_whole(path, lambda file: (file.write(b"new"), fail(error)()))
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["x"]
     common.write_whole(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["x"]
-    with pytest.raises(KeyboardInterrupt):
-        common.write_whole(path, fail_with_interrupt)
-    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["x"]
 
 
-def fail_with_interrupt(file):
-    raise KeyboardInterrupt
+def test_a_folder_is_new_and_whole_or_absent(tmp_path):
+    with pytest.raises(KeyboardInterrupt), common.new_folder(tmp_path / "a") as draft:
+        (draft / "x").write_text("half")
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == []
+    with common.new_folder(tmp_path / "a") as draft:
+        (draft / "x").write_text("whole")
+    with pytest.raises(OSError), common.new_folder(tmp_path / "a") as draft:
+        (draft / "x").write_text("of a process that comes too late")
+    assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a" / "x").read_text() == "whole"
 
 
 def test_destinations_are_looked_at_before_the_work(tmp_path):
@@ -98,6 +112,10 @@ def test_destinations_are_looked_at_before_the_work(tmp_path):
             common.make_folder(tmp_path / path, "--out")
     with pytest.raises(UserError, match="--json .*a is a folder: name a file, in it or elsewhere"):
         common.check_file(tmp_path / "a", "--json")
+
+
+def test_parallel_results_come_in_order():
+    assert list(common.in_parallel(abs, [-3, 2, -1], 2, "title")) == [3, 2, 1]
 
 
 @pytest.mark.parametrize("script", ["evaluate", "predict", "tools.report", "weights", "tools.prepare"])

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFont
+from PIL import ImageFont
 
 from tools import draw
 
@@ -35,12 +35,6 @@ def test_any_value_can_be_the_ignored_one():
     assert tuple(picture[0, 0]) in (draw.HATCH_LIGHT, draw.HATCH_DARK) and tuple(picture[0, 1]) == (0, 200, 0)
 
 
-def test_hatch_is_diagonal_stripes_in_equal_parts():
-    picture = draw.hatch((60, 60))
-    assert (picture[:-1, 1:] == picture[1:, :-1]).all()  # constant along the diagonals
-    assert (picture == draw.HATCH_DARK).all(-1).mean() == pytest.approx(0.5, abs=0.02)
-
-
 def test_overlay_blends_the_image_with_the_colours_and_draws_borders(labels):
     image = np.full((30, 60, 3), 100, np.uint8)
     picture = draw.overlay(image, labels, PALETTE, opacity=0.6)
@@ -50,11 +44,12 @@ def test_overlay_blends_the_image_with_the_colours_and_draws_borders(labels):
     assert (image == 100).all()
 
 
-def test_overlay_of_opacity_0_and_1(labels):
+@pytest.mark.parametrize("opacity", [0, 1])
+def test_overlay_of_opacity_0_and_1(labels, opacity):
     image = np.random.default_rng(0).integers(0, 255, (30, 60, 3), dtype=np.uint8)
     inside = ~draw.boundaries(labels)
-    assert (draw.overlay(image, labels, PALETTE, 0)[inside] == image[inside]).all()
-    assert (draw.overlay(image, labels, PALETTE, 1)[inside] == draw.colorize(labels, PALETTE)[inside]).all()
+    expected = draw.colorize(labels, PALETTE) if opacity else image
+    assert (draw.overlay(image, labels, PALETTE, opacity)[inside] == expected[inside]).all()
 
 
 def test_boundaries_mark_changes_to_the_right_and_below_and_widen():
@@ -117,21 +112,9 @@ def test_contact_sheet_scales_pictures_into_cells_of_one_height():
 
 def test_captions_stand_above_their_pictures():
     black = np.zeros((40, 60, 3), np.uint8)
-    sheet, plain = draw.side_by_side([black, black], ["image", "label"]), draw.side_by_side([black, black])
+    sheet, plain = (draw.contact_sheet([[black, black]], captions) for captions in (["image", "label"], ()))
     head = sheet.height - plain.height
     below = np.asarray(sheet)[head + 6 :]
     assert head > 12 and (np.asarray(sheet)[: head + 6] < 128).any() and (below == np.asarray(plain)[6:]).all()
     one = draw.with_caption(black, "road 0.93")
     assert one.width == 60 and (np.asarray(one)[-40:] == 0).all() and one.height > 52
-
-
-def test_save_labels_keeps_values_and_palette(tmp_path):
-    labels = np.uint8([[0, 1, 2], [255, 1, 0]])
-    draw.save_labels(labels, tmp_path / "sub" / "x.png", PALETTE)
-    with Image.open(tmp_path / "sub" / "x.png") as picture:
-        assert picture.mode == "P" and (np.array(picture) == labels).all()
-        assert picture.getpalette()[:9] == PALETTE.flatten().tolist()
-    draw.save_labels(np.uint16([[459, 1]]), tmp_path / "ids.png")
-    with Image.open(tmp_path / "ids.png") as picture:
-        assert np.array(picture).tolist() == [[459, 1]]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["ids.png", "sub"]

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +25,6 @@ IDS = {c["original_id"]: c["index"] for c in json.loads(data.CONTEXT_CLASSES.rea
 NAMES = {split: SAMPLE_LABELS[f"{split}_names"].tolist() for split in ("train", "val")}
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess:
-    """Run `python data.py ...` as a user does."""
-    script = Path(data.__file__)
-    return subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True, timeout=60)
-
-
 @pytest.fixture
 def voc(tmp_path: Path) -> Path:
     """A VOC2010 tree with the images of the sample."""
@@ -42,15 +38,25 @@ def read_back(voc: Path) -> dict[str, np.ndarray]:
     return {path.stem: np.asarray(Image.open(path)) for path in (voc / "SegmentationClassContext").glob("*.png")}
 
 
+def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert sorted(found) == sorted(sum(NAMES.values(), []))
+    for name, labels in found.items():
+        np.testing.assert_array_equal(labels, expected[name])
+
+
 # ------------------------------------------------------------------------------------------------ Pascal Context
 
 
-def test_json_gives_what_the_detail_package_gives(voc: Path) -> None:
-    assert prepare.prepare_context(voc, SAMPLE, "json", workers=2) == {"train": 2, "val": 2}
-    found = read_back(voc)
-    assert sorted(found) == sorted(sum(NAMES.values(), []))
-    for name, labels in found.items():
-        np.testing.assert_array_equal(labels, SAMPLE_LABELS[name])
+@pytest.mark.parametrize("order", [1, -1])
+def test_json_gives_what_the_detail_package_gives(voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture,
+                                                  order: int) -> None:
+    """Annotations may stand before or after their images in the file."""
+    source = tmp_path / "merged.json"
+    source.write_text(json.dumps(dict([*json.loads(SAMPLE.read_text()).items()][::order])))
+    prepare.main(["prepare-context", "--voc", str(voc), "--json", str(source), "--workers", "2"])
+    assert capsys.readouterr().out.splitlines() == ["train: 2 images, DIFFERENT from the 4996 of the full data set",
+                                                    "val: 2 images, DIFFERENT from the 5104 of the full data set"]
+    assert_equal(read_back(voc), SAMPLE_LABELS)
     for split, names in NAMES.items():
         assert (voc / "ImageSets" / "SegmentationContext" / f"{split}.txt").read_text().split() == names
     dataset = data.open_dataset(voc, "train")
@@ -73,10 +79,15 @@ def write_mats(voc: Path, folder: Path) -> dict[str, np.ndarray]:
 
 def test_mat_files_are_mapped_pixel_by_pixel(voc: Path, tmp_path: Path) -> None:
     expected = write_mats(voc, tmp_path / "trainval")
-    assert prepare.prepare_context(voc, tmp_path / "trainval", "mat", workers=1) == {"train": 2, "val": 2}
-    found = read_back(voc)
-    for name, labels in expected.items():
-        np.testing.assert_array_equal(found[name], labels)
+    prepare.prepare_context(voc, None, tmp_path / "trainval", workers=1)
+    assert_equal(read_back(voc), expected)
+
+
+def test_a_file_without_a_label_map_is_named(voc: Path, tmp_path: Path) -> None:
+    write_mats(voc, tmp_path / "trainval")
+    savemat(tmp_path / "trainval" / f"{NAMES['val'][0]}.mat", {"other": 1})
+    with pytest.raises(UserError, match=f"{NAMES['val'][0]}.mat holds no LabelMap of 459 classes .*: unpack"):
+        prepare.prepare_context(voc, None, tmp_path / "trainval", workers=1)
 
 
 def test_a_cut_run_goes_on_and_sources_are_not_mixed(voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -84,23 +95,17 @@ def test_a_cut_run_goes_on_and_sources_are_not_mixed(voc: Path, tmp_path: Path, 
     content = images[1].read_bytes()
     images[1].unlink()
     with pytest.raises(UserError, match=f"{NAMES['val'][1]}.jpg is no file, but there are labels for it"):
-        prepare.prepare_context(voc, SAMPLE, "json", workers=1)
+        prepare.prepare_context(voc, SAMPLE, None, workers=1)
     assert not (voc / "ImageSets" / "SegmentationContext").exists()  # the data set cannot be opened by mistake
     assert all(path.suffix == ".png" for path in (voc / "SegmentationClassContext").glob("[!.]*"))
     images[1].write_bytes(content)
     kept = (voc / "SegmentationClassContext" / f"{NAMES['train'][0]}.png").stat().st_mtime_ns
-    prepare.prepare_context(voc, SAMPLE, "json", workers=1)
+    prepare.prepare_context(voc, SAMPLE, None, workers=1)
     assert (voc / "SegmentationClassContext" / f"{NAMES['train'][0]}.png").stat().st_mtime_ns == kept
     assert "3 label images were there already" in capsys.readouterr().out
     write_mats(voc, tmp_path / "trainval")
     with pytest.raises(UserError, match="holds labels from the json source, not from mat: remove it first"):
-        prepare.prepare_context(voc, tmp_path / "trainval", "mat", workers=1)
-
-
-def test_counts_that_differ_are_reported(voc: Path, capsys: pytest.CaptureFixture) -> None:
-    prepare.main(["prepare-context", "--voc", str(voc), "--json", str(SAMPLE), "--workers", "1"])
-    assert capsys.readouterr().out.splitlines() == ["train: 2 images, DIFFERENT from the 4996 of the full data set",
-                                                    "val: 2 images, DIFFERENT from the 5104 of the full data set"]
+        prepare.prepare_context(voc, None, tmp_path / "trainval", workers=1)
 
 
 def encode_runs(mask: np.ndarray) -> str:
@@ -135,40 +140,41 @@ def test_broken_run_lengths_are_refused(code: str) -> None:
         prepare.decode_runs(code, (60, 81))
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 100, 1 << 20])
-def test_json_is_streamed_the_same_in_any_chunks(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = {"info": {"n": [1, 2]}, "a": [{"x": "ü, ] }"}, {"y": [1.5, None]}], "empty": [], "n": 12345, "b": [77, 8]}
-    path = tmp_path / "x.json"
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
-    monkeypatch.setattr(prepare.JsonStream, "CHUNK", chunk)
-    with path.open("rb") as file:
-        items = list(prepare.JsonStream(file).items())
-    raw = path.read_bytes()
-    assert [key for key, *_ in items] == ["a", "a", "b", "b"]
-    assert [json.loads(raw[start:start + length]) for _, _, start, length in items] == [*content["a"], *content["b"]]
-
-
 @pytest.mark.parametrize("cut", [1, 200, 2000, -1, -40])
 def test_a_cut_off_download_is_named(cut: int, voc: Path, tmp_path: Path) -> None:
     path = tmp_path / "cut.json"
     path.write_bytes(SAMPLE.read_bytes()[:cut])
-    with pytest.raises(UserError, match="cut.json, byte .*: broken or cut off JSON: get the file again"):
-        prepare.prepare_context(voc, path, "json", workers=1)
+    with pytest.raises(UserError, match="cut.json is no trainval_merged.json, or broken or cut off .*: get it from"):
+        prepare.prepare_context(voc, path, None, workers=1)
     assert not (voc / "SegmentationClassContext").exists()
 
 
-def test_annotations_may_come_before_their_images_and_unknown_classes_are_named(voc: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda content: content.pop("images"), "is no trainval_merged.json, .*'images'"),
+    (lambda content: content["images"][0].pop("height"), "is no trainval_merged.json, .*'height'"),
+    (lambda content: content.update(images=[]), "names 0 training and 0 validation images: get the file again"),
+    (lambda content: content["annos_segmentation"][0].update(category_id=3),
+     "annotation 1001 of 2008_000002: category_id 3 is none of the 59 classes: get the file again"),
+    (lambda content: content["annos_segmentation"][0].pop("category_id"), "1001 .*: category_id None is none"),
+    (lambda content: content["annos_segmentation"][0].pop("segmentation"), "annotation 1001 of 2008_000002: "),
+    (lambda content: content["annos_segmentation"][0]["segmentation"].pop("counts"), "1001 of 2008_000002: 'counts'"),
+    (lambda content: content["annos_segmentation"][0]["segmentation"].update(size=[60, 80]),
+     r"1001 of 2008_000002: a mask of size \[60, 80\] for an image of \(60, 81\)"),
+    (lambda content: content["annos_segmentation"][0]["segmentation"].update(counts="zz0"),
+     "1001 of 2008_000002: .*run-length code"),
+])
+def test_a_broken_annotation_is_named(voc: Path, tmp_path: Path, change: Callable, message: str) -> None:
     content = json.loads(SAMPLE.read_text())
-    turned = tmp_path / "turned.json"
-    turned.write_text(json.dumps(dict(reversed(content.items()))))
-    prepare.prepare_context(voc, turned, "json", workers=1)
-    for name, labels in read_back(voc).items():
-        np.testing.assert_array_equal(labels, SAMPLE_LABELS[name])
-    content["annos_segmentation"][0]["category_id"] = 3
-    turned.write_text(json.dumps(content))
-    image = prepare.index_json(turned)["train"][0]
-    with pytest.raises(UserError, match="category_id 3 is none of the 59 classes"):
-        prepare.labels_from_json(turned, image)
+    change(content)
+    (tmp_path / "changed.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"changed.json.*{message}"):
+        prepare.prepare_context(voc, tmp_path / "changed.json", None, workers=1)
+
+
+def test_images_of_another_release_are_refused(voc: Path) -> None:
+    Image.new("RGB", (80, 60)).save(voc / "JPEGImages" / "2008_000002.jpg")
+    with pytest.raises(UserError, match="2008_000002.jpg is 80x60 pixels but the label map .* is 81x60"):
+        prepare.prepare_context(voc, SAMPLE, None, workers=1)
 
 
 # ---------------------------------------------------------------------------------------- your own images and labels
@@ -183,9 +189,8 @@ def write_folders(root: Path, count: int = 10, coloured: bool = False) -> None:
         (root / folder).mkdir()
     for i in range(count):
         Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(root / "photos" / f"p{i}.jpg")
-        values = rng.integers(0, 3, (20, 30))
-        picture = COLOURS[values] if coloured else np.array([0, 1, 255], np.uint8)[values]
-        Image.fromarray(picture).save(root / "masks" / f"p{i}.png")
+        table = COLOURS if coloured else np.array([0, 1, 255], np.uint8)
+        Image.fromarray(table[rng.integers(0, 3, (20, 30))]).save(root / "masks" / f"p{i}.png")
 
 
 def test_a_number_of_classes_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -223,39 +228,40 @@ def test_split_is_one_in_five_and_keeps_its_choice() -> None:
     assert {split: len(part) for split, part in prepare.split_by_hash(["a", "b"]).items()} == {"train": 1, "val": 1}
 
 
-@pytest.mark.parametrize(("fault", "message"), [
-    ("value", "masks/p3.png: label value 9 is none of the 2 classes: no class is 255"),
-    ("size", r"photos/p3.jpg is \(20, 30\) \(height, width\) but .*masks/p3.png is \(19, 30\)"),
-    ("colours", "masks/p3.png is colour-coded: give each class its colour"),
-    ("alone", "1 files have no partner of the same name .*photos/p3.jpg"),
-    ("twice", r"photos holds several files named p3.\*"),
-    ("unreadable", "masks/p3.png: not a readable image"),
-    ("list", r"--classes .*nowhere.txt: cannot be read \(No such file or directory\)"),
-    ("zero", "--classes 0: 1 to 255 different names are needed, not 0"),
+@pytest.mark.parametrize(("file", "content", "message"), [
+    ("masks/p3.png", np.full((20, 30), 9, np.uint8),
+     "masks/p3.png: label value 9 is none of the 2 classes: no class is 255"),
+    ("masks/p3.png", np.zeros((19, 30), np.uint8), "photos/p3.jpg is 30x20 pixels but .*masks/p3.png is 30x19"),
+    ("masks/p3.png", np.zeros((20, 30, 3), np.uint8), "masks/p3.png is colour-coded: give each class its colour"),
+    ("masks/p3.png", "no image", "masks/p3.png: not a readable image"),
+    ("masks/p3.png", None, "1 files have no partner of the same name .*photos/p3.jpg"),
+    ("photos/p3.png", np.zeros((20, 30), np.uint8), r"photos holds several files named p3.\*: keep one"),
 ])
-def test_faults_leave_nothing_behind(tmp_path: Path, fault: str, message: str) -> None:
+def test_faults_leave_nothing_behind(tmp_path: Path, file: str, content: np.ndarray | str | None, message: str) -> None:
     write_folders(tmp_path)
-    label, classes = tmp_path / "masks" / "p3.png", "2"
-    match fault:
-        case "value":
-            Image.fromarray(np.full((20, 30), 9, np.uint8)).save(label)
-        case "size":
-            Image.fromarray(np.zeros((19, 30), np.uint8)).save(label)
-        case "colours":
-            Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(label)
-        case "alone":
-            label.unlink()
-        case "twice":
-            (tmp_path / "photos" / "p3.png").write_bytes(label.read_bytes())
-        case "unreadable":
-            label.write_text("no image")
-        case "list":
-            classes = str(tmp_path / "nowhere.txt")
-        case "zero":
-            classes = "0"
+    if content is None:
+        (tmp_path / file).unlink()
+    elif isinstance(content, str):
+        (tmp_path / file).write_text(content)
+    else:
+        Image.fromarray(content).save(tmp_path / file)
     with pytest.raises(UserError, match=message):
-        prepare.from_folders(tmp_path / "photos", tmp_path / "masks", classes, tmp_path / "own", False, 1)
+        prepare.from_folders(tmp_path / "photos", tmp_path / "masks", "2", tmp_path / "own", False, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["masks", "photos"]
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (None, r"classes.txt: cannot be read \(No such file or directory\): give --classes a file"),
+    ("\n", "classes.txt: 1 to 255 different names are needed, not 0 with 0 repeated"),
+    ("a\nb\na", "classes.txt: 1 to 255 different names are needed, not 3 with 1 repeated"),
+    ("a 1 2 3\nb 1 2 300", "classes.txt, line 2: 1 2 300 is no colour of 0..255 or used before"),
+    ("a 1 2 3\nb 1 2 3", "classes.txt, line 2: 1 2 3 is no colour of 0..255 or used before"),
+])
+def test_a_list_with_a_fault_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "classes.txt").write_text(content)
+    with pytest.raises(UserError, match=message):
+        prepare.read_classes(str(tmp_path / "classes.txt"))
 
 
 def test_an_unknown_colour_is_named(tmp_path: Path) -> None:
@@ -276,39 +282,40 @@ def own(tmp_path: Path) -> Path:
 
 
 def test_check_of_a_sound_data_set(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert prepare.check(own, tmp_path / "sheet.png", workers=1) == 0
+    prepare.check(own, tmp_path / "sheet.png", workers=1)
     printed = capsys.readouterr().out
-    labels = [data.open_dataset(own, "train").labels(i) for i in range(len(data.open_dataset(own, "train")))]
-    pixels = np.bincount(np.stack(labels).ravel(), minlength=256)
+    train = data.open_dataset(own, "train")
+    pixels = np.bincount(np.stack([train.labels(i) for i in range(len(train))]).ravel(), minlength=256)
     row = next(line for line in printed.splitlines() if line.startswith("class 0")).split()
-    assert float(row[2]) == pytest.approx(100 * pixels[0] / pixels[:3].sum(), abs=6e-4) and int(row[3]) == len(labels)
-    assert "class 2" in printed and printed.count("never in training") == 1
+    assert float(row[2]) == pytest.approx(100 * pixels[0] / pixels[:3].sum(), abs=6e-4) and int(row[3]) == len(train)
+    assert "class 2" in printed and printed.count("never in training") == 1 and printed.endswith("no faults\n")
     sheet = Image.open(tmp_path / "sheet.png")
     assert sheet.width >= 4 * 30 and sheet.height >= 3 * 20
 
 
-def test_check_finds_what_is_wrong(own: Path, tmp_path: Path) -> None:
+def test_check_finds_what_is_wrong(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     train, val = data.open_dataset(own, "train"), data.open_dataset(own, "val")
-    Image.fromarray(np.full((20, 30), 200, np.uint8)).save(train.label_path(0))
+    Image.fromarray(np.full((20, 30), 200, np.uint8)).save(train.label_paths[0])
     train.image_paths[1].write_bytes(train.image_paths[1].read_bytes()[:300])
     val.image_paths[0].write_bytes(train.image_paths[2].read_bytes())
-    Image.fromarray(np.full((20, 30), 255, np.uint8)).save(train.label_path(3))
+    Image.fromarray(np.full((20, 30), 255, np.uint8)).save(train.label_paths[3])
     Image.new("L", (30, 20)).save(train.image_paths[4])
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (20, 30)).save(train.image_paths[5], exif=exif)
     os.rename(train.image_paths[6], tmp_path / "away.jpg")
     train.image_paths[6].symlink_to(tmp_path / "away.jpg")
-    result = command("check", own, "--sheet", tmp_path / "sheet.png", "--workers", 2)
-    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith(f"error: 2 faults in {own}")
-    for line in (f"fault: {train.label_path(0)}: label value 200 is no class",
+    with pytest.raises(UserError, match=f"^2 faults in {re.escape(str(own))}, named above: mend them before training$"):
+        prepare.check(own, tmp_path / "sheet.png", workers=2)
+    printed = capsys.readouterr().out
+    for line in (f"fault: {train.label_paths[0]}: label value 200 is no class",
                  f"fault: {train.image_paths[1]}: not a readable image",
                  f"remark: a validation image that is in training too: 1 (val/{val.names[0]} = train/{train.names[2]})",
                  f"remark: no labelled pixel: 1 (train/{train.names[3]})",
                  f"remark: mode L, converted to RGB: 1 (train/{train.names[4]})",
                  f"remark: turned upright by its EXIF tag: 1 (train/{train.names[5]})",
                  f"remark: a link that leads out of the folder: 1 (train/{train.names[6]})"):
-        assert line in result.stdout
+        assert line in printed
 
 
 # -------------------------------------------------------------------------------------------------- command line
@@ -323,6 +330,11 @@ def test_a_wrong_command_is_one_line_and_status_2(arguments: tuple[str, ...], ca
         prepare.main(arguments)
     printed = capsys.readouterr()
     assert leaving.value.code == 2 and "error: " in printed.err.splitlines()[-1] and not printed.out
+
+
+def test_data_py_hands_its_commands_over() -> None:
+    done = subprocess.run([sys.executable, data.__file__, "check", "nowhere"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: no data at nowhere: ")
 
 
 def test_toy_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -2,19 +2,16 @@
 
 Everything here is NumPy and Pillow on uint8, so that training, prediction and the report draw alike.
 
-Read: colorize -> overlay -> error_map -> legend -> with_legend -> side_by_side -> contact_sheet.
+Reading order: colorize -> overlay -> error_map -> legend -> with_legend -> contact_sheet.
 
 Shapes: H, W height and width in pixels; K classes. Images and pictures are uint8 (H, W, 3) RGB, a palette is uint8
 (K, 3), labels are integers (H, W) with a class index 0 ... K - 1 or `ignore_index` in every pixel.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-
-import common
 
 Picture = np.ndarray | Image.Image
 
@@ -92,19 +89,6 @@ def line_width(shape: tuple[int, int]) -> int:
     return max(1, round(max(shape) / 700))
 
 
-def save_labels(labels: np.ndarray, path: Path, palette: np.ndarray | None = None) -> None:
-    """Write labels (H, W) as a PNG whose values are the labels: uint8 with a palette that shows them in colour, or
-    plain gray uint8 or uint16. The file appears whole or not at all; its folder is made."""
-    picture = Image.fromarray(labels)
-    if palette is not None:
-        # All 256 colours: with 16 or fewer Pillow writes 4 bits a pixel, and 255 becomes 15.
-        colours = np.full((256, 3), HATCH_LIGHT, np.uint8)
-        colours[: len(palette)] = palette
-        picture.putpalette(colours.tobytes())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    common.write_whole(path, lambda file: picture.save(file, "PNG"))
-
-
 # --------------------------------------------------------------------------------------------------- legends
 
 
@@ -118,20 +102,17 @@ def legend(classes: Sequence[str], palette: np.ndarray, width: int, present: Seq
         shares: the fraction of the picture that each listed class covers, printed behind its name.
         ignored: add a hatched swatch for the pixels without a class.
     """
-    present = range(len(classes)) if present is None else present
-    size = text_size(width)
-    font = ImageFont.load_default(size)
-    entries = [(classes[k], tuple(int(v) for v in palette[k])) for k in present]
-    notes = ["" if shares is None else percent(share) for share in shares or [0] * len(entries)]
+    entries = [(classes[k], tuple(map(int, palette[k]))) for k in (range(len(classes)) if present is None else present)]
+    notes = [percent(share) for share in shares] if shares else [""] * len(entries)
     if ignored:
         entries, notes = [*entries, ("ignored", None)], [*notes, ""]
-    indent, gap = round(1.9 * size), round(1.2 * size)
+    size = text_size(width)
+    font = ImageFont.load_default(size)
+    indent, gap, line = round(1.9 * size), round(1.2 * size), round(1.65 * size)
     note_width = max((font.getlength(note) for note in notes), default=0) + (size // 2 if shares else 0)
     longest = max((font.getlength(name) for name, _ in entries), default=0)
     column = min(width - gap, round(indent + longest + note_width + gap))
-    columns = max(1, (width - gap) // max(column, 1))
-    rows = -(-len(entries) // columns)
-    line = round(1.65 * size)
+    rows = -(-len(entries) // max(1, (width - gap) // column))
     picture = Image.new("RGB", (width, rows * line + gap), PAPER)
     pen = ImageDraw.Draw(picture)
     for position, ((name, color), note) in enumerate(zip(entries, notes, strict=True)):
@@ -167,11 +148,6 @@ def with_legend(picture: Picture, labels: np.ndarray, classes: Sequence[str], pa
 # ------------------------------------------------------------------------------------------ several pictures
 
 
-def side_by_side(pictures: Sequence[Picture], captions: Sequence[str] = ()) -> Image.Image:
-    """Pictures in one row at the height of the tallest, each with its caption above."""
-    return contact_sheet([pictures], captions)
-
-
 def with_caption(picture: Picture, caption: str, size: int | None = None) -> Image.Image:
     """The picture with a line of text above it, `size` pixels high (default: by the picture's width)."""
     picture = to_image(picture)
@@ -189,11 +165,10 @@ def contact_sheet(rows: Sequence[Sequence[Picture]], captions: Sequence[str] = (
     rows = [[to_image(picture) for picture in row] for row in rows]
     height = max(picture.height for picture in rows[0])
     widths = [round(picture.width * height / picture.height) for picture in rows[0]]
+    lefts = [gap + sum(widths[:i]) + gap * i for i in range(len(widths))]
     font = ImageFont.load_default(text_size(max(max(widths), sum(widths) // 2)))
     head = round(1.9 * font.size) if captions else 0
-    size = (sum(widths) + gap * (len(widths) + 1), head + len(rows) * (height + gap) + gap)
-    sheet = Image.new("RGB", size, PAPER)
-    lefts = [gap + sum(widths[:i]) + gap * i for i in range(len(widths))]
+    sheet = Image.new("RGB", (lefts[-1] + widths[-1] + gap, head + len(rows) * (height + gap) + gap), PAPER)
     for left, width, caption in zip(lefts, widths, captions, strict=False):
         text = shorten(caption, font, width)
         ImageDraw.Draw(sheet).text((left, gap + head / 2), text, INK, font, anchor="lm")

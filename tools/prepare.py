@@ -1,7 +1,7 @@
-"""Data sets made ready and looked over, the work behind `python data.py COMMAND`.
+"""Makes data sets ready and checks them: the code behind `python data.py COMMAND`.
 
-Read: prepare_context (the labels of Pascal Context, from JSON or .mat files), then from_folders (a plain folder from
-your own files), then check (what is wrong with a data set, before a GPU finds out), then main, the command line.
+Reading order: prepare_context (the labels of Pascal Context, from JSON or .mat files) -> from_folders (a plain folder
+from your own files) -> check (what is wrong with a data set, before a GPU finds out) -> main, the command line.
 
 Shapes: H, W height and width, K classes, R runs of a run-length code.
 """
@@ -15,76 +15,73 @@ import re
 import shutil
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
 
 import common
 import data
-from common import UserError
+from common import UserError, in_parallel
 from data import CONTEXT_CLASSES, IGNORE, PASCAL_CONTEXT, SegmentationDataset
 from tools import draw
+from tools.toy import make_toy
 
 MOST_FAULTS = 20  # that `check` prints
 EXPECTED_COUNTS = {"json": {"train": 4996, "val": 5104}, "mat": {"train": 4998, "val": 5105}}
 
 
-def in_parallel(function: Callable, jobs: Sequence, workers: int, title: str) -> Iterator:
-    """The function's results in the order of the jobs, from worker processes, under a progress bar."""
-    with ProcessPoolExecutor(workers, initializer=data.leave_interrupt_to_parent) as pool:
-        results = pool.map(function, jobs, chunksize=max(1, min(32, len(jobs) // (4 * workers))))
-        yield from tqdm(results, desc=title, total=len(jobs), unit="image", disable=None)
-
-
 # ------------------------------------------------------------------------------------------------ Pascal Context
 
 
+ANNOTATION = ("id", "category_id", "segmentation")  # the keys that are used
+
+
 class Annotated(NamedTuple):
-    """An image; in the JSON file also its size (H, W), and where in the file its annotations are (offset, length)."""
+    """An image; from the JSON file also its size (H, W) and its annotations in the order of the file."""
 
     name: str
     size: tuple[int, int] = (0, 0)
-    places: Sequence[tuple[int, int]] = ()
+    annotations: Sequence[dict] = ()
 
 
-def prepare_context(voc: Path, source: Path, kind: str, workers: int) -> dict[str, int]:
+def prepare_context(voc: Path, json_file: Path | None, mat_folder: Path | None, workers: int) -> None:
     """Write SegmentationClassContext/*.png (0 = none, 1..59) and ImageSets/SegmentationContext/{train,val}.txt.
 
     Args:
         voc: the VOC2010 folder, with JPEGImages.
-        source: trainval_merged.json (kind "json") or the folder of 459-class LabelMap files (kind "mat").
+        json_file: trainval_merged.json; or None, then
+        mat_folder: the folder of 459-class LabelMap files.
 
-    Files that are there are kept, so that a run cut short goes on; the split files come last. Returns the number of
-    images by split. Raises UserError for sources that are absent or not what they should be.
+    Files that are there are kept, so that a run cut short goes on; the split files come last. Prints the number of
+    images by split. Raises UserError for a source that is absent or broken.
     """
     if not (voc / PASCAL_CONTEXT.images).is_dir():
         raise UserError(f"{voc} has no {PASCAL_CONTEXT.images}/: unpack VOC2010 and give its folder, VOCdevkit/VOC2010")
-    if kind == "json":
-        splits, make_labels = index_json(source), partial(labels_from_json, source)
+    kind = "json" if json_file else "mat"
+    if json_file:
+        splits, make_labels = read_annotations(json_file), partial(labels_from_json, json_file)
     else:
-        lists = voc / "ImageSets" / "Main"
-        splits = {split: [*map(Annotated, data.read_split(lists / f"{split}.txt"))] for split in ("train", "val")}
-        make_labels = partial(labels_from_mat, source)
+        lists = {split: data.read_split(voc / "ImageSets" / "Main" / f"{split}.txt") for split in ("train", "val")}
+        splits = {split: [Annotated(name) for name in names] for split, names in lists.items()}
+        make_labels = partial(labels_from_mat, mat_folder)
     _claim(voc / PASCAL_CONTEXT.labels, kind)
-    jobs = [job for split in splits.values() for job in split]
+    jobs = [image for images in splits.values() for image in images]
     kept = sum(in_parallel(partial(_write_context_labels, voc, make_labels), jobs, workers, "label images"))
     if kept:
         print(f"{kept} label images were there already and were kept")
     (voc / PASCAL_CONTEXT.splits).mkdir(parents=True, exist_ok=True)
-    for split, members in splits.items():
-        text = "".join(f"{image.name}\n" for image in members).encode()
-        common.write_whole(voc / PASCAL_CONTEXT.splits / f"{split}.txt", lambda file, text=text: file.write(text))
-    return {split: len(members) for split, members in splits.items()}
+    for split, images in splits.items():
+        data.write_split(voc / PASCAL_CONTEXT.splits / f"{split}.txt", [image.name for image in images])
+        expected = EXPECTED_COUNTS[kind][split]
+        note = "" if len(images) == expected else f", DIFFERENT from the {expected} of the full data set"
+        print(f"{split}: {len(images)} images{note}")
 
 
 def _claim(folder: Path, kind: str) -> None:
-    """Make the label folder and note in it which source it is from: the two differ, and must not be mixed."""
+    """Make the label folder and note its source in it: labels of the two sources differ, and must not be mixed."""
     note = folder / ".source"
     if note.is_file() and note.read_text() != kind:
         raise UserError(f"{folder} holds labels from the {note.read_text()} source, not from {kind}: remove it first")
@@ -94,41 +91,62 @@ def _claim(folder: Path, kind: str) -> None:
 
 def _write_context_labels(voc: Path, make_labels: Callable[[Annotated], np.ndarray], image: Annotated) -> bool:
     """Write one label image, unless it is there; returns whether it was."""
-    path, picture = (voc / folder / f"{image.name}{suffix}"
-                     for folder, suffix in ((PASCAL_CONTEXT.labels, ".png"), (PASCAL_CONTEXT.images, ".jpg")))
+    path = voc / PASCAL_CONTEXT.labels / f"{image.name}.png"
+    picture = voc / PASCAL_CONTEXT.images / f"{image.name}.jpg"
     if path.is_file():
         return True
     if not picture.is_file():
         raise UserError(f"{picture} is no file, but there are labels for it: unpack all of VOC2010")
     labels = make_labels(image)
-    if data.image_size(picture) != labels.shape:
-        raise UserError(f"{picture} is {data.image_size(picture)} (height, width) but its labels are {labels.shape}: "
-                        "images and labels are not of one release")
-    draw.save_labels(labels, path, np.vstack([[[0, 0, 0]], data.context_info().palette]))
+    data.check_size(picture, "the label map of that name, perhaps from another release,", labels.shape)
+    data.save_labels(labels, path, np.vstack([[[0, 0, 0]], data.context_info().palette]))
     return False
 
 
-def context_table() -> np.ndarray:
-    """uint8 (460,): from an id of the 459 classes to 1..59, or to 0 for the other 400."""
-    table = np.zeros(460, np.uint8)
-    for entry in json.loads(CONTEXT_CLASSES.read_text())["classes"]:
-        table[entry["original_id"]] = entry["index"]
-    return table
+def context_ids() -> dict[int, int]:
+    """From an id of the 459 classes to 1..59, the values of the label images. The other 400 become 0."""
+    return {entry["original_id"]: entry["index"] for entry in json.loads(CONTEXT_CLASSES.read_text())["classes"]}
+
+
+def read_annotations(path: Path) -> dict[str, list[Annotated]]:
+    """The images of each split of trainval_merged.json, with their annotations. Raises UserError for a broken file.
+
+    The file is read whole. Measured on a made-up one of 523 MB with 202,060 annotations: 1.1 GiB at the peak
+    over the interpreter and its packages (1.5 GiB if a third of the bytes are parts and lists of numbers); 11 s.
+    """
+    annotations: dict[int, list[dict]] = defaultdict(list)
+    splits: dict[str, list[Annotated]] = {"train": [], "val": []}
+    try:
+        content = json.loads(path.read_bytes())
+        for annotation in content["annos_segmentation"]:
+            annotations[annotation["image_id"]].append({key: annotation.get(key) for key in ANNOTATION})
+        for image in content["images"]:
+            size = (int(image["height"]), int(image["width"]))
+            entry = Annotated(Path(image["file_name"]).stem, size, annotations[image["image_id"]])
+            splits.get(image["phase"], []).append(entry)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no trainval_merged.json, or broken or cut off ({data.one_line(error)}): "
+                        "get it from the Pascal Context (detail) download") from None
+    if not splits["train"] or not splits["val"]:
+        raise UserError(f"{path} names {len(splits['train'])} training and {len(splits['val'])} validation images: "
+                        "get the file again")
+    return splits
 
 
 def labels_from_json(path: Path, image: Annotated) -> np.ndarray:
     """Labels 0..59, uint8 (H, W): the image's annotations written one over the other in the order of the file."""
-    table, labels = context_table(), np.zeros(image.size, np.uint8)
-    with path.open("rb") as file:
-        for offset, length in image.places:
-            file.seek(offset)
-            annotation = json.loads(file.read(length))
-            category, code = annotation["category_id"], annotation["segmentation"]
-            if not 0 < category < len(table) or not table[category]:
-                raise UserError(f"{path}, byte {offset}: category_id {category} is none of the 59 classes")
+    ids, labels = context_ids(), np.zeros(image.size, np.uint8)
+    for annotation in image.annotations:
+        category, code = annotation["category_id"], annotation["segmentation"]
+        try:
+            if category not in ids:
+                raise UserError(f"category_id {category} is none of the 59 classes")
             if tuple(code["size"]) != image.size:
-                raise UserError(f"{path}, byte {offset}: a mask of size {code['size']} for an image of {image.size}")
-            labels[decode_runs(code["counts"], image.size)] = table[category]
+                raise UserError(f"a mask of size {code['size']} for an image of {image.size}")
+            labels[decode_runs(code["counts"], image.size)] = ids[category]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}, annotation {annotation['id']} of {image.name}: {data.one_line(error)}: "
+                            "get the file again") from None
     return labels
 
 
@@ -139,127 +157,31 @@ def decode_runs(code: str, size: tuple[int, int]) -> np.ndarray:
     follow, the fifth of the last is the sign. From the fourth on, a run is the difference to the run before last. Runs
     go down the columns and begin with one outside the mask. Raises UserError if they do not fill the mask.
     """
-    groups = np.frombuffer(code.encode(), np.uint8).astype(np.int64) - 48
-    last = (groups & 32) == 0
-    first = np.flatnonzero(np.concatenate([[True], last[:-1]]))  # (R,)
-    if not len(groups) or not last[-1] or groups.min() < 0 or groups.max() > 63:
-        raise UserError(f"{code[:20]!r}... is no compressed run-length code")
-    lengths = np.diff(np.append(first, len(groups)))
-    place = np.arange(len(groups)) - np.repeat(first, lengths)  # of a group in its run
-    runs = np.add.reduceat((groups & 31) << (5 * place), first)
-    runs -= np.where(groups[first + lengths - 1] & 16, 1 << (5 * lengths), 0)
-    for parity in (1, 2):  # runs 1, 3, 5, ... and 2, 4, 6, ...; run 0 stands alone
-        runs[parity::2] = runs[parity::2].cumsum()
+    groups = [character - ord("0") for character in code.encode()]
+    runs, run, shift = [], 0, 0
+    for group in groups:
+        run |= (group & 31) << shift
+        shift += 5
+        if not group & 32:  # the last group of the run
+            if group & 16:
+                run -= 1 << shift
+            runs.append(run + runs[-2] if len(runs) > 2 else run)
+            run, shift = 0, 0
     height, width = size
-    if runs.min() < 0 or runs.sum() != height * width:
-        raise UserError(f"run-length code of {runs.sum()} pixels for a mask of {height} x {width}")
+    if shift or min(groups + runs, default=-1) < 0 or max(groups) > 63 or sum(runs) != height * width:
+        raise UserError(f"{code[:20]!r}... is no compressed run-length code of {height} x {width} pixels")
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
-
-
-class JsonStream:
-    """A JSON file value by value, in little memory. Decoded as Latin-1: a place in the text is a place in the file."""
-
-    CHUNK, LARGEST_VALUE = 1 << 20, 1 << 26
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.text, self.at, self.offset = file, "", 0, 0  # the text begins at `offset` in the file
-        self.decoder = json.JSONDecoder()
-
-    def _read_on(self) -> bool:
-        chunk = self.file.read(max(self.CHUNK, len(self.text) - self.at))
-        self.text, self.offset, self.at = self.text[self.at:] + chunk.decode("latin-1"), self.offset + self.at, 0
-        return bool(chunk)
-
-    def fail(self) -> None:
-        """Raise UserError at the present place."""
-        raise UserError(f"{self.file.name}, byte {self.offset + self.at}: broken or cut off JSON: get the file again")
-
-    def next_mark(self, allowed: str = "") -> str:
-        """The next character that is no space; passed over if `allowed` ones are given, of which it must be one."""
-        while not (found := re.compile(r"\S").search(self.text, self.at)):
-            self.at = len(self.text)
-            if not self._read_on():
-                self.fail()
-        self.at = found.start()
-        if allowed:
-            if found.group() not in allowed:
-                self.fail()
-            self.at += 1
-        return found.group()
-
-    def value(self) -> tuple[object, int, int]:
-        """The next value, and its offset and length in the file."""
-        self.next_mark()
-        while True:
-            try:
-                value, end = self.decoder.raw_decode(self.text, self.at)
-            except json.JSONDecodeError:
-                end = len(self.text)
-            if end < len(self.text):  # else it may go on in the next chunk
-                break
-            if end - self.at > self.LARGEST_VALUE or not self._read_on():
-                self.fail()
-        start, self.at = self.at, end
-        return value, self.offset + start, end - start
-
-    def items(self) -> Iterator[tuple[str, object, int, int]]:
-        """(key, item, offset, length) for each item of the arrays at the top, in the order of the file."""
-        self.next_mark("{")
-        mark = ","
-        while mark == ",":
-            key, *_ = self.value()
-            self.next_mark(":")
-            if self.next_mark() != "[":
-                self.value()
-            else:
-                yield from ((key, *item) for item in self._array())
-            mark = self.next_mark(",}")
-
-    def _array(self) -> Iterator[tuple[object, int, int]]:
-        self.next_mark("[")
-        mark = "," if self.next_mark() != "]" else self.next_mark("]")
-        while mark == ",":
-            yield self.value()
-            mark = self.next_mark(",]")
-
-
-def index_json(path: Path) -> dict[str, list[Annotated]]:
-    """The images of each split of trainval_merged.json, with the places of their annotations in the order of the file.
-
-    One pass over the file; the masks stay on disk. Peak memory, measured on a made-up file of 515 MB with 202,060
-    annotations: 35 MiB over that of the interpreter and its packages; 3.3 s.
-    """
-    images: dict[int, Annotated] = {}
-    splits: dict[str, list[Annotated]] = {"train": [], "val": []}
-    places: dict[int, list[tuple[int, int]]] = defaultdict(list)  # annotations may come before their image
-    try:
-        bar = tqdm(total=path.stat().st_size, desc="index", unit="B", unit_scale=True, disable=None)
-        with path.open("rb") as file, bar:
-            for key, item, offset, length in JsonStream(file).items():
-                if key == "images":
-                    name, image_id = Path(item["file_name"]).stem, item["image_id"]
-                    images[image_id] = Annotated(name, (item["height"], item["width"]), places[image_id])
-                    splits.get(item["phase"], []).append(images[image_id])
-                elif key == "annos_segmentation":
-                    places[item["image_id"]].append((offset, length))
-                bar.update(offset + length - bar.n)
-    except (OSError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no trainval_merged.json ({data.one_line(error)}): get it from the Pascal Context "
-                        "(detail) download") from None
-    if not splits["train"] or not splits["val"]:
-        raise UserError(f"{path} names {len(splits['train'])} training and {len(splits['val'])} validation images: "
-                        "get the file again")
-    return splits
 
 
 def labels_from_mat(folder: Path, image: Annotated) -> np.ndarray:
     """Labels 0..59, uint8 (H, W), from the LabelMap of 459 classes in NAME.mat."""
     from scipy.io import loadmat
 
-    path = folder / f"{image.name}.mat"
+    path, table = folder / f"{image.name}.mat", np.zeros(460, np.uint8)
+    for original, index in context_ids().items():
+        table[original] = index
     try:
-        label_map = np.asarray(loadmat(path)["LabelMap"]).astype(np.int64)
-        return context_table()[label_map]
+        return table[np.asarray(loadmat(path)["LabelMap"]).astype(np.int64)]
     except Exception as error:  # SciPy raises many kinds for a broken file
         raise UserError(f"{path} holds no LabelMap of 459 classes ({data.one_line(error)}): "
                         "unpack trainval.tar.gz again") from None
@@ -282,9 +204,12 @@ CLASS_LINE = re.compile(r"(.+?)(?:[\s,:]+(\d+)[\s,]+(\d+)[\s,]+(\d+))?")  # name
 def read_classes(classes: str) -> ClassList:
     """Read a list of classes, one a line: `name` or `name R G B`; the name `ignore` is for colours of no class.
 
-    A number instead of a file stands for that many classes without names. Raises UserError for a list that is no list.
+    A number instead of a file stands for that many classes without names. Raises UserError for a list with a fault.
     """
-    lines = [f"class {k}" for k in range(int(classes))] if classes.isdigit() else _read_lines(Path(classes))
+    if classes.isdigit():
+        lines = [f"class {k}" for k in range(int(classes))]
+    else:
+        lines = data.read_lines(Path(classes), "give --classes a file with one class name a line, or a number")
     names, colours = [], {}
     for number, line in enumerate(lines, 1):
         name, *rgb = CLASS_LINE.fullmatch(line).groups()
@@ -294,9 +219,7 @@ def read_classes(classes: str) -> ClassList:
             colours[colour] = IGNORE if name == "ignore" else len(names)
         if not rgb[0] or name != "ignore":
             names.append(name)
-    if len(set(names)) < len(names) or not 1 <= len(names) <= IGNORE:
-        raise UserError(f"--classes {classes}: 1 to {IGNORE} different names are needed, not {len(names)} "
-                        f"with {len(names) - len(set(names))} repeated")
+    data.check_names(names, f"--classes {classes}")
     palette = data.default_palette(len(names))
     for colour, k in colours.items():
         if k != IGNORE:
@@ -304,59 +227,52 @@ def read_classes(classes: str) -> ClassList:
     return ClassList(names, palette, colours)
 
 
-def _read_lines(path: Path) -> list[str]:
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--classes {path}: cannot be read ({data.one_line(error)}): "
-                        "give a file with one class name a line, or a number") from None
-
-
-def from_folders(images: Path, labels: Path, classes: str, out: Path, link: bool, workers: int) -> dict[str, int]:
-    """Make a plain data set of two folders of files with the same names; returns the number of images by split.
+def from_folders(images: Path, labels: Path, classes: str, out: Path, link: bool, workers: int) -> None:
+    """Make a plain data set of two folders of files with the same names.
 
     One in five goes to validation, chosen by a hash of its name: a larger data set later keeps the choice. Images are
     copied or linked; labels are checked, and converted where they are colour-coded. Nothing is left at `out` if a file
     is wrong.
     """
+    common.make_folder(out.parent, "--out")
     if out.exists():
         raise UserError(f"{out} exists: remove it or choose another folder with --out")
     class_list = read_classes(classes)
     pairs = pair_files(images, labels)
-    draft = out.with_name(f"{out.name}.draft{os.getpid()}")
-    try:
-        for folder in ("images", "labels"):
-            (draft / folder).mkdir(parents=True)
-        list(in_parallel(partial(_adopt, draft, class_list, link), pairs, workers, f"making {out}"))
-        splits = split_by_hash([image.stem for image, _ in pairs])
+    splits = split_by_hash([image.stem for image, _ in pairs])
+    info = {"name": out.name, "classes": class_list.names, "palette": class_list.palette.tolist(),
+            "ignore_index": IGNORE}
+    with common.new_folder(out) as draft:
+        (draft / "images").mkdir()
+        list(in_parallel(partial(_add_pair, draft, class_list, link), pairs, workers, f"making {out}"))
         for split, names in splits.items():
-            (draft / f"{split}.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-        info = {"name": out.name, "classes": class_list.names, "palette": class_list.palette.tolist(),
-                "ignore_index": IGNORE}
+            data.write_split(draft / f"{split}.txt", names)
         (draft / "dataset.json").write_text(json.dumps(info, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        draft.rename(out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return {split: len(names) for split, names in splits.items()}
+    print(f"{out}: {len(splits['train'])} training and {len(splits['val'])} validation images; "
+          f"train with `python train.py --data {out}`")
 
 
 def pair_files(images: Path, labels: Path) -> list[tuple[Path, Path]]:
     """The (image, label) files of equal names. Raises UserError if a folder is absent or an image has no partner."""
-    stems: list[dict[str, Path]] = []
-    for folder in (images, labels):
-        if not folder.is_dir():
-            raise UserError(f"{folder} is no folder: give the folders of the images and of the label images")
-        files = sorted(f for f in folder.iterdir() if f.suffix.lower() in data.EXTENSIONS and f.is_file())
-        twice = [stem for stem, count in Counter(f.stem for f in files).items() if count > 1]
-        if twice or not files:
-            what = f"several files named {twice[0]}.*: keep one of them" if twice else "no images: is it right?"
-            raise UserError(f"{folder} holds {what}")
-        stems.append({f.stem: f for f in files})
-    alone = sorted(stems[0].keys() ^ stems[1].keys())
+    image_files, label_files = (_files_by_stem(folder) for folder in (images, labels))
+    alone = sorted(image_files.keys() ^ label_files.keys())
     if alone:
         raise UserError(f"{len(alone)} files have no partner of the same name in {images} and {labels}, first of all "
-                        f"{(stems[0] | stems[1])[alone[0]]}: add the others or remove these")
-    return [(image, stems[1][stem]) for stem, image in stems[0].items()]
+                        f"{(image_files | label_files)[alone[0]]}: add the others or remove these")
+    return [(image, label_files[stem]) for stem, image in image_files.items()]
+
+
+def _files_by_stem(folder: Path) -> dict[str, Path]:
+    """The pictures in a folder by their names without the extension."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder: give the folders of the images and of the label images")
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in data.EXTENSIONS and f.is_file())
+    if not files:
+        raise UserError(f"{folder} holds no images: is it right?")
+    stem, count = Counter(file.stem for file in files).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{folder} holds several files named {stem}.*: keep one of them")
+    return {file.stem: file for file in files}
 
 
 def split_by_hash(names: Iterable[str]) -> dict[str, list[str]]:
@@ -369,14 +285,12 @@ def split_by_hash(names: Iterable[str]) -> dict[str, list[str]]:
     return {"train": sorted(ordered[cut:]), "val": sorted(ordered[:cut])}
 
 
-def _adopt(draft: Path, classes: ClassList, link: bool, pair: tuple[Path, Path]) -> None:
+def _add_pair(draft: Path, classes: ClassList, link: bool, pair: tuple[Path, Path]) -> None:
     """Bring one pair into the data set under construction."""
     image, label = pair
     values = convert_labels(label, classes)
-    if values.shape != data.image_size(image):
-        raise UserError(f"{image} is {data.image_size(image)} (height, width) but {label} is {values.shape}: "
-                        "an image and its labels must be of one size")
-    draw.save_labels(values, draft / "labels" / f"{label.stem}.png", classes.palette)
+    data.check_size(image, label, values.shape)
+    data.save_labels(values, draft / "labels" / f"{label.stem}.png", classes.palette)
     target = draft / "images" / image.name
     if link:
         target.symlink_to(image.resolve())
@@ -386,7 +300,8 @@ def _adopt(draft: Path, classes: ClassList, link: bool, pair: tuple[Path, Path])
 
 def convert_labels(path: Path, classes: ClassList) -> np.ndarray:
     """Labels, uint8 (H, W), of a file of class indices or of the list's colours. Raises UserError for other values."""
-    coloured = has_colours(path)
+    with data.open_picture(path) as picture:
+        coloured = picture.mode in ("RGB", "RGBA")
     if coloured and not classes.colours:
         raise UserError(f"{path} is colour-coded: give each class its colour in the list, `name R G B` on a line")
     if coloured:
@@ -395,131 +310,122 @@ def convert_labels(path: Path, classes: ClassList) -> np.ndarray:
     else:
         values = data.read_labels(path)
         known = {k: k for k in (*range(len(classes.names)), IGNORE)}
-    found, where = np.unique(values, return_inverse=True)
-    for value in found.tolist():
+    present, places = np.unique(values, return_inverse=True)
+    for value in present.tolist():
         if value not in known:
             what = "colour " + " ".join(map(str, value.to_bytes(3))) if coloured else f"value {value}"
             how = "add it to the list, `ignore R G B` for no class" if coloured else f"no class is {IGNORE}"
             raise UserError(f"{path}: label {what} is none of the {len(classes.names)} classes: {how}")
-    return np.array([known[value] for value in found.tolist()], np.uint8)[where].reshape(values.shape)
-
-
-def has_colours(path: Path) -> bool:
-    """Whether a label image is colour-coded. Raises UserError for a file that cannot be read."""
-    try:
-        with Image.open(path) as picture:
-            return picture.mode in ("RGB", "RGBA")
-    except data.UNREADABLE as error:
-        raise data.unreadable(path, error) from None
+    return np.array([known[value] for value in present.tolist()], np.uint8)[places].reshape(values.shape)
 
 
 # --------------------------------------------------------------------------------------------------------- check
 
 
 class Finding(NamedTuple):
-    """What was seen of a pair: a fault that would stop training, remarks, pixels by label (256,), the file's digest."""
+    """The result of reading one pair of a data set."""
 
-    fault: str
+    split: str
+    name: str
+    fault: str  # that would stop training, or ""
     remarks: list[str]
-    pixels: np.ndarray
-    digest: str
+    pixels: np.ndarray  # (256,), by label
+    digest: str  # of the image file
 
 
-def inspect_pair(dataset: SegmentationDataset, i: int) -> Finding:
-    """Read one pair in full."""
-    path, pixels = dataset.image_paths[i], np.zeros(256, np.int64)
+def inspect_pair(pair: tuple[SegmentationDataset, int]) -> Finding:
+    """Read item i of a data set in full."""
+    dataset, i = pair
+    split, name, path, pixels = dataset.split, dataset.names[i], dataset.image_paths[i], np.zeros(256, np.int64)
     try:
         dataset.image(i)
         pixels += np.bincount(dataset.labels(i).ravel(), minlength=256)
-        with Image.open(path) as picture:
+        with data.open_picture(path) as picture:
             mode, rotated = picture.mode, picture.getexif().get(0x0112, 1) in range(2, 9)
     except UserError as error:
-        return Finding(str(error), [], pixels, "")
-    remarks = []
-    if mode != "RGB":
-        remarks.append(f"mode {mode}, converted to RGB")
-    if rotated:
-        remarks.append("turned upright by its EXIF tag")
-    if not pixels[:IGNORE].any():
-        remarks.append("no labelled pixel")
-    if not all(p.resolve().is_relative_to(dataset.root.resolve()) for p in (path, dataset.label_path(i))):
-        remarks.append("a link that leads out of the folder")
-    return Finding("", remarks, pixels, hashlib.sha256(path.read_bytes()).hexdigest())
+        return Finding(split, name, str(error), [], pixels, "")
+    inside = all(p.resolve().is_relative_to(dataset.root.resolve()) for p in (path, dataset.label_paths[i]))
+    remarks = {f"mode {mode}, converted to RGB": mode != "RGB",
+               "turned upright by its EXIF tag": rotated,
+               "no labelled pixel": not pixels[:IGNORE].any(),
+               "a link that leads out of the folder": not inside}
+    remarks = [remark for remark, applies in remarks.items() if applies]
+    return Finding(split, name, "", remarks, pixels, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def check(root: Path, sheet: Path, workers: int) -> int:
+def check(root: Path, sheet: Path | None, workers: int) -> None:
     """Read every pair of both splits; print faults, remarks and class frequencies; draw a contact sheet.
 
-    Returns the number of faults. Raises UserError for a data set that cannot be opened.
+    Raises UserError for a data set that cannot be opened, and at the end if there are faults.
     """
-    datasets = {split: data.open_dataset(root, split) for split in ("train", "val")}
-    findings = {}
-    for split, dataset in datasets.items():
-        inspect = partial(inspect_pair, dataset)
-        findings[split] = list(in_parallel(inspect, range(len(dataset)), workers, f"reading {split}"))
-    info = datasets["train"].info
+    sheet = sheet or Path(f"check_{root.resolve().name}.png")
+    common.check_file(sheet, "--sheet")
+    datasets = [data.open_dataset(root, split) for split in ("train", "val")]
+    pairs = [(dataset, i) for dataset in datasets for i in range(len(dataset))]
+    findings = list(in_parallel(inspect_pair, pairs, workers, f"reading {root}"))
+    info = datasets[0].info
     print(f"{info.name} at {root}: {len(info.classes)} classes, "
-          + ", ".join(f"{len(dataset)} {split} images" for split, dataset in datasets.items()))
-    faults = [finding.fault for finding in itertools.chain(*findings.values()) if finding.fault]
+          + ", ".join(f"{len(dataset)} {dataset.split} images" for dataset in datasets))
+    faults = [finding.fault for finding in findings if finding.fault]
     for fault in faults[:MOST_FAULTS]:
         print(f"fault: {fault}")
     if len(faults) > MOST_FAULTS:
         print(f"... and {len(faults) - MOST_FAULTS} more")
-    remarks = defaultdict(list)
-    for split, dataset in datasets.items():
-        for name, finding in zip(dataset.names, findings[split], strict=True):
-            for remark in finding.remarks:
-                remarks[remark].append(f"{split}/{name}")
-    for text, names in (remarks | duplicates(datasets, findings)).items():
+    for text, names in collect_remarks(findings).items():
         print(f"remark: {text}: {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
     print(frequency_table(info, findings))
-    draw_sheet(datasets, findings, sheet)
-    return len(faults)
+    draw_sheet([pair for pair, finding in zip(pairs, findings, strict=True) if not finding.fault], info, sheet)
+    if faults:
+        raise UserError(f"{len(faults)} fault{'s' if len(faults) > 1 else ''} in {root}, named above: "
+                        "mend them before training")
+    print("no faults")
 
 
-def duplicates(datasets: dict[str, SegmentationDataset], findings: dict[str, list[Finding]]) -> dict[str, list[str]]:
-    """Images whose files are equal byte for byte, by what that means."""
-    seen: dict[str, str] = {}
+def collect_remarks(findings: list[Finding]) -> dict[str, list[str]]:
+    """The names of the images by remark, images whose files are equal byte for byte included."""
     result = defaultdict(list)
-    for split, dataset in datasets.items():
-        for name, finding in zip(dataset.names, findings[split], strict=True):
-            twin = seen.setdefault(finding.digest, f"{split}/{name}") if finding.digest else f"{split}/{name}"
-            if twin != f"{split}/{name}":
-                same_split = twin.startswith(f"{split}/")
-                kind = "the same image twice in a split" if same_split else "a validation image that is in training too"
-                result[kind].append(f"{split}/{name} = {twin}")
+    first_of: dict[str, Finding] = {}
+    for finding in findings:
+        name = f"{finding.split}/{finding.name}"
+        for remark in finding.remarks:
+            result[remark].append(name)
+        twin = first_of.setdefault(finding.digest, finding)
+        if finding.digest and twin is not finding:
+            same_split = twin.split == finding.split
+            kind = "the same image twice in a split" if same_split else "a validation image that is in training too"
+            result[kind].append(f"{name} = {twin.split}/{twin.name}")
     return result
 
 
-def frequency_table(info: data.DatasetInfo, findings: dict[str, list[Finding]]) -> str:
+def frequency_table(info: data.DatasetInfo, findings: list[Finding]) -> str:
     """For each class its share of the labelled pixels and the number of images that show it, by split."""
+    splits = {split: np.array([f.pixels for f in findings if f.split == split]) for split in ("train", "val")}
     width = max(len(name) for name in (*info.classes, "unlabelled"))
-    lines = [f"{'class':{width}}" + "".join(f" {split + ' %':>9} {'images':>7}" for split in findings)]
+    lines = [f"{'class':{width}}" + "".join(f" {split + ' %':>9} {'images':>7}" for split in splits)]
     for k, name in [*enumerate(info.classes), (IGNORE, "unlabelled")]:
         line = f"{name:{width}}"
-        for found in findings.values():
-            pixels = np.sum([finding.pixels for finding in found], axis=0)
-            total = pixels.sum() if k == IGNORE else pixels[:IGNORE].sum()
-            line += f" {100 * pixels[k] / max(total, 1):9.3f} {sum(finding.pixels[k] > 0 for finding in found):7}"
-        absent = k != IGNORE and not any(finding.pixels[k] for finding in findings["train"])
+        for pixels in splits.values():  # (images, 256)
+            total = pixels.sum() if k == IGNORE else pixels[:, :IGNORE].sum()
+            line += f" {100 * pixels[:, k].sum() / max(total, 1):9.3f} {np.count_nonzero(pixels[:, k]):7}"
+        absent = k != IGNORE and not splits["train"][:, k].any()
         lines.append(line + ("  never in training" if absent else ""))
     return "\n".join(lines)
 
 
-def draw_sheet(datasets: dict[str, SegmentationDataset], findings: dict[str, list[Finding]], path: Path) -> None:
-    """A contact sheet: six sound pairs of each split, the image and its labels over it; then the legend."""
-    rows, info = [], datasets["train"].info
-    for split, dataset in datasets.items():
-        sound = [i for i, finding in enumerate(findings[split]) if not finding.fault]
-        for i in sorted({sound[k] for k in np.linspace(0, len(sound) - 1, 6).astype(int)} if sound else ()):
+def draw_sheet(pairs: list[tuple[SegmentationDataset, int]], info: data.DatasetInfo, path: Path) -> None:
+    """A contact sheet: six of the sound pairs of each split, the image and its labels over it; then the legend."""
+    cells = []
+    for _, group in itertools.groupby(pairs, lambda pair: pair[0].split):
+        group = list(group)
+        for k in sorted({*np.linspace(0, len(group) - 1, 6).astype(int)}):
+            dataset, i = group[k]
             image, labels = dataset.image(i), dataset.labels(i)
             size = data.scaled_size(labels.shape, min(1, 360 / max(labels.shape)))
             image, labels = data.resize(image, size), data.resize_labels(labels, size)
-            rows.append([image, draw.overlay(image, labels, info.palette)])
-    if not rows:
+            cells += [image, draw.overlay(image, labels, info.palette)]
+    if not cells:
         return
-    rows = [[*left, *right] for left, right in itertools.zip_longest(rows[::2], rows[1::2], fillvalue=[])]
-    pictures = draw.contact_sheet(rows, ("image", "labels") * 2)
+    pictures = draw.contact_sheet([cells[i:i + 4] for i in range(0, len(cells), 4)], ("image", "labels") * 2)
     sheet = draw.stack([pictures, draw.legend(info.classes, info.palette, pictures.width)])
     common.write_whole(path, partial(sheet.save, format="PNG"))
     print(f"contact sheet: {path}")
@@ -528,31 +434,40 @@ def draw_sheet(datasets: dict[str, SegmentationDataset], findings: dict[str, lis
 # -------------------------------------------------------------------------------------------------- command line
 
 
+def draw_toy(out: Path, train: int, val: int, size: Sequence[int], seed: int) -> None:
+    """Draw the built-in toy data."""
+    common.make_folder(out.parent, "--out")
+    print(f"toy data at {make_toy(out, train, val, tuple(size), seed)}")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """The commands of `python data.py`."""
+    """The commands of `python data.py`. The names of the options are those of the command's arguments."""
     parser = common.Parser(prog="data.py", description="Make data sets ready for training, and check them.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     workers = argparse.ArgumentParser(add_help=False)
     workers.add_argument("--workers", type=common.positive, default=os.cpu_count() or 1, metavar="N",
                          help="processes (default: %(default)s)")
 
     context = commands.add_parser("prepare-context", parents=[workers],
                                   help="Pascal Context: label images and splits for VOC2010")
+    context.set_defaults(command=prepare_context)
     context.add_argument("--voc", type=Path, default=Path("data/VOCdevkit/VOC2010"), metavar="DIR",
                          help="VOC2010 folder (default: %(default)s)")
     source = context.add_mutually_exclusive_group(required=True)
-    source.add_argument("--json", type=Path, metavar="FILE",
+    source.add_argument("--json", type=Path, metavar="FILE", dest="json_file",
                         help="trainval_merged.json: 4996 + 5104 images, as mmsegmentation has them")
-    source.add_argument("--mat", type=Path, metavar="DIR",
+    source.add_argument("--mat", type=Path, metavar="DIR", dest="mat_folder",
                         help="folder of LabelMap files: 4998 + 5105 images, as papers have them")
 
-    check_parser = commands.add_parser("check", parents=[workers],
-                                       help="read every pair of a data set and report what is wrong")
-    check_parser.add_argument("root", type=Path, metavar="DIR", help="plain folder or VOC2010 tree")
-    check_parser.add_argument("--sheet", type=Path, metavar="PNG", help="contact sheet (default: check_NAME.png)")
+    checks = commands.add_parser("check", parents=[workers],
+                                 help="read every pair of a data set and report what is wrong")
+    checks.set_defaults(command=check)
+    checks.add_argument("root", type=Path, metavar="DIR", help="plain folder or VOC2010 tree")
+    checks.add_argument("--sheet", type=Path, metavar="PNG", help="contact sheet (default: check_NAME.png)")
 
     folders = commands.add_parser("from-folders", parents=[workers],
                                   help="a data set of your own images and label images")
+    folders.set_defaults(command=from_folders)
     folders.add_argument("--images", type=Path, required=True, metavar="DIR", help="images")
     folders.add_argument("--labels", type=Path, required=True, metavar="DIR",
                          help="label images of the same names: class indices with 255 for none, or colours of the list")
@@ -564,6 +479,7 @@ def build_parser() -> argparse.ArgumentParser:
     folders.add_argument("--link", action="store_true", help="link the images instead of copying them")
 
     toy = commands.add_parser("toy", help="draw the built-in toy data")
+    toy.set_defaults(command=draw_toy)
     toy.add_argument("--out", type=Path, default=Path("data/toy"), metavar="DIR", help="(default: %(default)s)")
     toy.add_argument("--train", type=int, default=400, metavar="N", help="training images (default: %(default)s)")
     toy.add_argument("--val", type=int, default=60, metavar="N", help="validation images (default: %(default)s)")
@@ -572,37 +488,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(options: argparse.Namespace) -> None:
-    """Carry out one command. Raises UserError."""
-    if options.command in ("toy", "from-folders"):
-        common.make_folder(options.out.parent, "--out")
-    if options.command == "toy":
-        from tools.toy import make_toy
-
-        print(f"toy data at {make_toy(options.out, options.train, options.val, tuple(options.size), options.seed)}")
-    elif options.command == "from-folders":
-        counts = from_folders(options.images, options.labels, options.classes, options.out, options.link,
-                              options.workers)
-        print(f"{options.out}: {counts['train']} training and {counts['val']} validation images; "
-              f"train with `python train.py --data {options.out}`")
-    elif options.command == "check":
-        sheet = options.sheet or Path(f"check_{options.root.resolve().name}.png")
-        common.check_file(sheet, "--sheet")
-        if faults := check(options.root, sheet, options.workers):
-            raise UserError(f"{faults} fault{'s' if faults > 1 else ''} in {options.root}, named above: "
-                            "mend them before training")
-        print("no faults")
-    else:
-        kind = "json" if options.json else "mat"
-        counts = prepare_context(options.voc, options.json or options.mat, kind, options.workers)
-        for split, count in counts.items():
-            expected = EXPECTED_COUNTS[kind][split]
-            note = "" if count == expected else f", DIFFERENT from the {expected} of the full data set"
-            print(f"{split}: {count} images{note}")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """`python data.py ...`; exits with status 2 and one line on a fault of the data."""
-    options = build_parser().parse_args(arguments)
-    if status := common.run(lambda: run(options)):
+    options = vars(build_parser().parse_args(arguments))
+    if status := common.run(partial(options.pop("command"), **options)):
         sys.exit(status)

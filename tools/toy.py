@@ -1,10 +1,11 @@
 """The built-in toy data: little landscapes, drawn by a program, with a label for each pixel.
 
-Read: make_toy -> draw_scene -> the stuff (sky, grass, water, road), then the things (house, tree, crate, ball, pole,
-sign).
+Reading order: make_toy -> draw_scene -> the stuff (sky, grass, water, road), then the things (house, tree, crate,
+ball, pole, sign).
+
 Every shape is a signed distance in pixels (negative inside): it gives the soft edge of the picture, the label and the
-unlabelled seam between the two. Colours vary so much that the classes are told by shape, place and texture too: trees
-and grass are both green, water and sky both blue, crates and houses both brown.
+unlabelled seam between the two. Colours vary so much that a model needs shape, place and texture too: trees and grass
+are both green, water and sky both blue, crates and houses both brown.
 
 Shapes: H, W height and width. Pictures are float32 (H, W, 3), 0..255, until they are written as JPEG.
 """
@@ -12,17 +13,15 @@ Shapes: H, W height and width. Pictures are float32 (H, W, 3), 0..255, until the
 import colorsys
 import json
 import os
-import shutil
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+import common
 from common import UserError
-from data import IGNORE, leave_interrupt_to_parent
-from tools.draw import save_labels
+from data import IGNORE, save_labels, write_split
 
 CLASSES = ("sky", "grass", "road", "water", "house", "tree", "crate", "ball", "pole", "sign")
 SKY, GRASS, ROAD, WATER, HOUSE, TREE, CRATE, BALL, POLE, SIGN = range(len(CLASSES))
@@ -33,7 +32,7 @@ Range = tuple[float, float]
 
 
 def make_toy(root: str | Path = "data/toy", train: int = 400, val: int = 60, size: tuple[int, int] = (192, 256),
-             seed: int = 0, progress: bool = True) -> Path:
+             seed: int = 0) -> Path:
     """Draw the data set as a plain folder, or keep the one that is there; returns its root.
 
     The pictures depend on seed and size alone: image i of a split is the same however many are asked for. A run cut
@@ -46,26 +45,19 @@ def make_toy(root: str | Path = "data/toy", train: int = 400, val: int = 60, siz
         raise UserError(f"toy data need a picture a split, 64 pixels a side and a seed of 0 or more, not {made_by}")
     if _is_made_by(root, made_by):
         return root
-    draft = root.with_name(f"{root.name}.draft{os.getpid()}")
+    jobs = [(seed, number, i, size) for number, count in enumerate((train, val)) for i in range(count)]
+    info = {"name": "toy", "classes": CLASSES, "palette": PALETTE, "ignore_index": IGNORE, "made_by": made_by}
     try:
-        for folder in ("images", "labels"):
-            (draft / folder).mkdir(parents=True, exist_ok=True)
-        jobs = [(seed, number, i, size, draft) for number, count in enumerate((train, val)) for i in range(count)]
-        with ProcessPoolExecutor(os.cpu_count(), initializer=leave_interrupt_to_parent) as pool:
-            drawn = pool.map(_draw_pair, jobs, chunksize=8)
-            hidden = None if progress else True  # None: shown on a terminal only
-            names = list(tqdm(drawn, desc=f"drawing {root}", total=len(jobs), unit="scene", disable=hidden))
-        (draft / "train.txt").write_text("\n".join(names[:train]) + "\n")
-        (draft / "val.txt").write_text("\n".join(names[train:]) + "\n")
-        info = {"name": "toy", "classes": CLASSES, "palette": PALETTE, "ignore_index": IGNORE, "made_by": made_by}
-        (draft / "dataset.json").write_text(json.dumps(info) + "\n")
-        try:
-            draft.rename(root)
-        except OSError:  # another process was quicker (torchrun starts several)
-            if not _is_made_by(root, made_by):
-                raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        with common.new_folder(root) as draft:
+            (draft / "images").mkdir()
+            draw = partial(_draw_pair, draft)
+            names = list(common.in_parallel(draw, jobs, os.cpu_count() or 1, f"drawing {root}"))
+            write_split(draft / "train.txt", names[:train])
+            write_split(draft / "val.txt", names[train:])
+            (draft / "dataset.json").write_text(json.dumps(info) + "\n")
+    except OSError:  # another process was quicker (torchrun starts several)
+        if not _is_made_by(root, made_by):
+            raise
     return root
 
 
@@ -82,9 +74,9 @@ def _is_made_by(root: Path, made_by: dict) -> bool:
     return True
 
 
-def _draw_pair(job: tuple[int, int, int, tuple[int, int], Path]) -> str:
+def _draw_pair(root: Path, job: tuple[int, int, int, tuple[int, int]]) -> str:
     """Draw and write images/NAME.jpg and labels/NAME.png, the latter with the palette so that any viewer shows it."""
-    seed, split, i, size, root = job
+    seed, split, i, size = job
     name = f"{('train', 'val')[split]}_{i:04}"
     image, labels = draw_scene(np.random.default_rng((seed, split, i)), size)
     Image.fromarray(image).save(root / "images" / f"{name}.jpg", quality=92)
@@ -147,8 +139,8 @@ class Scene:
 
 def bounding_box(mask: np.ndarray) -> tuple[slice, slice]:
     """The rows and columns that hold all of the mask: to draw a small thing without touching the whole picture."""
-    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    return (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)) if rows.size else np.s_[:0, :0]
+    left, top, right, bottom = Image.fromarray(mask.view(np.uint8)).getbbox() or (0, 0, 0, 0)
+    return np.s_[top:bottom, left:right]
 
 
 def mix(below: np.ndarray, above: np.ndarray, share: np.ndarray) -> np.ndarray:

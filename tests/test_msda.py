@@ -170,11 +170,14 @@ def operator_inputs(requires_grad=True, dtype=torch.float64):
     return value, [3, 4, 2, 1], locations, weights
 
 
-def test_opcheck(native):
+def test_opcheck_and_meta_tensors(native):
     torch.library.opcheck(torch.ops.msda.forward, operator_inputs())
     torch.library.opcheck(torch.ops.msda.forward, operator_inputs(dtype=torch.float32))
     inputs = operator_inputs(requires_grad=False)
     torch.library.opcheck(torch.ops.msda.backward, (torch.ones(2, 3, 8, dtype=torch.float64), *inputs))
+    value, _, *others = (x.to("meta") if isinstance(x, torch.Tensor) else x for x in inputs)
+    output = native(value, [(3, 4), (2, 1)], *others)
+    assert output.shape == (2, 3, 8) and output.is_meta
 
 
 def test_gradcheck_and_no_second_derivative(native):
@@ -197,21 +200,6 @@ def test_compile_in_one_graph(native):
                                torch.autograd.grad(expected.sum(), layer.value_proj.weight))
 
 
-def test_export(native):
-    class Wrapped(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = MSDeformAttn(16, 2, 1, 2)
-
-        def forward(self, query, points, value):
-            return self.layer(query, points, value, [(3, 4)])
-
-    model, inputs = Wrapped(), (torch.randn(2, 5, 16), torch.rand(5, 2), torch.randn(2, 12, 16))
-    program = torch.export.export(model, inputs)
-    assert any("msda.forward" in str(node.target) for node in program.graph.nodes)
-    torch.testing.assert_close(program.module()(*inputs), model(*inputs))
-
-
 def test_autocast_narrows_values_only(native):
     value, locations, weights = random_case([(6, 4)], dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -220,42 +208,37 @@ def test_autocast_narrows_values_only(native):
     assert got.dtype == torch.bfloat16 and (got - want).abs().max() <= 2**-7
 
 
-def test_fake_tensors_have_the_right_shape(native):
-    with torch.device("meta"):
-        out = native(torch.empty(2, 12, 3, 32), [(3, 4)], torch.empty(2, 7, 3, 1, 4, 2), torch.empty(2, 7, 3, 1, 4))
-    assert out.shape == (2, 7, 96) and out.is_meta
-
-
 def test_memory_kept_for_backward(native):
     """The pixel decoder's layer, on smaller maps: the reference keeps the samples, the operator only its inputs."""
     shapes = [(4, 4), (8, 8), (16, 16)]
     case = random_case(shapes, B=1, Q=336, M=8, D=32, P=4, dtype=torch.float32)
 
     def kept(function):
-        sizes = {}
+        sizes = {}  # by address: several tensors may share one storage
 
         def pack(x):
             sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             return x
 
+        inputs = [x.clone().requires_grad_() for x in case]
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            run(function, shapes, *case)
+            output = function(inputs[0], shapes, *inputs[1:])  # noqa: F841  kept alive
         return sum(sizes.values())
 
     assert kept(native) == 4 * sum(x.numel() for x in case)
     assert kept(native) * 6 <= kept(ms_deform_attn_torch)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"shapes": [(3, 4), (2, 2)]}, "hold 16 positions, value has 14"),
-    ({"weights": torch.ones(2, 3, 2, 2, 5)}, "weights .2, 3, 2, 2, 5. do not fit"),
-    ({"locations": torch.ones(2, 4, 2, 2, 2, 2)}, "do not fit value"),
+@pytest.mark.parametrize("shapes, name, size, message", [
+    ([(3, 4), (2, 2)], "value", (2, 14, 2, 4), "hold 16 positions, value has 14"),
+    ([(3, 4), (2, 1)], "weights", (2, 3, 2, 2, 5), "weights .2, 3, 2, 2, 5. do not fit"),
+    ([(3, 4), (2, 1)], "locations", (2, 4, 2, 2, 2, 2), "do not fit value"),
 ])
-def test_sizes_that_do_not_fit(change, message):
+def test_sizes_that_do_not_fit(shapes, name, size, message):
     value, _, locations, weights = operator_inputs()
-    arguments = {"value": value, "shapes": [(3, 4), (2, 1)], "locations": locations, "weights": weights, **change}
+    inputs = {"value": value, "locations": locations, "weights": weights, name: torch.ones(size)}
     with pytest.raises(ValueError, match=message):
-        ms_deform_attn(**arguments)
+        ms_deform_attn(shapes=shapes, **inputs)
 
 
 def test_the_operator_itself_trusts_neither_sizes_nor_types(native):
@@ -386,7 +369,7 @@ def test_commands(native, tmp_path):
     """Importing builds nothing; the self-test passes; a build that fails is one line."""
     def python(*arguments, **environment):
         done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env={**os.environ, **environment}, text=True,
-                              capture_output=True, timeout=120)
+                              capture_output=True, timeout=600)
         return done.returncode, done.stdout, done.stderr
 
     assert python("-c", "import msda_cuda", TORCH_EXTENSIONS_DIR=str(tmp_path)) == (0, "", "")

@@ -235,12 +235,12 @@ def infer_config(state: dict[str, Tensor]) -> ModelConfig:
     def count(layers: str) -> int:
         return len({m[1] for name in state if (m := re.match(re.escape(layers) + r"\.(\d+)\.", name))})
 
-    sampled = 3 * 4  # levels x points of each head of deformable attention
+    points = 3 * 4  # of each head of deformable attention: levels x points of a level
     table = "backbone.blocks.0.attn." + POSITION_TABLE
     fields = {
         "window": window_of(state[table]) * PATCH, "embed_dim": width("backbone.patch_embed.weight"),
         "depth": count("backbone.blocks"), "num_heads": width(table, 1),
-        "deform_heads": width("adapter.interactions.0.injector.attn.attention_weights.weight") // sampled,
+        "deform_heads": width("adapter.interactions.0.injector.attn.attention_weights.weight") // points,
         "spm_channels": width("adapter.spatial_prior.stem.0.weight"),
     }
     if "head.fuse.0.weight" in state:
@@ -253,7 +253,7 @@ def infer_config(state: dict[str, Tensor]) -> ModelConfig:
         fields |= {
             "head": "mask2former", "num_classes": width("head.class_embed.weight") - 1,
             "num_queries": width("head.query_feat"), "head_channels": width("head.query_feat", 1),
-            "mask_heads": width(encoder + ".0.attention.attention_weights.weight") // sampled,
+            "mask_heads": width(encoder + ".0.attention.attention_weights.weight") // points,
             "encoder_layers": count(encoder), "encoder_ffn": width(encoder + ".0.ffn.0.weight"),
             "decoder_layers": count(decoder), "decoder_ffn": width(decoder + ".0.ffn.0.weight"),
         }

@@ -643,14 +643,34 @@ print(json.loads(about["about.json"])["classes"])
 """
 
 
-@pytest.mark.parametrize("head", ["mask2former", pytest.param("upernet", marks=pytest.mark.slow)])
-def test_command_exports(tmp_path, capsys, monkeypatch, head):
+class OneLayer(torch.nn.Module):
+    """The least that `export` can write: a window, a class token, a layer with the operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.backbone = SMALL, torch.nn.Module()
+        self.backbone.cls_token = torch.nn.Parameter(torch.zeros(1))
+        self.embed, self.layer = torch.nn.Conv2d(3, 16, 16, stride=16), msda_cuda.MSDeformAttn(16, 2, 1, 4)
+
+    def forward(self, images):
+        tokens = self.embed(images).flatten(2).mT  # (B, 16, 4, 4) -> (B, 4 * 4, 16)
+        return self.layer(tokens, msda_cuda.reference_points([(4, 4)], tokens), tokens, [(4, 4)])
+
+
+@pytest.mark.parametrize("name", ["one layer", *(pytest.param(head, marks=pytest.mark.slow) for head in HEADS)])
+def test_export(tmp_path, capsys, monkeypatch, name):
     """A program that runs without this code, for any number of images, and gives what the model gives, to the bit."""
-    source = write(tmp_path / "x.pt", own_checkpoint(small_config(head)))
     out = tmp_path / "folder" / "model.pt2"
-    assert command(source, "--export", out) == 0
-    assert f"exported    {out}" in capsys.readouterr().out and os.listdir(out.parent) == ["model.pt2"]
-    model, images = load_model(source)[0], noise("image", 3, 3, 64, 64).float()
+    if name == "one layer":
+        out.parent.mkdir()
+        model = OneLayer().eval()
+        weights.export(model, out, {"classes": ["class 0", "class 1", "class 2"]})
+    else:
+        source = write(tmp_path / "x.pt", own_checkpoint(small_config(name)))
+        assert command(source, "--export", out) == 0 and f"exported    {out}" in capsys.readouterr().out
+        model = load_model(source)[0]
+    assert os.listdir(out.parent) == ["model.pt2"]
+    images = noise("image", 3, 3, 64, 64).float()
     torch.save(images, out.parent / "images.pt")
     done = subprocess.run([sys.executable, "-I", "-c", READER, out.parent], cwd=tmp_path, capture_output=True,
                           env={**os.environ, "MSDA": "native"}, text=True, check=False)
@@ -666,13 +686,16 @@ def test_command_exports(tmp_path, capsys, monkeypatch, head):
 
 
 def test_command_line_from_a_shell(tmp_path):
-    """No traceback and no warning of PyTorch's, only the line."""
+    """No traceback and no warning of PyTorch's, only the line; and no operator is built for it."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
     bomb = write(tmp_path / "x.pth", pickle.dumps(Bomb(tmp_path / "marker", "exec"), protocol=4))
-    done = subprocess.run([sys.executable, ROOT / "weights.py", bomb], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, ROOT / "weights.py", bomb], capture_output=True, text=True, check=False,
+                          env={**os.environ, "TORCH_EXTENSIONS_DIR": str(cache)})
     assert (done.returncode, done.stdout) == (2, "")
     reason = "truncated, damaged, or no checkpoint at all? Download it again"
     assert done.stderr == f"error: {bomb}: cannot be read (UnpicklingError): {reason}\n"
-    assert not (tmp_path / "marker").exists()
+    assert not (tmp_path / "marker").exists() and not list(cache.iterdir())
 
 
 # ---- the released models

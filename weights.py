@@ -142,7 +142,7 @@ def read_weights(path: str | os.PathLike) -> Weights:
             state |= {block + POSITION_TABLE: shared for block in blocks}
         state = {"backbone." + key: value for key, value in state.items()}
     if kind != "ours":
-        state = {rename(key): value for key, value in state.items()}
+        state = rename_official(state)
     info = content if content.get("format") == FORMAT else content.get("meta")
     return Weights(str(path), kind, state, dropped, info if isinstance(info, dict) else {})
 
@@ -202,17 +202,12 @@ RENAMES: list[tuple[str, str | Callable[[re.Match], str]]] = [
 ]
 
 
-def rename(name: str) -> str:
-    """An official name in our spelling."""
-    for pattern, replacement in RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
 def rename_official(state: dict[str, Any]) -> dict[str, Any]:
     """Official names to ours, whatever the values; names that no model needs are left out."""
-    dropped = not_needed(state)
-    return {rename(name): value for name, value in state.items() if name not in dropped}
+    names = {name: name for name in state.keys() - not_needed(state)}
+    for pattern, replacement in RENAMES:
+        names = {official: re.sub(pattern, replacement, name) for official, name in names.items()}
+    return {names[official]: value for official, value in state.items() if official in names}
 
 
 # ---- the configuration behind the shapes

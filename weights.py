@@ -1,10 +1,10 @@
 """Weights from files: released ViT-Adapter checkpoints, BEiT pre-training, our own; read safely, renamed, resized.
 
-Read: read_file (bytes to values, nothing executed) -> read_weights (which of the three is it?) -> RENAMES (official
-names to ours) -> infer_config -> resize_position_table -> load_weights (into a model) -> load_model (one from a file)
--> export (a program that runs without this code).
+Reading order: read_file (bytes to values, no code is run) -> read_weights (which of the three is it?) -> RENAMES
+(official names to ours) -> infer_config -> resize_position_table -> load_weights (into a model) -> load_model (a model
+from a file) -> export (a program that runs without this code).
 
-As a command: `python weights.py FILE` tells what a file is, `--to out.pt` converts it to our format, `--export out.pt2`
+As a command: `python weights.py FILE` says what a file is, `--to OUT.pt` converts it to our format, `--export OUT.pt2`
 writes a program.
 """
 import argparse
@@ -21,11 +21,13 @@ import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
+import safetensors.torch
 import torch
 from scipy.interpolate import RectBivariateSpline
 from torch import Tensor
@@ -38,8 +40,7 @@ from model import PATCH, SIZES, ModelConfig, Segmenter, relative_position_index
 FORMAT = "vit-adapter-seg/1"
 POSITION_TABLE = "relative_position_bias_table"
 
-
-# --------------------------------------------------------------------------------------------------- reading, safely
+# ---- reading, safely
 
 # mmcv's metadata may hold NumPy scalars: allowed by the names under which NumPy 1 and NumPy 2 pickle them.
 SCALAR = np.float64().__reduce__()[0]
@@ -48,30 +49,29 @@ NUMPY_SCALARS += [type(np.dtype(code)) for code in ("f8", "f4", "i8", "i4", "u1"
 
 
 def read_file(path: str | os.PathLike) -> Any:
-    """The values in a weights file, its format told by its first bytes. No code in the file is ever run.
+    """The values in a weights file; its first bytes tell its format. No code in the file is ever run.
 
     Raises:
         UserError: absent, empty, truncated, damaged, or a pickle that needs more than tensors and plain values.
     """
-    name = str(path)
     if not Path(path).is_file():
-        raise UserError(f"{name}: no such file")
+        raise UserError(f"{path}: no such file")
     try:
         with open(path, "rb") as file:
             start = file.read(9)
             file.seek(0)
             if not start:
-                raise UserError(f"{name}: the file is empty; download it again")
+                raise UserError(f"{path}: the file is empty; download it again")
             if start.startswith(b"PK"):
-                return read_zip(file, name)
-            is_safetensors = start[8:] == b"{"  # 8 bytes of length, then a JSON header
-            return read_safetensors(file, name) if is_safetensors else read_pickle(file, name)
+                return read_zip(file, str(path))
+            if start[8:] == b"{":  # safetensors: 8 bytes of length, then a JSON header
+                return safetensors.torch.load(file.read())
+            return read_pickle(file, str(path))
     except UserError:
         raise
     except Exception as error:  # damage shows itself as BadZipFile, EOFError, KeyError, MemoryError, UnicodeError ...
-        reason = type(error).__name__
-        raise UserError(f"{name}: cannot be read ({reason}): truncated, damaged, or no checkpoint at all? "
-                           "Download it again") from None
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}): truncated, damaged, or no checkpoint at "
+                        "all? Download it again") from None
 
 
 def read_zip(file: BinaryIO, name: str) -> Any:
@@ -95,22 +95,13 @@ def read_pickle(file: BinaryIO, name: str) -> Any:
         with torch.serialization.safe_globals(NUMPY_SCALARS), warnings.catch_warnings(action="ignore"):
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if wanted := re.search(r"GLOBAL (\S{1,80})", str(error)):
-            raise UserError(f"{name}: refused: it would run {wanted[1]} while loading, and weights need no code; "
-                               "get it as plain tensors or .safetensors from a source you trust") from None
+        if code := re.search(r"GLOBAL (\S{1,80})", str(error)):
+            raise UserError(f"{name}: refused: it would run {code[1]} while loading, and weights need no code; "
+                            "get it as plain tensors or .safetensors from a source you trust") from None
         raise
 
 
-def read_safetensors(file: BinaryIO, name: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name. Raises UserError where the package that reads it is absent."""
-    try:
-        from safetensors.torch import load
-    except ImportError:
-        raise UserError(f"{name}: a safetensors file; `pip install safetensors` reads it") from None
-    return load(file.read())
-
-
-# -------------------------------------------------------------------------------------------- what it is, in our names
+# ---- the kind of a file, and our names for its tensors
 
 KINDS = {"released": "released ViT-Adapter checkpoint", "beit": "BEiT pre-training", "ours": "own checkpoint"}
 SIGNS = {"released": "decode_head.", "beit": "blocks.0.attn.qkv.", "ours": "adapter."}  # the start of a name in each
@@ -118,38 +109,42 @@ NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.in
 
 
 class Weights(NamedTuple):
-    """What a file holds, in our names."""
+    """The content of a file, in our names."""
 
+    path: str
     kind: str  # one of KINDS
     state: dict[str, Tensor]
-    dropped: list[str]  # names in the file that no model needs
-    info: dict[Any, Any]  # what our or mmcv's checkpoints say of themselves, unchecked
+    dropped: list[str]  # official names that no model needs
+    info: dict[Any, Any]  # our or mmcv's metadata, unchecked
 
 
 def read_weights(path: str | os.PathLike) -> Weights:
-    """Read a file, tell by its names what it is, and give its tensors our names; raises UserError."""
+    """Read a file, find its kind by the names in it, and give its tensors our names; raises UserError."""
     content = state = read_file(path)
     if isinstance(content, dict):  # mmcv's {meta, state_dict}, BEiT's and our {"model": ...} and similar
-        wrapped = (content.get(key) for key in ("state_dict", "model", "module"))
-        state = next((inner for inner in wrapped if isinstance(inner, dict)), content)
+        values = (content.get(key) for key in ("state_dict", "model", "module"))
+        state = next((value for value in values if isinstance(value, dict)), content)
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a dictionary of named tensors")
     state = {key.removeprefix("module."): value for key, value in state.items()}  # the prefix of DataParallel
     kind = next((kind for kind, sign in SIGNS.items() if any(key.startswith(sign) for key in state)), None)
     if kind is None:
-        found = listing(list(state)) or "nothing"
-        raise UserError(f"{path}: no ViT-Adapter, BEiT or own checkpoint: it holds {found}")
+        raise UserError(f"{path}: no ViT-Adapter, BEiT or own checkpoint: it holds {listing(list(state)) or 'nothing'}")
     dropped = [] if kind == "ours" else not_needed(state)
     state = {key: value for key, value in state.items() if key not in dropped}
     if wrong := [key for key, value in state.items() if not is_plain(value)]:
         raise UserError(f"{path}: {listing(wrong)} should be dense tensors of float or int64 numbers")
     state = {key: value.detach() for key, value in state.items()}
     if kind == "beit":
-        state = {"backbone." + key: value for key, value in spread_shared_table(state).items()}
+        shared = state.pop("rel_pos_bias." + POSITION_TABLE, None)
+        if shared is not None:  # one position table for all blocks: each of ours gets it
+            blocks = [key.removesuffix("qkv.weight") for key in state if key.endswith("qkv.weight")]
+            state |= {block + POSITION_TABLE: shared for block in blocks}
+        state = {"backbone." + key: value for key, value in state.items()}
     if kind != "ours":
-        state = {rename(key): value for key, value in state.items()}
+        state = rename_official(state)
     info = content if content.get("format") == FORMAT else content.get("meta")
-    return Weights(kind, state, dropped, info if isinstance(info, dict) else {})
+    return Weights(str(path), kind, state, dropped, info if isinstance(info, dict) else {})
 
 
 def is_plain(value: Any) -> bool:
@@ -159,14 +154,6 @@ def is_plain(value: Any) -> bool:
         and value.layout is torch.strided and not value.is_nested
         and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
     )
-
-
-def spread_shared_table(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """BEiT pre-training may hold one position table for all blocks: give it to each block."""
-    shared = state.pop("rel_pos_bias." + POSITION_TABLE, None)
-    if shared is None:
-        return state
-    return state | {key.replace("qkv.weight", POSITION_TABLE): shared for key in state if key.endswith("qkv.weight")}
 
 
 def not_needed(state: dict[str, Any]) -> list[str]:
@@ -215,30 +202,24 @@ RENAMES: list[tuple[str, str | Callable[[re.Match], str]]] = [
 ]
 
 
-def rename(name: str) -> str:
-    """An official name in our spelling."""
-    for pattern, replacement in RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
 def rename_official(state: dict[str, Any]) -> dict[str, Any]:
     """Official names to ours, whatever the values; names that no model needs are left out."""
-    dropped = not_needed(state)
-    return {rename(name): value for name, value in state.items() if name not in dropped}
+    names = {name: name for name in state.keys() - not_needed(state)}
+    for pattern, replacement in RENAMES:
+        names = {official: re.sub(pattern, replacement, name) for official, name in names.items()}
+    return {names[official]: value for official, value in state.items() if official in names}
 
 
-BACKBONE = ("embed_dim", "depth", "num_heads")  # what the named sizes differ in, whatever the head
-
+# ---- the configuration behind the shapes
 
 def size_of(config: ModelConfig) -> str:
-    """The named size whose backbone a configuration has, or "custom"."""
-    return next((name for name, size in SIZES.items()
-                 if all(getattr(size, key) == getattr(config, key) for key in BACKBONE)), "custom")
+    """The named size whose backbone a configuration has, or "custom"; the head does not matter."""
+    backbone = attrgetter("embed_dim", "depth", "num_heads")
+    return next((name for name, size in SIZES.items() if backbone(size) == backbone(config)), "custom")
 
 
 def infer_config(state: dict[str, Tensor]) -> ModelConfig:
-    """The ModelConfig whose model has these shapes (our names); what shapes do not tell is that of the size it fits.
+    """The ModelConfig whose model has these shapes (our names). Fields that shapes do not tell are those of its size.
 
     Raises:
         KeyError, ValueError, ...: tensors that it reads are missing or make no sense.
@@ -249,36 +230,33 @@ def infer_config(state: dict[str, Tensor]) -> ModelConfig:
     def count(layers: str) -> int:
         return len({m[1] for name in state if (m := re.match(re.escape(layers) + r"\.(\d+)\.", name))})
 
-    def deformable_heads(name: str) -> int:
-        return width(name + ".attention_weights.weight") // 12  # over 3 levels with 4 points each
-
-    block = "backbone.blocks.0.attn."
-    told = {
-        "window": window_of(state[block + POSITION_TABLE]) * PATCH, "embed_dim": width("backbone.patch_embed.weight"),
-        "depth": count("backbone.blocks"), "num_heads": width(block + POSITION_TABLE, 1),
-        "deform_heads": deformable_heads("adapter.interactions.0.injector.attn"),
+    points = 3 * 4  # of each head of deformable attention: levels x points of a level
+    table = "backbone.blocks.0.attn." + POSITION_TABLE
+    fields = {
+        "window": window_of(state[table]) * PATCH, "embed_dim": width("backbone.patch_embed.weight"),
+        "depth": count("backbone.blocks"), "num_heads": width(table, 1),
+        "deform_heads": width("adapter.interactions.0.injector.attn.attention_weights.weight") // points,
         "spm_channels": width("adapter.spatial_prior.stem.0.weight"),
     }
     if "head.fuse.0.weight" in state:
-        told |= {
+        fields |= {
             "head": "upernet", "num_classes": width("head.classifier.weight"),
             "head_channels": width("head.fuse.0.weight"), "aux_channels": width("auxiliary_head.conv.0.weight"),
         }
     else:
         encoder, decoder = "head.pixel_decoder.layers", "head.layers"
-        told |= {
+        fields |= {
             "head": "mask2former", "num_classes": width("head.class_embed.weight") - 1,
             "num_queries": width("head.query_feat"), "head_channels": width("head.query_feat", 1),
-            "mask_heads": deformable_heads(encoder + ".0.attention"),
+            "mask_heads": width(encoder + ".0.attention.attention_weights.weight") // points,
             "encoder_layers": count(encoder), "encoder_ffn": width(encoder + ".0.ffn.0.weight"),
             "decoder_layers": count(decoder), "decoder_ffn": width(decoder + ".0.ffn.0.weight"),
         }
-    config = replace(ModelConfig(), **told)
-    return replace(SIZES.get(size_of(config), config), **told)
+    config = replace(ModelConfig(), **fields)
+    return replace(SIZES.get(size_of(config), config), **fields)
 
 
-# ----------------------------------------------------------------------------------------------------- position tables
-
+# ---- position tables
 
 def window_of(table: Tensor) -> int:
     """Side in tokens of the window that a relative-position table ((2w - 1)^2 + 3, heads) is for; raises ValueError."""
@@ -311,20 +289,16 @@ def resize_position_table(table: Tensor, window: int) -> Tensor:
     source, target = 2 * window_of(table) - 1, 2 * window - 1
     if source == target:
         return table
-    known = geometric_coordinates(source, target)
-    wanted = np.arange(target) - target // 2
+    source_axis, target_axis = geometric_coordinates(source, target), np.arange(target) - target // 2
     degree = min(3, source - 1)  # a window of 2 tokens has 3 positions: too few for a cubic
     heads = table[:-3].t().reshape(-1, source, source).double().numpy()
-    splines = [RectBivariateSpline(known, known, head, kx=degree, ky=degree) for head in heads]
-    resized = np.stack([spline(wanted, wanted) for spline in splines])
+    splines = [RectBivariateSpline(source_axis, source_axis, head, kx=degree, ky=degree) for head in heads]
+    resized = np.stack([spline(target_axis, target_axis) for spline in splines])
     resized = torch.from_numpy(resized).flatten(1).t()  # (heads, 2w - 1, 2w - 1) -> ((2w - 1)^2, heads)
     return torch.cat([resized.to(table.dtype), table[-3:]])
 
 
-# ------------------------------------------------------------------------------------------------------- into a model
-
-CLASS_LAYERS = r"(head|auxiliary_head)\.(classifier|class_embed)\.(weight|bias)"
-
+# ---- into a model
 
 @dataclass
 class LoadReport:
@@ -341,17 +315,17 @@ class LoadReport:
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {KINDS[self.kind]}"]
-        for what in ("missing", "unexpected", "mismatched", "resized", "reinitialised", "dropped"):
-            names = getattr(self, what)
-            if names or what in ("missing", "unexpected"):
-                lines.append(f"  {what:14}{len(names):4}  {listing(names)}".rstrip())
+        for title in ("missing", "unexpected", "mismatched", "resized", "reinitialised", "dropped"):
+            names = getattr(self, title)
+            if names or title in ("missing", "unexpected"):
+                lines.append(f"  {title:14}{len(names):4}  {listing(names)}".rstrip())
         return "\n".join(lines)
 
 
 def listing(names: list[str], most: int = 4) -> str:
     """The first names, and how many more."""
-    shown = ", ".join(common.printable(name[:100]) for name in names[:most])
-    return shown + (f", ... ({len(names) - most} more)" if len(names) > most else "")
+    text = ", ".join(common.printable(name[:100]) for name in names[:most])
+    return text + (f", ... ({len(names) - most} more)" if len(names) > most else "")
 
 
 def load_weights(model: Segmenter, path: str | os.PathLike, strict: bool = True) -> LoadReport:
@@ -364,53 +338,53 @@ def load_weights(model: Segmenter, path: str | os.PathLike, strict: bool = True)
         UserError: an unusable file; with `strict` also tensors missing, unexpected or of another shape. The model is
             then unchanged.
     """
-    report = load_into(model, read_weights(path), str(path), strict)
+    report = load_into(model, read_weights(path), strict)
     print(report)
     return report
 
 
-def load_into(model: Segmenter, weights: Weights, name: str, strict: bool = True) -> LoadReport:
-    """`load_weights` for weights that are read already."""
-    report = LoadReport(name, weights.kind, dropped=list(weights.dropped))
-    fitting = fit(weights, model.state_dict(), report)
+def load_into(model: Segmenter, weights: Weights, strict: bool = True) -> LoadReport:
+    """`load_weights` for a file that is read already."""
+    report = LoadReport(weights.path, weights.kind, dropped=list(weights.dropped))
+    state = fit(weights, model.state_dict(), report)
     problems = {"missing": report.missing, "unexpected": report.unexpected, "of another shape": report.mismatched}
     if strict and any(problems.values()):
-        listed = "; ".join(f"{len(names)} {what}: {listing(names)}" for what, names in problems.items() if names)
-        raise UserError(f"{name} does not fit this {model.config.head} of {size_of(model.config)} size; {listed} "
-                           f"(`python weights.py {name}` tells what it is)")
+        text = "; ".join(f"{len(names)} {problem}: {listing(names)}" for problem, names in problems.items() if names)
+        raise UserError(f"{weights.path} does not fit this {model.config.head} of {size_of(model.config)} size; {text} "
+                        f"(`python weights.py {weights.path}` tells what it is)")
     # A model without memory, on the meta device, takes the file's tensors themselves; any other one copies them.
-    model.load_state_dict(fitting, strict=False, assign=model.backbone.cls_token.is_meta)
+    model.load_state_dict(state, strict=False, assign=model.backbone.cls_token.is_meta)
     return report
 
 
-def fit(weights: Weights, wanted: dict[str, Tensor], report: LoadReport) -> dict[str, Tensor]:
-    """The tensors that a model with the state dict `wanted` can take; the report notes what becomes of all others."""
-    fitting = {}
+def fit(weights: Weights, target: dict[str, Tensor], report: LoadReport) -> dict[str, Tensor]:
+    """The tensors that a model with the state dict `target` can take; `report` notes all others and why."""
+    state = {}
     for name, tensor in weights.state.items():
-        if name not in wanted:
-            spare = name.startswith("auxiliary_head.") and "auxiliary_head.classifier.weight" not in wanted
+        if name not in target:
+            spare = name.startswith("auxiliary_head.") and "auxiliary_head.classifier.weight" not in target
             (report.dropped if spare else report.unexpected).append(name)
             continue
-        like = wanted[name]
+        like = target[name]
         if name.endswith(POSITION_TABLE) and tensor.shape != like.shape and tensor.shape[1:] == like.shape[1:]:
             with contextlib.suppress(ValueError):  # of no square window: mismatched
                 tensor = resize_position_table(tensor, window_of(like))
                 report.resized.append(name)
         if tensor.shape == like.shape and tensor.is_floating_point() == like.is_floating_point():
-            fitting[name] = tensor.to(like.dtype)
-        elif re.fullmatch(CLASS_LAYERS, name) and tensor.shape[1:] == like.shape[1:]:
-            report.reinitialised.append(name)
+            state[name] = tensor.to(like.dtype)
+        elif re.search(r"head\.(classifier|class_embed)\.", name) and tensor.shape[1:] == like.shape[1:]:
+            report.reinitialised.append(name)  # another number of classes
         else:
-            found, needed = (f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (tensor, like))
-            report.mismatched.append(f"{name} {found} should be {needed}")
-    for name in (name for name in wanted if name not in weights.state):
+            actual, needed = (f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (tensor, like))
+            report.mismatched.append(f"{name} {actual} should be {needed}")
+    for name in (name for name in target if name not in weights.state):
         new = weights.kind == "beit" and not name.startswith("backbone.")
         (report.reinitialised if new else report.missing).append(name)
-    return fitting
+    return state
 
 
 def load_model(path: str | os.PathLike) -> tuple[Segmenter, dict[str, Any]]:
-    """A model in eval mode from our own or a released checkpoint, its configuration stored or told by its shapes.
+    """A model in eval mode from our own or a released checkpoint; its configuration is stored or follows from shapes.
 
     Returns:
         The model, and what the checkpoint says of itself, if it does: "classes" (names), "palette" ([red, green, blue]
@@ -420,45 +394,44 @@ def load_model(path: str | os.PathLike) -> tuple[Segmenter, dict[str, Any]]:
         UserError: an unusable file, or one without a head (BEiT pre-training).
     """
     weights = read_weights(path)
-    model = empty_model(weights, str(path))
-    load_into(model, weights, str(path))
+    model = empty_model(weights)
+    load_into(model, weights)
     grid = model.config.window // PATCH
     model.backbone.position_index = relative_position_index(grid, grid)  # the one tensor that is computed, not loaded
     return model.eval(), facts(weights.info, model.config.num_classes)
 
 
-def empty_model(weights: Weights, name: str) -> Segmenter:
+def empty_model(weights: Weights) -> Segmenter:
     """The model that weights are of, on the meta device: without memory, whatever sizes a damaged file may claim."""
     if weights.kind == "beit":
-        raise UserError(f"{name}: BEiT pre-training has no segmentation head; give it to train.py --pretrained")
+        raise UserError(f"{weights.path}: BEiT pre-training has no segmentation head; give it to train.py --pretrained")
     try:
+        inferred = infer_config(weights.state)
         stored = weights.info.get("config") if weights.kind == "ours" else None
-        told = infer_config(weights.state)
-        config = ModelConfig(**stored) if stored else told
-        if (config.head, config.num_classes, config.window) != (told.head, told.num_classes, told.window):
+        config = ModelConfig(**stored) if stored else inferred
+        if any(getattr(config, key) != getattr(inferred, key) for key in ("head", "num_classes", "window")):
             raise ValueError("its configuration is not that of its tensors")
         if max(config.depth, config.encoder_layers, config.decoder_layers) > len(weights.state):
             raise ValueError("it claims more layers than it has tensors")
         with torch.device("meta"):
             return Segmenter(config)
     except Exception as error:  # of any type: sizes that make no sense break constructors anywhere
-        raise UserError(f"{name}: fits no model here ({type(error).__name__}: {error})") from None
+        raise UserError(f"{weights.path}: fits no model here ({type(error).__name__}: {error})") from None
 
 
 def facts(info: dict[Any, Any], num_classes: int) -> dict[str, Any]:
-    """Class names, palette and iteration in our or mmcv's spelling, those that are what they should be."""
-    found = {}
+    """Class names, palette and iteration in our or mmcv's spelling; those that make no sense are left out."""
+    result = {}
     with contextlib.suppress(Exception):  # they come from a file: anything may be in their place
         classes = [str(name) for name in info.get("classes", info.get("CLASSES"))]
         palette = np.uint8(info.get("palette", info.get("PALETTE"))).reshape(num_classes, 3)
         if len(classes) == num_classes:
-            found = {"classes": classes, "palette": palette.tolist()}
+            result = {"classes": classes, "palette": palette.tolist()}
     iteration = info.get("iteration", info.get("iter"))
-    return {**found, "iteration": iteration} if isinstance(iteration, int) else found
+    return {**result, "iteration": iteration} if isinstance(iteration, int) else result
 
 
-# ------------------------------------------------------------------------------------------------------------- export
-
+# ---- export
 
 def export(model: Segmenter, path: Path, about: dict[str, Any]) -> None:
     """Write a model in eval mode as a program that PyTorch runs without this code: one of about its own version.
@@ -483,8 +456,7 @@ def export(model: Segmenter, path: Path, about: dict[str, Any]) -> None:
     common.write_whole(path, lambda file: torch.export.save(program, file, extra_files=files))
 
 
-# ------------------------------------------------------------------------------------------------------------ command
-
+# ---- command
 
 def describe(path: Path) -> str:
     """What a file is, in a few lines; raises UserError."""
@@ -498,17 +470,17 @@ def describe(path: Path) -> str:
         qkv = [tensor for name, tensor in weights.state.items() if "qkv." in name]
         rows["fits"] = f"a backbone of width {math.isqrt(qkv[0].numel() // 3)} and depth {len(qkv)}"
     else:
-        config = empty_model(weights, str(path)).config
+        config = empty_model(weights).config
         known = facts(weights.info, config.num_classes)
         rows["fits"] = f"{config.head}, {size_of(config)} size, window {config.window}"
         rows["classes"] = f"{config.num_classes} {listing(known.get('classes', []), 8)}"
         rows["iteration"] = known.get("iteration")
     rows["not needed"] = listing(weights.dropped)
-    return "\n".join(f"{what:12}{value}" for what, value in rows.items() if value)
+    return "\n".join(f"{title:12}{value}" for title, value in rows.items() if value)
 
 
 def run(options: argparse.Namespace) -> None:
-    """What the command line asks for."""
+    """Describe the file, then write it in the formats that the command line asks for."""
     if options.export and options.export.suffix != ".pt2":
         raise UserError(f"--export {options.export}: it writes a program of torch.export; name it *.pt2")
     print(describe(options.file))

@@ -1,8 +1,8 @@
 """Multi-scale deformable attention: the function, the layer around it, its PyTorch text and its C++/CUDA operator.
 
-Read: reference.py (the algorithm in 20 lines) -> module.py (the layer) -> ops.py (which way is taken, and what
-PyTorch must know of an operator) -> csrc/point.h (the arithmetic of one point) -> csrc/cpu.h -> csrc/kernels.cu ->
-csrc/msda.cpp (binding) -> build.py. `python -m msda_cuda` says what is active here, and tests it.
+Reading order: reference.py (the algorithm in 20 lines) -> module.py (the layer) -> ops.py (the choice between PyTorch
+text and operator) -> csrc/point.h (the arithmetic of one point) -> csrc/cpu.h -> csrc/kernels.cu -> csrc/msda.cpp
+(binding) -> build.py. `python -m msda_cuda` says which of the two is active here, and tests it.
 """
 
 from .module import MSDeformAttn, reference_points

@@ -5,52 +5,48 @@ import os
 import sys
 
 import torch
+from torch import Tensor
 
-from . import build, ops
-from .reference import ms_deform_attn_torch
+import common
+
+from . import active_path, ms_deform_attn, ms_deform_attn_torch, ops
 
 SHAPES = [(12, 9), (6, 5), (1, 1)]
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of self_test
 
 
 def self_test(device: str, dtype: torch.dtype) -> float:
     """Largest error of output and gradients against the float64 reference, relative to the largest entry."""
-    generator = torch.Generator().manual_seed(0)
-    value = torch.randn(2, 139, 4, 32, generator=generator).to(device, dtype)
-    locations = (torch.rand(2, 37, 4, 3, 4, 2, generator=generator) * 1.4 - 0.2).to(device)  # some off the map
-    weights = torch.rand(2, 37, 4, 3, 4, generator=generator).to(device)
-    cotangent = torch.randn(2, 37, 128, generator=generator).to(device, dtype)
+    torch.manual_seed(0)
+    value, gradient = torch.randn(2, 139, 4, 32).to(device, dtype), torch.randn(2, 37, 128).to(device, dtype)
+    locations = (torch.rand(2, 37, 4, 3, 4, 2) * 1.4 - 0.2).to(device)  # some lie off the map
+    weights = torch.rand(2, 37, 4, 3, 4).to(device)
 
-    def run(function, *inputs):
+    def results(function, *inputs: Tensor) -> list[Tensor]:
         inputs = [x.detach().requires_grad_() for x in inputs]
         output = function(inputs[0], SHAPES, *inputs[1:])
-        return [output, *torch.autograd.grad(output, inputs, cotangent.to(output.dtype))]
+        return [output, *torch.autograd.grad(output, inputs, gradient.to(output.dtype))]
 
-    got = run(ops.ms_deform_attn, value, locations, weights)
-    want = run(ms_deform_attn_torch, value.double(), locations.double(), weights.double())
-    return max(((g.double() - w).abs().max() / w.abs().max()).item() for g, w in zip(got, want, strict=True))
+    found = results(ms_deform_attn, value, locations, weights)
+    expected = results(ms_deform_attn_torch, value.double(), locations.double(), weights.double())
+    return max(((x.double() - y).abs().max() / y.abs().max()).item() for x, y in zip(found, expected, strict=True))
 
 
-def main() -> int:
-    """Say what is active, and compare it with the reference; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m msda_cuda", description=__doc__)
-    parser.parse_args()
-    try:
-        operator = ops.native()
-        paths = {device: ops.active_path(device) for device in ["cpu"] + ["cuda"] * torch.cuda.is_available()}
-    except (build.BuildError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def run() -> int:
+    """Print what is active, and compare it with the reference; returns the exit status."""
+    operator = ops.native()
     print(f"MSDA={os.environ.get('MSDA', 'auto')}, PyTorch {torch.__version__}")
     print(f"library: {operator.library or 'none'}" + (f" ({operator.reason})" if operator.reason else ""))
-    passed = True
-    for device, path in paths.items():
-        for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
+    failed = False
+    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+        for dtype, limit in LIMITS.items():
             error = self_test(device, dtype)
-            passed &= error < limit
-            verdict = "passed" if error < limit else "FAILED"
-            print(f"{device}: {path}, {str(dtype)[6:]}: {verdict}, error {error:.1e} (limit {limit:.0e})")
-    return 0 if passed else 1
+            failed |= not error < limit  # NaN fails too
+            print(f"{device}: {active_path(device)}, {str(dtype)[6:]}: {'passed' if error < limit else 'FAILED'}, "
+                  f"error {error:.1e} (limit {limit:.0e})")
+    return int(failed)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    argparse.ArgumentParser(prog="python -m msda_cuda", description=__doc__).parse_args()
+    sys.exit(common.run(run))

@@ -1,9 +1,9 @@
 """Build the C++/CUDA operator: at first use, or ahead of time with `python msda_cuda/build.py`.
 
-Read: plan -> library -> compile_library -> locked -> main.
+Reading order: plan -> library -> compile_library -> lock -> main.
 
-The library lands in PyTorch's extension cache (`TORCH_EXTENSIONS_DIR`, else ~/.cache/torch_extensions), under a name
-made from the sources and PyTorch's version, and is found there by every later process. Environment:
+The library lies in PyTorch's extension cache (`TORCH_EXTENSIONS_DIR`, else ~/.cache/torch_extensions). Its name is made
+from the sources and PyTorch's version, so that every later process finds it there. Environment:
   FORCE_CUDA=1            build the CUDA part though no GPU is visible
   TORCH_CUDA_ARCH_LIST    its architectures (default: those of the GPUs here; without one, 7.5 to 12.0+PTX)
   CUDA_HOME, CXX          the CUDA toolkit and the host compiler
@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 
@@ -33,7 +36,7 @@ OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler ha
 
 
 class BuildError(RuntimeError):
-    """No native operator; the message names the cause and the remedy in one line."""
+    """There is no native operator. The message names the cause and the remedy in one line."""
 
 
 class Plan(NamedTuple):
@@ -55,7 +58,7 @@ def find_cuda_home() -> Path | None:
 
 
 def plan() -> Plan:
-    """Look at PyTorch, the GPUs and the toolkit; raises nothing."""
+    """Look at PyTorch, the GPUs and the toolkit."""
     key = hashlib.sha256("".join((torch.__version__, *COMPILE_FLAGS)).encode())
     for path in sorted(SOURCES.iterdir()):
         key.update(path.read_bytes())
@@ -73,18 +76,16 @@ def plan() -> Plan:
 
 
 def toolkit_version(home: Path) -> str:
-    """As in `13.0`, or "" where the toolkit does not say."""
-    for line in (home / "include" / "cuda.h").read_text(errors="replace").splitlines():
-        if line.startswith("#define CUDA_VERSION"):
-            number = int(line.split()[2])
-            return f"{number // 1000}.{number % 1000 // 10}"
-    return ""
+    """The version of a CUDA toolkit, as "13.0", or "" where its header names none."""
+    header = (home / "include" / "cuda.h").read_text(errors="replace")
+    number = re.search(r"^#define CUDA_VERSION (\d+)", header, re.MULTILINE)  # 13000
+    return f"{int(number[1]) // 1000}.{int(number[1]) % 1000 // 10}" if number else ""
 
 
 def architectures(ahead: bool) -> str:
-    """TORCH_CUDA_ARCH_LIST, else the GPUs at hand for a build at first use, else every supported one."""
-    if chosen := os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return chosen
+    """TORCH_CUDA_ARCH_LIST; without it, those of the GPUs here (a build at first use) or all supported ones."""
+    if archs := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return archs
     if ahead or not torch.cuda.is_available():
         return ARCHITECTURES
     devices = range(torch.cuda.device_count())
@@ -92,47 +93,75 @@ def architectures(ahead: bool) -> str:
 
 
 def cache_folders() -> list[Path]:
-    """Where libraries lie: PyTorch's extension cache, and a private one for when that is read-only."""
+    """Where libraries lie: PyTorch's extension cache, and a private folder in case the cache is read-only."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or home)
     return [root / "msda", Path(tempfile.gettempdir()) / f"msda-{os.getuid()}"]
 
 
 def writable_folder() -> Path:
-    """The first cache folder that takes a file. Others' folders are not trusted: code is loaded from there."""
+    """The first cache folder that takes a file. Other users' folders are not trusted: code is loaded from there."""
     for folder in cache_folders():
-        try:
+        with contextlib.suppress(OSError):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 if folder.stat().st_uid == os.getuid():
                     return folder
-        except OSError:
-            continue
     raise BuildError(f"no writable cache in {' or '.join(map(str, cache_folders()))}; set TORCH_EXTENSIONS_DIR")
 
 
 def library(ahead: bool = False, verbose: bool = False) -> Path:
-    """The built library, built now if need be, by one process while others wait. Raises BuildError."""
+    """The compiled library; if there is none yet, one process compiles it while others wait. Raises BuildError.
+
+    With `ahead` it is compiled in any case, for all architectures; with `verbose` the compiler's output is shown.
+    """
     if sys.platform == "win32":
         raise BuildError("the native operator is not supported on Windows; MSDA=torch silences this")
-    here = plan()
+    here, archs = plan(), architectures(ahead)
     name = here.name
-    if here.cuda_home and not ahead:  # built for the GPUs at hand: another GPU must not find this library
-        name += "_" + architectures(ahead).replace(".", "").replace(";", "_")
-    for folder in cache_folders():
-        for path in (folder / f"{here.name}.so", folder / f"{name}.so"):  # ahead of time first: it serves all
-            if path.exists() and path.stat().st_uid in (0, os.getuid()) and not ahead:
-                return path
-    folder = writable_folder()
-    with locked(folder / f"{name}.lock", LOCK_SECONDS):
-        path = folder / f"{name}.so"
-        if not path.exists() or ahead:  # else another process has built it meanwhile
-            compile_library(here, path, architectures(ahead), verbose)
+    if here.cuda_home and not ahead:  # compiled for the GPUs here: a machine with others must not find this library
+        name += "_" + archs.replace(".", "").replace(";", "_")
+    # A library compiled ahead of time comes first: it serves all GPUs.
+    for path in (folder / f"{stem}.so" for folder in cache_folders() for stem in (here.name, name)):
+        if path.exists() and path.stat().st_uid in (0, os.getuid()) and not ahead:
+            return path
+    path = writable_folder() / f"{name}.so"
+    with lock(path.with_suffix(".lock"), LOCK_SECONDS):
+        if ahead or not path.exists():  # else another process compiled it meanwhile
+            compile_library(here, path, archs, verbose)
     return path
 
 
 def compile_library(here: Plan, path: Path, archs: str, verbose: bool) -> None:
-    """Compile in a folder of its own and move the result into place: a killed build leaves nothing that looks done."""
+    """Compile in a new folder, then rename the library to `path`: a killed build leaves no broken one. BuildError."""
+    # pip puts ninja beside this Python, which is on PATH only where its environment is activated.
+    search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    with patch.dict(os.environ, PATH=search, TORCH_CUDA_ARCH_LIST=archs):
+        cpp_extension = find_tools()
+        parts = f"CPU and CUDA ({archs})" if here.cuda_home else f"CPU ({here.no_cuda})"
+        print(f"Building deformable attention, once: {parts}", file=sys.stderr, flush=True)
+        start = time.monotonic()
+        sources, flags = ["msda.cpp"], [*COMPILE_FLAGS, *OPENMP]
+        if here.cuda_home:
+            cpp_extension.CUDA_HOME = str(here.cuda_home)
+            sources, flags = [*sources, "kernels.cu"], [*flags, "-DMSDA_WITH_CUDA"]
+        try:
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                cpp_extension.load(
+                    path.stem, [str(SOURCES / name) for name in sources], extra_cflags=flags, extra_ldflags=OPENMP,
+                    extra_cuda_cflags=["-O3", "--threads=2"], build_directory=folder, is_python_module=False,
+                    verbose=verbose,
+                )
+                os.replace(Path(folder) / path.name, path)
+        except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
+            # The compiler's first complaint, else the first line that PyTorch writes.
+            reason = [*re.findall("(?i).*error:.*", str(error)), *str(error).splitlines(), repr(error)][0].strip()
+            raise BuildError(f"compiling failed: {reason}; `python msda_cuda/build.py` shows all of it") from error
+    print(f"Built {path} in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+def find_tools() -> ModuleType:
+    """PyTorch's module that compiles extensions. Raises BuildError if it, a C++ compiler or ninja is absent."""
     try:
         from torch.utils import cpp_extension
     except ImportError as error:  # it needs setuptools, which a bare environment may lack
@@ -142,62 +171,37 @@ def compile_library(here: Plan, path: Path, archs: str, verbose: bool) -> None:
         raise BuildError(f"no C++ compiler ({compiler}) was found; install g++ or set CXX")
     if not cpp_extension.is_ninja_available():
         raise BuildError("ninja was not found; pip install ninja")
-    what = f"CPU and CUDA ({archs})" if here.cuda_home else f"CPU ({here.no_cuda})"
-    print(f"Building deformable attention, once: {what}", file=sys.stderr, flush=True)
-    options = {"extra_cflags": [*COMPILE_FLAGS, *OPENMP], "extra_ldflags": OPENMP, "sources": [SOURCES / "msda.cpp"]}
-    if here.cuda_home:
-        cpp_extension.CUDA_HOME = str(here.cuda_home)
-        options["sources"].append(SOURCES / "kernels.cu")
-        options["extra_cflags"].append("-DMSDA_WITH_CUDA")
-        options["extra_cuda_cflags"] = ["-O3", "--threads=2"]
-    options["sources"] = [str(source) for source in options["sources"]]
-    start, before = time.monotonic(), os.environ.get("TORCH_CUDA_ARCH_LIST")
-    os.environ["TORCH_CUDA_ARCH_LIST"] = archs
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            cpp_extension.load(path.stem, build_directory=folder, is_python_module=False, verbose=verbose, **options)
-            os.replace(Path(folder) / f"{path.stem}.so", path)
-    except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if "error" in line.lower()] or [repr(error)]
-        reason = next((line for line in lines if "error:" in line.lower()), lines[0])
-        raise BuildError(f"compiling failed: {reason}; `python msda_cuda/build.py` shows all of it") from error
-    finally:
-        if before is None:
-            del os.environ["TORCH_CUDA_ARCH_LIST"]
-        else:
-            os.environ["TORCH_CUDA_ARCH_LIST"] = before
-    print(f"Built {path} in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    return cpp_extension
 
 
 @contextlib.contextmanager
-def locked(path: Path, seconds: float) -> Iterator[None]:
-    """Hold an exclusive lock on a file. The system drops it with its process, so no crash leaves a stale one.
+def lock(path: Path, seconds: float) -> Iterator[None]:
+    """Hold an exclusive lock on a file; raises BuildError if another process holds it longer than `seconds`.
 
-    Under torchrun all ranks come here at once: the first builds, the lock is the others' barrier.
+    Under torchrun all ranks come here at once: the first one compiles, the others wait. The system drops the lock when
+    its process ends, so that no crash leaves a stale one.
     """
-    import fcntl
+    import fcntl  # absent on Windows
 
     deadline = time.monotonic() + seconds
-    with open(path, "w") as file:
+    with path.open("w") as file:
         while True:
-            try:
+            with contextlib.suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    raise BuildError(f"another process has held {path} for {seconds:.0f} s; "
-                                     f"end that process or delete the file") from error
-                time.sleep(0.2)
+            if time.monotonic() > deadline:
+                raise BuildError(f"another process has held {path} for {seconds:.0f} s; "
+                                 f"end that process or delete the file")
+            time.sleep(0.2)
         yield
 
 
 def main() -> int:
-    """Build ahead of time, for every machine that shares the cache."""
+    """Build ahead of time, for every machine that shares the cache; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quiet", action="store_true", help="without the compiler's output")
-    arguments = parser.parse_args()
     try:
-        library(ahead=True, verbose=not arguments.quiet)
+        library(ahead=True, verbose=not parser.parse_args().quiet)
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,9 +1,11 @@
-"""One function, two ways: the native operator where it can be had, PyTorch's grid_sample elsewhere.
+"""One function, two paths: the native operator where there is one, the PyTorch text of reference.py elsewhere.
 
-Read: ms_deform_attn -> active_path -> native -> register.
+Reading order: ms_deform_attn -> active_path -> native -> register.
 
 `MSDA=auto` (default) builds or loads the operator at the first call and falls back with one warning; `MSDA=native`
 raises instead; `MSDA=torch` never tries.
+
+Shapes: B batch, Q queries, M heads, D channels of a head, L levels, P points of a level, S = sum of h * w over levels.
 """
 
 import functools
@@ -13,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from common import UserError
 
 from . import build
 from .reference import Shapes, ms_deform_attn_torch
@@ -34,8 +38,8 @@ def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Te
     locations and weights are float32, or float64 where value is. Raises ValueError where sizes do not fit.
     """
     check(value, shapes, locations, weights)
-    checking = value.is_cuda and value.dtype == torch.float64  # for gradcheck; the GPU kernels have no need of it
-    if checking or active_path(value.device.type) == "torch":
+    is_double_on_gpu = value.is_cuda and value.dtype == torch.float64  # for gradcheck alone: no kernel is made for it
+    if is_double_on_gpu or active_path(value.device.type) == "torch":
         return ms_deform_attn_torch(value, shapes, locations, weights)
     precise = torch.promote_types(value.dtype, torch.float32)
     flat = [side for shape in shapes for side in shape]
@@ -50,27 +54,29 @@ def check(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> 
         raise ValueError(f"ms_deform_attn: levels {list(shapes)} hold {positions} positions, value has {S}")
     Q, P = locations.shape[1], locations.shape[4]
     if locations.shape != (B, Q, M, L, P, 2) or weights.shape != (B, Q, M, L, P):
-        raise ValueError(
-            f"ms_deform_attn: locations {tuple(locations.shape)} and weights {tuple(weights.shape)} "
-            f"do not fit value {tuple(value.shape)} and {L} levels"
-        )
+        raise ValueError(f"ms_deform_attn: locations {tuple(locations.shape)} and weights {tuple(weights.shape)} "
+                         f"do not fit value {tuple(value.shape)} and {L} levels")
 
 
 @torch.compiler.assume_constant_result  # so that torch.compile asks once, and never traces a build
 def active_path(device_type: str) -> str:
-    """"native" or "torch", for tensors on "cpu", "cuda", ...; the first call may build. Raises build.BuildError."""
+    """"native" or "torch", for tensors on "cpu", "cuda", ...; the first call may build the operator.
+
+    Raises:
+        UserError: MSDA has an unknown value, or is "native" where there is no operator.
+    """
     return choose_path(device_type)
 
 
 @functools.cache
 def choose_path(device_type: str) -> str:
-    """The choice behind `active_path`, made (and warned about) once."""
+    """`active_path`, which chooses, and warns, once for each kind of device."""
     operator = native()
     if device_type in operator.devices:
         return "native"
     choice = os.environ.get("MSDA", "auto")
     if choice == "native":
-        raise build.BuildError(f"MSDA=native, but there is no operator for {device_type}: {operator.reason}")
+        raise UserError(f"MSDA=native, but there is no operator for {device_type}: {operator.reason}")
     if choice == "auto":
         warnings.warn(f"deformable attention on {device_type} runs without its native operator, several times slower: "
                       f"{operator.reason} (MSDA=torch silences this)", stacklevel=4)
@@ -79,10 +85,10 @@ def choose_path(device_type: str) -> str:
 
 @functools.cache
 def native() -> Native:
-    """Load the operator, building it if need be. Raises ValueError for an unknown MSDA."""
+    """Load the operator, and build it first if need be. Raises UserError for an unknown value of MSDA."""
     choice = os.environ.get("MSDA", "auto")
     if choice not in ("auto", "native", "torch"):
-        raise ValueError(f"MSDA={choice} is unknown; choose auto, native or torch")
+        raise UserError(f"MSDA={choice} is unknown; choose auto, native or torch")
     if choice == "torch":
         return Native((), "", "MSDA=torch")
     try:
@@ -97,10 +103,10 @@ def native() -> Native:
 
 @functools.cache
 def register() -> None:
-    """What PyTorch must know beyond the kernels: shapes without data, and derivatives."""
+    """Tell PyTorch what the kernels do not: the shapes of the results, and the derivatives."""
     torch.library.register_fake("msda::forward", forward_fake)
     torch.library.register_fake("msda::backward", backward_fake)
-    torch.library.register_autograd("msda::forward", forward_derivative, setup_context=keep)
+    torch.library.register_autograd("msda::forward", forward_derivative, setup_context=save_inputs)
     torch.library.register_autograd("msda::backward", no_second_derivative, setup_context=lambda *_, **__: None)
 
 
@@ -114,19 +120,19 @@ def backward_fake(grad: Tensor, value: Tensor, shapes: list[int], locations: Ten
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (value, locations, weights))
 
 
-def keep(ctx, inputs, output) -> None:
-    """Only the inputs are kept for the backward pass: the samples, L * P times larger, are read again."""
+def save_inputs(ctx, inputs, output) -> None:
+    """Keep only the inputs for the backward pass: it reads the samples, L * P times larger, again."""
     value, ctx.shapes, locations, weights = inputs
     ctx.save_for_backward(value, locations, weights)
 
 
 def forward_derivative(ctx, grad: Tensor):
-    """Gradients of value, locations and weights from one of (B, Q, M*D); the sizes have none."""
+    """The gradient of the output (B, Q, M*D) -> those of value, locations and weights; `shapes` has none."""
     value, locations, weights = ctx.saved_tensors
     to_value, to_locations, to_weights = torch.ops.msda.backward(grad, value, ctx.shapes, locations, weights)
     return to_value, None, to_locations, to_weights
 
 
 def no_second_derivative(ctx, *grads):
-    """Refuse clearly what is not implemented."""
+    """Say so instead of giving wrong numbers."""
     raise NotImplementedError("ms_deform_attn: second derivatives are not implemented (nor are grid_sample's)")

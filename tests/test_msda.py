@@ -1,51 +1,57 @@
-"""Deformable attention: the reference against golden numbers, the native CPU operator against the reference."""
+"""Deformable attention: values -> as PyTorch's operator -> the layer -> build and fallback.
 
+The reference is compared with golden numbers and with transformers, the native CPU operator with the reference.
+"""
+
+import functools
 import itertools
 import os
-import subprocess
+import re
+import runpy
 import sys
-import threading
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import GOLDEN, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils import cpp_extension
 
 import msda_cuda
-from msda_cuda import MSDeformAttn, build, ms_deform_attn, ms_deform_attn_torch, ops
-from msda_cuda.module import locate, softmax
-
-ROOT = Path(__file__).parents[1]
-GOLDEN = Path(__file__).parent / "golden"
+from common import UserError
+from msda_cuda import MSDeformAttn, active_path, build, ms_deform_attn, ms_deform_attn_torch, ops
 
 
 @pytest.fixture(scope="session")
 def native():
     """The native operator, or a skip that says why there is none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        path = msda_cuda.active_path("cpu")
-    if path != "native":
-        pytest.skip(f"no native operator here: {ops.native().reason}")
+    with warnings.catch_warnings(action="ignore"):
+        if active_path("cpu") != "native":
+            pytest.skip(f"no native operator here: {ops.native().reason}")
     return ms_deform_attn
 
 
 def golden(name):
+    """Shapes, (value, locations, weights, cotangent) and the four results."""
     with np.load(GOLDEN / f"{name}.npz") as file:
         arrays = {key: torch.from_numpy(array) for key, array in file.items()}
-    return [tuple(shape) for shape in arrays.pop("shapes").tolist()], arrays
+    results = [arrays[key] for key in ("out", "grad_value", "grad_locations", "grad_weights")]
+    inputs = [arrays[key] for key in ("value", "locations", "weights", "cotangent")]
+    return [tuple(shape) for shape in arrays["shapes"].tolist()], inputs, results
 
 
 def random_case(shapes, B=2, Q=5, M=2, D=32, P=3, seed=0, dtype=torch.float64):
-    """Values, and points of which a quarter lie off the map."""
-    g = torch.Generator().manual_seed(seed)
+    """Values of that type, locations and weights of that of the sums; a quarter of the points lie off the map."""
+    g, precise = torch.Generator().manual_seed(seed), torch.promote_types(dtype, torch.float32)
     S, L = sum(h * w for h, w in shapes), len(shapes)
-    value = torch.randn(B, S, M, D, generator=g, dtype=dtype)
-    locations = torch.rand(B, Q, M, L, P, 2, generator=g, dtype=dtype) * 1.3 - 0.15
-    return value, locations, torch.rand(B, Q, M, L, P, generator=g, dtype=dtype)
+    value = torch.randn(B, S, M, D, generator=g, dtype=precise).to(dtype)
+    locations = torch.rand(B, Q, M, L, P, 2, generator=g, dtype=precise) * 1.3 - 0.15
+    return value, locations, torch.rand(B, Q, M, L, P, generator=g, dtype=precise)
 
 
 def run(function, shapes, value, locations, weights, cotangent=None):
@@ -56,16 +62,18 @@ def run(function, shapes, value, locations, weights, cotangent=None):
     return output, *torch.autograd.grad(output, inputs, cotangent.to(output.dtype))
 
 
-def assert_same(got, want, tolerance):
-    for g, w, name in zip(got, want, ("output", "grad_value", "grad_locations", "grad_weights"), strict=True):
-        assert g.shape == w.shape, name
+def reference(shapes, *inputs):
+    """Output and gradients in float64."""
+    return run(ms_deform_attn_torch, shapes, *(x.double() for x in inputs))
+
+
+def assert_same(got, want, tolerance, gradients=None):
+    """Differences within a tolerance of 1 or of the largest entry; that of the gradients may differ."""
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
+        limit = gradients if i and gradients is not None else tolerance
+        assert g.shape == w.shape
         if g.numel():
-            assert (g.double() - w.double()).abs().max() <= tolerance * max(w.abs().max().item(), 1.0), name
-
-
-def python(code, *, timeout=120, **environment):
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, text=True,
-                          capture_output=True, timeout=timeout)
+            assert (g.double() - w.double()).abs().max() <= limit * max(w.abs().max().item(), 1.0), f"result {i}"
 
 
 # ---- values
@@ -74,9 +82,16 @@ def python(code, *, timeout=120, **environment):
 @pytest.mark.parametrize("path", ["torch", "native"])
 def test_golden(name, path, request):
     function = ms_deform_attn_torch if path == "torch" else request.getfixturevalue("native")
-    shapes, g = golden(name)
-    got = run(function, shapes, g["value"], g["locations"], g["weights"], g["cotangent"])
-    assert_same(got, (g["out"], g["grad_value"], g["grad_locations"], g["grad_weights"]), 1e-12)
+    shapes, inputs, results = golden(name)
+    assert_same(run(function, shapes, *inputs), results, 1e-12)
+
+
+def test_agrees_with_transformers():
+    module = pytest.importorskip("transformers.models.deformable_detr.modeling_deformable_detr")
+    shapes = [(6, 4), (3, 2)]
+    value, locations, weights = random_case(shapes)
+    theirs = module.MultiScaleDeformableAttention()(value, torch.tensor(shapes), shapes, None, locations, weights, 64)
+    torch.testing.assert_close(ms_deform_attn_torch(value, shapes, locations, weights), theirs, rtol=0, atol=1e-12)
 
 
 @settings(max_examples=60, deadline=None)
@@ -87,17 +102,17 @@ def test_golden(name, path, request):
 )
 def test_native_agrees_on_random_shapes(native, shapes, B, Q, M, D, P, seed):
     case = random_case(shapes, B, Q, M, D, P, seed)
-    assert_same(run(native, shapes, *case), run(ms_deform_attn_torch, shapes, *case), 1e-12)
+    assert_same(run(native, shapes, *case), reference(shapes, *case), 1e-12)
 
 
 def test_points_on_borders_pixels_and_far_outside(native):
     shapes = [(4, 6), (1, 1)]
-    places = torch.tensor([-1e30, -50.0, -0.5 / 6, -1e-9, 0.0, 0.5 / 6, 0.5, 1 - 0.5 / 6, 1.0, 1 + 0.5 / 6, 50.0, 1e30])
-    points = torch.tensor(list(itertools.product(places.tolist(), repeat=2)), dtype=torch.float64)  # (144, 2)
+    places = [-1e30, -50.0, -0.5 / 6, -1e-9, 0.0, 0.5 / 6, 0.5, 1 - 0.5 / 6, 1.0, 1 + 0.5 / 6, 50.0, 1e30]
+    points = torch.tensor(list(itertools.product(places, repeat=2)), dtype=torch.float64)  # (144, 2)
     value, _, weights = random_case(shapes, B=1, Q=144, M=1, P=1)
     locations = points.view(1, 144, 1, 1, 1, 2).expand(1, 144, 1, 2, 1, 2)
     near = (points.abs() < 10).all(-1)
-    got, want = (run(f, shapes, value, locations, weights) for f in (native, ms_deform_attn_torch))
+    got, want = run(native, shapes, value, locations, weights), reference(shapes, value, locations, weights)
     assert (got[0][:, ~near] == 0).all() and all(torch.isfinite(x).all() for x in got)
     torch.testing.assert_close(got[0][:, near], want[0][:, near], rtol=0, atol=1e-12)
     torch.testing.assert_close(got[1], want[1], rtol=0, atol=1e-12)
@@ -117,24 +132,22 @@ def test_lost_points_read_zeros_and_harm_nobody(native, bad):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
 def test_types(native, dtype, tolerance):
     shapes = [(6, 4), (3, 2)]
-    value, locations, weights = random_case(shapes, dtype=torch.float32)
-    value = value.to(dtype)
-    got = run(native, shapes, value, locations, weights)
+    case = random_case(shapes, dtype=dtype)
+    got = run(native, shapes, *case)
     assert got[0].dtype == got[1].dtype == dtype and got[2].dtype == got[3].dtype == torch.float32
-    assert_same(got, run(ms_deform_attn_torch, shapes, value.double(), locations.double(), weights.double()), tolerance)
+    assert_same(got, reference(shapes, *case), tolerance)
 
 
 def test_non_contiguous_input(native):
     shapes = [(6, 4), (3, 2)]
     value, locations, weights = random_case(shapes)
-    strided = (value.transpose(1, 2).contiguous().transpose(1, 2), locations.flip(-1).flip(-1).mT.contiguous().mT,
+    strided = (value.transpose(1, 2).contiguous().transpose(1, 2), locations.mT.contiguous().mT,
                weights.mT.contiguous().mT)
-    assert not any(x.is_contiguous() for x in (strided[0], strided[1], strided[2]))
+    assert not any(x.is_contiguous() for x in strided)
     cotangent = torch.randn(64, 5, 2, dtype=torch.float64).permute(2, 1, 0)
-    got = native(*(strided[0], shapes, *strided[1:]))
-    assert torch.equal(got, native(value, shapes, locations, weights))
-    assert_same(run(native, shapes, *strided, cotangent), run(ms_deform_attn_torch, shapes, value, locations, weights,
-                                                               cotangent), 1e-12)
+    got, want = run(native, shapes, *strided, cotangent), reference(shapes, value, locations, weights, cotangent)
+    assert torch.equal(got[0], native(value, shapes, locations, weights))
+    assert_same(got, want, 1e-12)
 
 
 def test_one_result_for_any_number_of_threads(native):
@@ -146,15 +159,7 @@ def test_one_result_for_any_number_of_threads(native):
             results.append(run(native, shapes, *case))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def test_agrees_with_transformers():
-    module = pytest.importorskip("transformers.models.deformable_detr.modeling_deformable_detr")
-    shapes = [(6, 4), (3, 2)]
-    value, locations, weights = random_case(shapes)
-    theirs = module.MultiScaleDeformableAttention()(value, torch.tensor(shapes), shapes, None, locations, weights, 64)
-    torch.testing.assert_close(ms_deform_attn_torch(value, shapes, locations, weights), theirs, rtol=0, atol=1e-12)
+    assert all(map(torch.equal, *results))
 
 
 # ---- as PyTorch's operator
@@ -165,11 +170,14 @@ def operator_inputs(requires_grad=True, dtype=torch.float64):
     return value, [3, 4, 2, 1], locations, weights
 
 
-def test_opcheck(native):
+def test_opcheck_and_meta_tensors(native):
     torch.library.opcheck(torch.ops.msda.forward, operator_inputs())
     torch.library.opcheck(torch.ops.msda.forward, operator_inputs(dtype=torch.float32))
     inputs = operator_inputs(requires_grad=False)
     torch.library.opcheck(torch.ops.msda.backward, (torch.ones(2, 3, 8, dtype=torch.float64), *inputs))
+    value, _, *others = (x.to("meta") if isinstance(x, torch.Tensor) else x for x in inputs)
+    output = native(value, [(3, 4), (2, 1)], *others)
+    assert output.shape == (2, 3, 8) and output.is_meta
 
 
 def test_gradcheck_and_no_second_derivative(native):
@@ -182,121 +190,62 @@ def test_gradcheck_and_no_second_derivative(native):
         first.sum().backward()
 
 
-def test_softmax_without_gradient_is_softmax():
-    scores = torch.randn(2, 7, 3, 12, dtype=torch.double) * 30
-    scores[0, 0, 0] = 1000.0  # its exponential alone would overflow
-    with torch.no_grad():
-        before = scores.clone()
-        torch.testing.assert_close(softmax(scores), scores.softmax(-1), rtol=1e-14, atol=1e-14)
-    assert scores.equal(before)
-
-
-def test_points_are_located_as_the_paper_writes_it():
-    """p + offset / (width, height) of the level: bit for bit, broadcast over axes instead of rows."""
-    shapes, points = [(4, 3), (2, 5)], torch.rand(7, 2)
-    offsets = torch.randn(2, 7, 3, 2, 4, 2)  # (B, Q, M, L, P, 2)
-    sizes = torch.tensor([(w, h) for h, w in shapes])
-    expected = points[:, None, None, None] + offsets / sizes[:, None]
-    assert locate(points, offsets, shapes).equal(expected)
-
-
-@pytest.mark.parametrize("size", [((4, 3), (2, 2)), ((5, 5), (3, 1))])
-def test_compile_in_one_graph(native, size):
-    shapes = list(size)
-    layer = MSDeformAttn(32, 4, 2, 3, 0.5)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    S = sum(h * w for h, w in shapes)
-    query, value = torch.randn(2, 7, 32), torch.randn(2, S, 32)
-    reference = torch.rand(7, 2)
-    expected = layer(query, reference, value, shapes)
-    output = compiled(query, reference, value, shapes)
+def test_compile_in_one_graph(native):
+    layer, shapes = MSDeformAttn(32, 4, 2, 3, 0.5), [(4, 3), (2, 2)]
+    inputs = torch.randn(2, 7, 32), torch.rand(7, 2), torch.randn(2, 16, 32), shapes
+    expected = layer(*inputs)
+    output = torch.compile(layer, fullgraph=True, backend="aot_eager")(*inputs)
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(torch.autograd.grad(output.sum(), layer.value_proj.weight),
                                torch.autograd.grad(expected.sum(), layer.value_proj.weight))
 
 
-def test_export(native):
-    class Wrapped(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = MSDeformAttn(16, 2, 1, 2)
-
-        def forward(self, query, reference, value):
-            return self.layer(query, reference, value, [(3, 4)])
-
-    model, inputs = Wrapped(), (torch.randn(2, 5, 16), torch.rand(5, 2), torch.randn(2, 12, 16))
-    program = torch.export.export(model, inputs)
-    assert any("msda.forward" in str(node.target) for node in program.graph.nodes)
-    torch.testing.assert_close(program.module()(*inputs), model(*inputs))
-
-
-def test_autocast_keeps_locations_in_float32(native):
+def test_autocast_narrows_values_only(native):
     value, locations, weights = random_case([(6, 4)], dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = native(value, [(6, 4)], locations, weights.bfloat16())
     want = ms_deform_attn_torch(value.bfloat16(), [(6, 4)], locations, weights.bfloat16())
-    assert got.dtype == torch.bfloat16 and torch.equal(got, want) or (got - want).abs().max() <= 2**-7
-    layer = MSDeformAttn(16, 2, 1, 2)
-    seen = {}
-
-    def spy(value, shapes, locations, weights):
-        seen.update(value=value.dtype, locations=locations.dtype, weights=weights.dtype)
-        return ms_deform_attn_torch(value, shapes, locations, weights)
-
-    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
-        patch.setattr(msda_cuda.module, "ms_deform_attn", spy)
-        layer(torch.randn(1, 5, 16), torch.rand(5, 2), torch.randn(1, 12, 16), [(3, 4)])
-    assert seen == {"value": torch.bfloat16, "locations": torch.float32, "weights": torch.float32}
-
-
-def test_fake_tensors_have_the_right_shape(native):
-    with torch.device("meta"):
-        out = native(torch.empty(2, 12, 3, 32), [(3, 4)], torch.empty(2, 7, 3, 1, 4, 2), torch.empty(2, 7, 3, 1, 4))
-    assert out.shape == (2, 7, 96) and out.is_meta
+    assert got.dtype == torch.bfloat16 and (got - want).abs().max() <= 2**-7
 
 
 def test_memory_kept_for_backward(native):
     """The pixel decoder's layer, on smaller maps: the reference keeps the samples, the operator only its inputs."""
     shapes = [(4, 4), (8, 8), (16, 16)]
-    value, locations, weights = random_case(shapes, B=1, Q=336, M=8, D=32, P=4, dtype=torch.float32)
+    case = random_case(shapes, B=1, Q=336, M=8, D=32, P=4, dtype=torch.float32)
 
     def kept(function):
-        sizes = {}
+        sizes = {}  # by address: several tensors may share one storage
 
         def pack(x):
             sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             return x
 
-        inputs = [x.clone().requires_grad_() for x in (value, locations, weights)]
+        inputs = [x.clone().requires_grad_() for x in case]
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             output = function(inputs[0], shapes, *inputs[1:])  # noqa: F841  kept alive
         return sum(sizes.values())
 
-    assert kept(native) == 4 * (value.numel() + locations.numel() + weights.numel())
+    assert kept(native) == 4 * sum(x.numel() for x in case)
     assert kept(native) * 6 <= kept(ms_deform_attn_torch)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"shapes": [(3, 4), (2, 2)]}, "hold 16 positions, value has 14"),
-    ({"weights": torch.ones(2, 3, 2, 2, 5)}, "weights .2, 3, 2, 2, 5. do not fit"),
-    ({"locations": torch.ones(2, 4, 2, 2, 2, 2)}, "do not fit value"),
+@pytest.mark.parametrize("shapes, name, size, message", [
+    ([(3, 4), (2, 2)], "value", (2, 14, 2, 4), "hold 16 positions, value has 14"),
+    ([(3, 4), (2, 1)], "weights", (2, 3, 2, 2, 5), "weights .2, 3, 2, 2, 5. do not fit"),
+    ([(3, 4), (2, 1)], "locations", (2, 4, 2, 2, 2, 2), "do not fit value"),
 ])
-def test_sizes_that_do_not_fit(change, message):
+def test_sizes_that_do_not_fit(shapes, name, size, message):
     value, _, locations, weights = operator_inputs()
-    arguments = {"value": value, "shapes": [(3, 4), (2, 1)], "locations": locations, "weights": weights, **change}
+    inputs = {"value": value, "locations": locations, "weights": weights, name: torch.ones(size)}
     with pytest.raises(ValueError, match=message):
-        ms_deform_attn(**arguments)
+        ms_deform_attn(shapes=shapes, **inputs)
 
 
-@pytest.mark.parametrize("flat", [[3, 4], [3, 4, 2, 2], [3, 4, 2, -1], [3, 4, 2], [1, 1] * 17])
-def test_the_operator_itself_trusts_no_sizes(native, flat):
-    value, _, locations, weights = operator_inputs(requires_grad=False)
-    with pytest.raises(RuntimeError, match="ms_deform_attn"):
-        torch.ops.msda.forward(value, flat, locations, weights)
-
-
-def test_the_operator_itself_trusts_no_types(native):
+def test_the_operator_itself_trusts_neither_sizes_nor_types(native):
     value, flat, locations, weights = operator_inputs(requires_grad=False)
+    for wrong in ([3, 4], [3, 4, 2, 2], [3, 4, 2, -1], [3, 4, 2], [1, 1] * 17):
+        with pytest.raises(RuntimeError, match="ms_deform_attn"):
+            torch.ops.msda.forward(value, wrong, locations, weights)
     with pytest.raises(RuntimeError, match="locations and weights must be Double"):
         torch.ops.msda.forward(value, flat, locations.float(), weights)
     with pytest.raises(RuntimeError, match="gradient of shape"):
@@ -333,6 +282,40 @@ def test_layer_by_hand():
     torch.testing.assert_close(output[0], torch.tensor([[2.0, 3], [10, 11], [0, 0]], dtype=torch.float64))
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """The arguments (value, shapes, locations, weights) of each call that a layer makes."""
+    calls = []
+    monkeypatch.setattr(msda_cuda.module, "ms_deform_attn", lambda *x: calls.append(x) or ms_deform_attn_torch(*x))
+    return calls
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_points_and_weights_are_those_of_the_paper(calls, gradient):
+    """p + offset / (width, height) of the level, and a softmax over levels and points jointly, even of huge scores."""
+    shapes, (M, L, P) = [(4, 3), (2, 5)], (3, 2, 4)
+    layer = MSDeformAttn(6, M, L, P).double()
+    for projection in (layer.sampling_offsets, layer.attention_weights):
+        torch.nn.init.normal_(projection.weight, std=30)
+    query, points = torch.randn(2, 7, 6, dtype=torch.double), torch.rand(7, 2, dtype=torch.double)
+    query[0, 0] *= 100  # the exponentials of such scores alone would overflow
+    with torch.set_grad_enabled(gradient):
+        layer(query, points, torch.randn(2, 22, 6, dtype=torch.double), shapes)
+        offsets, scores = layer.sampling_offsets(query), layer.attention_weights(query)
+    sizes = torch.tensor([(w, h) for h, w in shapes])[:, None]
+    (_, _, locations, weights), = calls
+    assert locations.equal(points[:, None, None, None] + offsets.view(2, 7, M, L, P, 2) / sizes)
+    expected = scores.view(2, 7, M, L * P).softmax(-1).view(2, 7, M, L, P)
+    torch.testing.assert_close(weights, expected, rtol=1e-14, atol=1e-14)
+
+
+def test_autocast_keeps_locations_and_weights_in_float32(calls):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        MSDeformAttn(16, 2, 1, 2)(torch.randn(1, 5, 16), torch.rand(5, 2), torch.randn(1, 12, 16), [(3, 4)])
+    (value, _, locations, weights), = calls
+    assert (value.dtype, locations.dtype, weights.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+
+
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="30 value channels do not split into 4 heads"):
         MSDeformAttn(60, 4, 1, 4, 0.5)
@@ -340,90 +323,123 @@ def test_heads_must_divide_the_width():
 
 # ---- build and fallback
 
-CALL = """
-import torch, warnings
-from msda_cuda import active_path, ms_deform_attn
-out = ms_deform_attn(torch.ones(1, 4, 1, 32), [(2, 2)], torch.full((1, 3, 1, 1, 1, 2), .5), torch.ones(1, 3, 1, 1, 1))
-ms_deform_attn(torch.ones(1, 4, 1, 32), [(2, 2)], torch.full((1, 3, 1, 1, 1, 2), .5), torch.ones(1, 3, 1, 1, 1))
-print(active_path("cpu"), out.sum().item())
-"""
+@pytest.fixture
+def first_use(tmp_path, monkeypatch):
+    """As in a new process with an empty cache: nothing is chosen, loaded or built."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    for name in ("native", "choose_path"):
+        monkeypatch.setattr(ops, name, functools.cache(getattr(ops, name).__wrapped__))
+    return monkeypatch
 
 
-@pytest.mark.parametrize("environment, cause", [
-    ({"CXX": "no-such-compiler"}, "no C++ compiler (no-such-compiler) was found; install g++ or set CXX"),
-    ({"CXX": "false"}, "compiling failed"),
+@pytest.mark.parametrize("compiler, cause", [
+    ("no-such-compiler", "no C++ compiler (no-such-compiler) was found; install g++ or set CXX"),
+    ("false", "compiling failed: "),
 ])
-def test_without_a_compiler_one_warning_and_the_torch_path(tmp_path, environment, cause):
-    done = python(CALL, TORCH_EXTENSIONS_DIR=str(tmp_path), MSDA="auto", **environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["torch", "96.0"]
-    assert done.stderr.count("UserWarning: deformable attention on cpu runs without") == 1 and cause in done.stderr
+def test_without_a_compiler_one_warning_and_the_torch_path(first_use, tmp_path, compiler, cause):
+    first_use.setenv("CXX", compiler)
+    first_use.setenv("MSDA", "auto")
+    value, *others = random_case([(3, 4)])
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        outputs = [ms_deform_attn(value, [(3, 4)], *others) for _ in range(2)]
+    (message,) = (str(warning.message) for warning in caught)
+    assert message.startswith("deformable attention on cpu runs without its native operator") and cause in message
+    assert active_path("cpu") == "torch" and not list(tmp_path.rglob("*.so"))
+    assert all(output.equal(ms_deform_attn_torch(value, [(3, 4)], *others)) for output in outputs)
+
+
+@pytest.mark.parametrize("choice, message", [
+    ("native", "MSDA=native, but there is no operator for cpu: no C++ compiler (gone) was found; install g++"),
+    ("fast", "MSDA=fast is unknown; choose auto, native or torch"), ("torch", None),
+])
+def test_forced_paths(first_use, tmp_path, choice, message):
+    first_use.setenv("CXX", "gone")
+    first_use.setenv("MSDA", choice)
+    if message is None:
+        with warnings.catch_warnings(action="error"):
+            assert active_path("cpu") == "torch"
+    else:
+        with pytest.raises(UserError, match=re.escape(message)):
+            active_path("cpu")
     assert not list(tmp_path.rglob("*.so"))
 
 
-def test_forced_paths(tmp_path):
-    done = python(CALL, TORCH_EXTENSIONS_DIR=str(tmp_path), MSDA="torch")
-    assert done.stdout.split() == ["torch", "96.0"] and not list(tmp_path.iterdir()) and "Warning" not in done.stderr
-    done = python(CALL, TORCH_EXTENSIONS_DIR=str(tmp_path), MSDA="native", CXX="no-such-compiler")
-    assert done.returncode == 1 and "BuildError: MSDA=native" in done.stderr
-    done = subprocess.run([sys.executable, "-m", "msda_cuda"], cwd=ROOT, env={**os.environ, "MSDA": "fast"}, text=True,
-                          capture_output=True)
-    assert done.returncode == 2 and done.stderr.strip() == "error: MSDA=fast is unknown; choose auto, native or torch"
-
-
-def test_importing_builds_nothing(tmp_path):
-    done = python("import msda_cuda", TORCH_EXTENSIONS_DIR=str(tmp_path))
-    assert done.returncode == 0 and done.stderr == "" and not list(tmp_path.iterdir())
-
-
-def test_self_test_passes(native):
-    done = subprocess.run([sys.executable, "-m", "msda_cuda"], cwd=ROOT, text=True, capture_output=True)
-    assert done.returncode == 0 and done.stdout.count("cpu: native") == 3 and "FAILED" not in done.stdout
+def test_commands(native, first_use, capsys):
+    """`python -m msda_cuda` passes its self-test; `python msda_cuda/build.py` that fails says so in one line."""
+    first_use.setattr(sys, "argv", ["msda_cuda/build.py", "--quiet"])
+    first_use.setenv("CXX", "gone")
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(ROOT / "msda_cuda" / "build.py"), run_name="__main__")
+    assert capsys.readouterr().err == "error: no C++ compiler (gone) was found; install g++ or set CXX\n"
+    first_use.undo()  # the operator that is built already
+    first_use.setattr(sys, "argv", ["msda_cuda"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("msda_cuda", run_name="__main__")
+    output = capsys.readouterr().out
+    assert output.count("cpu: native") == 3 and output.count("passed") == 3
 
 
 @pytest.fixture
-def fake_compiler(tmp_path, monkeypatch):
-    """An empty cache, and compile_library replaced by one that takes a moment and counts."""
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
-    built = []
+def compiled(first_use):
+    """The libraries that were compiled, by a compile_library that takes a moment and compiles nothing."""
+    compiled = []
 
-    def compile_library(plan, path, archs, verbose):
-        threading.Event().wait(0.3)
-        built.append(path)
+    def compile_library(here, path, archs, verbose):
+        time.sleep(0.3)
+        compiled.append(path)
         path.write_bytes(b"")
 
-    monkeypatch.setattr(build, "compile_library", compile_library)
-    return built
+    first_use.setattr(build, "compile_library", compile_library)
+    return compiled
 
 
-def test_simultaneous_first_uses_build_once(fake_compiler):
-    paths = []
-    threads = [threading.Thread(target=lambda: paths.append(build.library())) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(fake_compiler) == 1 and paths == fake_compiler * 3
+def test_simultaneous_first_uses_build_once(compiled):
+    with ThreadPoolExecutor(3) as pool:
+        paths = list(pool.map(lambda _: build.library(), range(3)))
+    assert len(compiled) == 1 and paths == compiled * 3
 
 
 def test_a_lock_that_is_never_freed_is_named(tmp_path):
-    lock = tmp_path / "op.lock"
-    refused = pytest.raises(build.BuildError, match=f"has held {lock} for 0 s; end that process or delete the file")
-    with build.locked(lock, 1), refused, build.locked(lock, 0.3):
+    path = tmp_path / "op.lock"
+    refused = pytest.raises(build.BuildError, match=f"has held {path} for 0 s; end that process or delete the file")
+    with build.lock(path, 1), refused, build.lock(path, 0.3):
         pass
-    with build.locked(lock, 0.3):  # freed: taken at once, though the file is still there
-        assert lock.exists()
+    with build.lock(path, 0.3):  # freed: taken at once, though the file is still there
+        assert path.exists()
 
 
-def test_read_only_cache_builds_elsewhere(fake_compiler, tmp_path, monkeypatch):
+def test_read_only_cache_builds_elsewhere(compiled, tmp_path):
     (tmp_path / "msda").write_text("a file where the folder should be: nobody can write below it")
     path = build.library()
-    assert path.parent.parent == tmp_path / "temporary" and fake_compiler == [path]
+    assert path.parent.parent == tmp_path / "temporary" and compiled == [path]
     (tmp_path / "temporary").rename(tmp_path / "gone")
     (tmp_path / "temporary").write_text("")
     with pytest.raises(build.BuildError, match="no writable cache in .* set TORCH_EXTENSIONS_DIR"):
         build.library()
+
+
+def test_ninja_of_an_environment_that_is_not_activated(tmp_path, monkeypatch):
+    """`.venv/bin/python msda_cuda/build.py`: ninja lies beside python, and PATH does not name that folder."""
+    ninja, paths = tmp_path / "bin" / "ninja", []
+    ninja.parent.mkdir()
+    monkeypatch.setattr(sys, "executable", str(ninja.with_name("python")))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "/bin/sh")
+
+    def load(name, sources, build_directory, **_):
+        paths.append(os.environ["PATH"])
+        (Path(build_directory) / f"{name}.so").touch()
+
+    monkeypatch.setattr(cpp_extension, "load", load)
+    arguments = build.Plan("op", None, "no GPU"), tmp_path / "op.so", "8.0", False
+    with pytest.raises(build.BuildError, match="ninja was not found; pip install ninja"):
+        build.compile_library(*arguments)
+    ninja.write_text("#!/bin/sh\necho 1.11\n")
+    ninja.chmod(0o755)
+    build.compile_library(*arguments)
+    assert (tmp_path / "op.so").exists() and paths == [f"{ninja.parent}{os.pathsep}{tmp_path}"]
+    assert os.environ["PATH"] == str(tmp_path)
 
 
 def test_what_is_built_follows_the_machine(monkeypatch, tmp_path):
@@ -434,11 +450,12 @@ def test_what_is_built_follows_the_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("FORCE_CUDA", "1")
     monkeypatch.setattr(build, "find_cuda_home", lambda: None)
     assert "set CUDA_HOME" in build.plan().no_cuda
-    (tmp_path / "include").mkdir()
-    (tmp_path / "include" / "cuda.h").write_text("#define CUDA_VERSION 12040\n")
+    header = tmp_path / "include" / "cuda.h"
+    header.parent.mkdir()
+    header.write_text("#define CUDA_VERSION 12040\n")
     monkeypatch.setattr(build, "find_cuda_home", lambda: tmp_path)
     assert "is CUDA 12.4, PyTorch's is 13.0" in build.plan().no_cuda
-    (tmp_path / "include" / "cuda.h").write_text("#define CUDA_VERSION 13020\n")
+    header.write_text("#define CUDA_VERSION 13020\n")
     assert build.plan().no_cuda == "" and build.plan().name.startswith("msda_cuda_")
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "built without CUDA" in build.plan().no_cuda

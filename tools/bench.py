@@ -117,12 +117,10 @@ def interleaved(turns: dict[str, Callable[[], float]], rounds: int, title: str, 
 
 
 def matmul_rate(device: str) -> float:
-    """GFLOP/s of float32 products (4725, 1024) @ (1024, 4096): the pyramid's tokens of a window of 480 pixels in a
-    feed-forward layer of the large models."""
-    rows, inner, columns = 4725, 1024, 4096
-    a, b = torch.randn(rows, inner, device=device), torch.randn(inner, columns, device=device)
+    """GFLOP/s of float32 products of the size of large models' feed-forward layers, for all tokens of the pyramid."""
+    a, b = torch.randn(4725, 1024, device=device), torch.randn(1024, 4096, device=device)
     timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
-    return 2 * rows * inner * columns / timer.blocked_autorange(min_run_time=1.0).median / 1e9
+    return 2 * 4725 * 1024 * 4096 / timer.blocked_autorange(min_run_time=1.0).median / 1e9
 
 
 # --- counting
@@ -143,24 +141,24 @@ def gflop_of(work: Callable[[], object]) -> float:
     return counter.get_total_flops() / 1e9
 
 
-class Storages(TorchDispatchMode):
-    """Notes the storages that operators make while it is on, with their bytes, and keeps none of them alive."""
+def storages(tree: object) -> dict[StorageWeakRef, int]:
+    """The storages of all tensors in nested containers, without keeping them alive, and their bytes."""
+    held = [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor)]
+    return {StorageWeakRef(storage): storage.nbytes() for storage in held}
+
+
+class NewStorages(TorchDispatchMode):
+    """Notes the storages that operators make while it is on."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: dict[StorageWeakRef, int] = {}
+        self.found: dict[StorageWeakRef, int] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        old = storages((args, kwargs))  # a result that shares an argument's storage made none
-        self.made |= {ref: size for ref, size in storages(result).items() if ref not in old}
+        result, old = function(*args, **(kwargs or {})), storages((args, kwargs))
+        # Views and in-place operators share an argument's storage: they make none.
+        self.found |= {ref: size for ref, size in storages(result).items() if ref not in old}
         return result
-
-
-def storages(tree: object) -> dict[StorageWeakRef, int]:
-    """The storages of the tensors in nested containers, and their bytes."""
-    held = [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor)]
-    return {StorageWeakRef(storage): storage.nbytes() for storage in held}
 
 
 def kept_for_backward(function: Callable[[], object]) -> int:
@@ -169,10 +167,11 @@ def kept_for_backward(function: Callable[[], object]) -> int:
     These are what its backward pass needs. Looking at what is alive, rather than at what autograd saves, also counts
     what custom functions and hooks keep, and leaves out what they compute again.
     """
-    with Storages() as found:
+    with NewStorages() as new:
         result = function()
     gc.collect()
-    return sum(size for ref, size in found.made.items() if not ref.expired() and ref not in storages(result))
+    output = storages(result)
+    return sum(size for ref, size in new.found.items() if not ref.expired() and ref not in output)
 
 
 def keep_freed_memory() -> None:
@@ -410,7 +409,8 @@ NOTES = [
     "others counted from our plain text; % is of the mean of the float32 matrix-product rates before and after.",
     "`kept`: MB an image that the forward pass makes and leaves in memory for the backward pass, in float32 and with "
     "bfloat16 autocast. `peak`: of the whole process (of the GPU's memory), weights and AdamW's moments included.",
-    "With the same weights and random numbers, our candidates must have equal losses.",
+    "`old` is the other checkout's fast text, or the only one it has. All our candidates compute with the same weights "
+    "and random numbers, so their losses must be equal.",
     "A batch norm that gets one value a channel (UperNet's coarsest pooling of one image) uses its running statistics.",
 ]
 
@@ -447,8 +447,9 @@ def start_candidates(system: str, batch: int, options: argparse.Namespace, stack
     ours = start(ROOT)
     candidates = {"plain": (ours, "plain"), "fast": (ours, "fast")}
     if options.old:
-        old = start(options.old.resolve())
-        candidates["old"] = (old, "plain")  # nothing is switched on there
+        old, entrances = start(options.old.resolve()), options.old / "fast" / "__init__.py"
+        has_fast = entrances.is_file() and "def training" in entrances.read_text()
+        candidates["old"] = (old, "fast" if has_fast else "plain")  # older checkouts have one text
         with tempfile.TemporaryDirectory() as folder:
             ours.ask("save", f"{folder}/weights.pt")
             old.ask("load", f"{folder}/weights.pt")

@@ -1,14 +1,13 @@
 """tools/bench.py on known numbers and small models. No test depends on how long anything takes."""
 
-import argparse
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from small import CHANGES, small_model, write_data
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -24,16 +23,9 @@ HEADS = ("upernet", "mask2former")
 SMALL = {**CHANGES, "head_channels": 64}  # the peer's group norms need 32 channels or more
 
 
-def test_a_table_is_aligned_markdown_with_three_digits():
-    rows = [{"way": "plain", "ms": 12.345, "n": 7}, {"way": "in batches", "ms": 1234.5, "n": ""}]
-    assert markdown(Table("Title", rows, ["One."])).splitlines() == [
-        "### Title", "",
-        "| way        | ms    | n  |",
-        "| ---------- | ----- | -- |",
-        "| plain      |  12.3 |  7 |",
-        "| in batches | 1,234 |    |", "", "* One."]
-    assert [cell(x) for x in (1234567, 0.012345, -3.14159, 0.0, math.inf)] == [
-        "1,234,567", "0.0123", "-3.14", "0.0", "inf"]
+def test_cells_have_three_digits():
+    assert [cell(x) for x in ("a", 7, 1234567, 12.345, 1234.5, 0.012345, -3.14159, 0.0, math.inf)] == [
+        "a", "7", "1,234,567", "12.3", "1,234", "0.0123", "-3.14", "0.0", "inf"]
 
 
 def test_candidates_take_turns_and_the_median_of_the_rounds_after_the_warm_up_counts():
@@ -43,14 +35,9 @@ def test_candidates_take_turns_and_the_median_of_the_rounds_after_the_warm_up_co
     assert "".join(turns) == "ab" * 4
 
 
-def toy() -> tuple[nn.Module, torch.Tensor]:
-    """Two layers, batch 3: (3, 4) -> (3, 8) -> (3, 2)."""
-    return nn.Sequential(nn.Linear(4, 8), nn.Sigmoid(), nn.Linear(8, 2)), torch.randn(3, 4)
-
-
 def test_kept_is_what_is_made_and_still_alive():
     """Hooks inside a function, as those of checkpointing, are what saved tensors, seen from outside, do not show."""
-    layers, x = toy()
+    layers, x = nn.Sequential(nn.Linear(4, 8), nn.Sigmoid(), nn.Linear(8, 2)), torch.randn(3, 4)
     assert kept_for_backward(lambda: layers(x)) == 4 * 3 * 8  # the sigmoid's result; the input was there before
     assert kept_for_backward(lambda: checkpoint(layers, x * 1, use_reentrant=False)) == 4 * 3 * 4
     y = torch.ones(7, requires_grad=True)
@@ -67,14 +54,6 @@ def test_peak_memory_of_a_call_includes_what_is_freed_within_it():
     assert more - less == pytest.approx(size / 1e9, rel=0.3) and again < less + 0.3 * size / 1e9
 
 
-def test_attention_of_a_cpu_is_counted_forward_and_backward():
-    q, k, v = (torch.randn(2, 4, n, 16, requires_grad=True) for n in (10, 30, 30))
-    product, results = 2 * 2 * 4 * 10 * 30 * 16, []  # queries by keys, and probabilities by values
-    forward = bench.gflop_of(lambda: results.append(F.scaled_dot_product_attention(q, k, v)))
-    backward = bench.gflop_of(lambda: results[0].sum().backward())  # four gradients, and the probabilities once more
-    assert (1e9 * forward, 1e9 * backward) == pytest.approx((2 * product, 5 * product))
-
-
 def test_flops_of_a_known_model():
     """Four ViT blocks more are 24 N D^2 + 4 N^2 D operations more, each. A training step is three forward passes and
     UperNet's auxiliary head: a 3x3 convolution and a classifier on the map of stride 16."""
@@ -84,6 +63,11 @@ def test_flops_of_a_known_model():
     assert more == pytest.approx(4 * (24 * n * c.embed_dim**2 + 4 * n**2 * c.embed_dim))
     auxiliary = 2 * (n - 1) * c.aux_channels * (9 * c.embed_dim + c.num_classes) / 1e9
     assert 2.9 < (shallow.gflop(TRAINING) - 3 * auxiliary) / shallow.gflop(FORWARD) < 3.1
+    q, k, v = (torch.randn(2, 4, n, 16, requires_grad=True) for n in (10, 30, 30))
+    product, results = 2 * 2 * 4 * 10 * 30 * 16, []  # queries by keys, and probabilities by values
+    forward = bench.gflop_of(lambda: results.append(nn.functional.scaled_dot_product_attention(q, k, v)))
+    backward = bench.gflop_of(lambda: results[0].sum().backward())  # four gradients, and the probabilities once more
+    assert (1e9 * forward, 1e9 * backward) == pytest.approx((2 * product, 5 * product))
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -104,30 +88,24 @@ def test_one_image_trains_upernet_and_only_the_norm_of_one_value_is_spared():
     assert {name for name, _ in subject.model.named_parameters()} <= same  # so that every round does the same
 
 
-class FakeProcess:
-    """Answers as a Subject does: known seconds of each text, a peak of 10 GB, 5 GFLOP."""
-
-    def __init__(self, **seconds):
-        self.seconds = seconds
-
-    def ask(self, method, work, text=None):
-        return {"memory": {"peak GB": 10.0}, "seconds": self.seconds.get(text), "gflop": 5.0}[method]
+def fake(**seconds) -> SimpleNamespace:
+    """A process with known seconds for each text, a peak of 10 GB and 5 GFLOP."""
+    return SimpleNamespace(ask=lambda method, work, text=None: {
+        "memory": {"peak GB": 10.0}, "seconds": seconds.get(text), "gflop": 5.0}[method])
 
 
-@pytest.mark.parametrize(("system", "memory", "gflop"), [("upernet-large", 99, 2 * 6884), ("upernet-tiny", 19, 5.0)])
-def test_rows_are_ratios_and_shares_of_the_rate(monkeypatch, system, memory, gflop):
-    rates = iter([90.0, 110.0])
-    monkeypatch.setattr(bench, "matmul_rate", lambda device: next(rates))
-    monkeypatch.setattr(bench, "MEMORY", memory)
-    ours, notes, fits = FakeProcess(plain=4.0, fast=2.0), [], memory > 20
-    candidates = {"plain": (ours, "plain"), "fast": (ours, "fast"), "old": (FakeProcess(plain=3.0), "plain")}
-    options = argparse.Namespace(device="cpu", rounds=1, changes={}, against=None, profile=False)
-    rows = bench.measure(system, TRAINING, 2, candidates, options, notes)
-    assert [row["candidate"] for row in rows] == ["plain", "fast", *["old"] * fits]
-    assert (rows[1]["x plain"], rows[1]["GFLOP"]) == (2.0, gflop)
-    assert rows[1]["x old"] == 1.5 if fits else math.isnan(rows[1]["x old"])
-    assert rows[1]["% of rate"] == pytest.approx(100 * gflop / 2.0 / 100)
-    assert "the rate moved from 90 to 110" in notes[-1] and ("old is left out" in notes[0]) == (not fits)
+def test_rows_are_ratios_and_shares_of_the_rate(monkeypatch):
+    ours, options = fake(plain=4.0, fast=2.0), bench.parse(["systems", "--device", "cpu", "--rounds", "1"])
+    candidates = {"plain": (ours, "plain"), "fast": (ours, "fast"), "old": (fake(plain=3.0), "plain")}
+    for system, memory, names, gflop in (("upernet-large", 21, ["plain", "fast", "old"], 2 * 6884),
+                                         ("upernet-tiny", 19, ["plain", "fast"], 5.0)):
+        rates, notes = iter([90.0, 110.0]), []
+        monkeypatch.setattr(bench, "matmul_rate", lambda device, rates=rates: next(rates))
+        monkeypatch.setattr(bench, "MEMORY", memory)
+        rows = bench.measure(system, TRAINING, 2, candidates, options, notes)
+        assert [row["candidate"] for row in rows] == names
+        assert (rows[1]["x plain"], rows[1]["GFLOP"], rows[1]["% of rate"]) == (2.0, gflop, gflop / 2.0)
+        assert "the rate moved from 90 to 110" in notes[-1] and ("old is left out" in notes[0]) == (memory < 20)
 
 
 def test_another_checkout_computes_the_same_from_the_same_weights(tmp_path, capsys, monkeypatch):
@@ -136,10 +114,8 @@ def test_another_checkout_computes_the_same_from_the_same_weights(tmp_path, caps
     path = tmp_path / "new" / "numbers.json"
     arguments = f"systems upernet-tiny --window 64 --rounds 1 --device cpu --old {ROOT} --json {path}"
     assert bench.main(arguments.split()) == 0
-    printed, written = capsys.readouterr().out, json.loads(path.read_text())
-    (table,) = written["tables"]
-    assert printed.startswith(written["machine"]) and "load average" in written["machine"]
-    assert printed.strip().endswith(markdown(Table(**table)))
+    (table,), start = (written := json.loads(path.read_text()))["tables"], written["machine"]
+    assert "load average" in start and capsys.readouterr().out == f"{start}\n\n{markdown(Table(**table))}\n"
     assert [row["candidate"] for row in table["rows"]] == ["plain", "fast", "old"] * 2
     _, fast, old = ({key: row[key] for key in ("loss", "kept MB", "bf16 MB")} for row in table["rows"][3:])
     assert fast == old and float(fast["loss"]) > 0
@@ -160,19 +136,15 @@ def test_backbone_and_head_of_the_peer_have_our_number_of_parameters(head, size)
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_the_peer_trains_every_parameter_and_its_scores_have_the_images_size(head):
-    pytest.importorskip("transformers")
+def test_the_peer_trains_every_parameter_with_the_image_processors_masks(head):
+    library = pytest.importorskip("transformers.models.mask2former.image_processing_mask2former")
     peer, images = Peer(bench.config_of(f"{head}-tiny", {**SMALL, "num_classes": 7})), torch.randn(2, 3, 64, 64)
-    peer.train()(images, torch.randint(7, (2, 64, 64)))["loss"].backward()
+    labels = torch.randint(7, (2, 64, 64))
+    labels[1].clamp_(max=2)[:10] = 255
+    peer.train()(images, labels)["loss"].backward()
     assert [name for name, p in peer.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
     with torch.no_grad():
         assert peer.eval()(images).shape == (2, 7, 64, 64)
-
-
-def test_binary_masks_are_those_of_the_image_processor():
-    library = pytest.importorskip("transformers.models.mask2former.image_processing_mask2former")
-    labels = torch.randint(7, (2, 64, 64))
-    labels[1].clamp_(max=2)[:10] = 255
     for image, mask, present in zip(labels, *bench.binary_masks(labels), strict=True):
         expected, categories = library.convert_segmentation_map_to_binary_masks_fast(image, ignore_index=255)
         assert torch.equal(mask, expected) and present.tolist() == categories.tolist()

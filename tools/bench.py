@@ -432,7 +432,7 @@ def systems_tables(options: argparse.Namespace) -> Iterator[Table]:
             candidates = start_candidates(system, batch, options, stack)
             rows = [row for work in (FORWARD, TRAINING)
                     for row in measure(system, work, batch, candidates, options, notes)]
-        yield Table(f"{system}, {options.device}, float32, medians of {options.rounds} rounds", rows, NOTES + notes)
+        yield Table(f"{system}, float32", rows, NOTES + notes)
 
 
 Candidates = dict[str, tuple["Process", str]]  # name -> its process, and which text runs there
@@ -462,9 +462,9 @@ def measure(system: str, work: str, batch: int, candidates: Candidates, options:
             notes: list[str]) -> list[Row]:
     """A row for each candidate; `notes` gets what was left out, a rate that moved, and the profiles."""
     memory: dict[str, Row] = {}
-    ours, processes = candidates["plain"][0], {process for process, _ in candidates.values()}
     for name, (process, text) in candidates.items():
-        if process is not ours and len(processes) * memory["plain"]["peak GB"] > MEMORY and options.device == "cpu":
+        shared = name in ("plain", "fast")
+        if not shared and options.device == "cpu" and (len(candidates) - 1) * memory["plain"]["peak GB"] > MEMORY:
             notes.append(f"{work}: {name} is left out, for its process has no room in memory beside ours.")
             continue
         memory[name] = process.ask("memory", work, text)
@@ -472,7 +472,7 @@ def measure(system: str, work: str, batch: int, candidates: Candidates, options:
             notes.append(f"{work}, {name}:\n```\n{process.ask('profile', work, text)}\n```")
     images, title = (batch, f"{work}, batch {batch}") if work == TRAINING else (1, work)
     official = None if options.changes else OFFICIAL.get(system)
-    gflop = images * official[work == TRAINING] if official else ours.ask("gflop", work)
+    gflop = images * official[work == TRAINING] if official else candidates["plain"][0].ask("gflop", work)
     before = matmul_rate(options.device)
     turns = {name: partial(candidates[name][0].ask, "seconds", work, candidates[name][1]) for name in memory}
     taken = interleaved(turns, options.rounds, f"{system}, {work}")
@@ -480,7 +480,8 @@ def measure(system: str, work: str, batch: int, candidates: Candidates, options:
     if max(before, after) > 1.1 * min(before, after):
         notes.append(f"{work}: the rate moved from {before:.0f} to {after:.0f} GFLOP/s: measure again.")
     return [{"work": title, "candidate": name, "s": taken[name],
-             **{f"x {other}": taken.get(other, math.nan) / taken[name] for other in candidates if other != "fast"},
+             **{f"x {other}": taken[other] / taken[name] if other in taken else ""
+                for other in candidates if other != "fast"},
              "GFLOP": gflop, "GFLOP/s before": before, "after": after,
              "% of rate": "" if name == options.against else 200 * gflop / taken[name] / (before + after),
              **memory[name]} for name in memory]
@@ -531,10 +532,9 @@ def op_tables(options: argparse.Namespace) -> Iterator[Table]:
     from msda_cuda.ops import active_path, native
     if active_path(options.device) != "native":
         raise UserError(f"there is no native operator for {options.device} to compare: {native().reason}")
-    rows = [op_row(call, options.device, options.rounds) for call in OP_CALLS]
-    yield Table(f"Deformable attention of the large models, float32, batch 1, {options.device}, medians of "
-                f"{options.rounds} rounds", rows,
-                ["`training` is forward + backward; `kept` is what lies in memory between them, inputs included."])
+    yield Table("Deformable attention of the large models, float32, batch 1", [
+        op_row(call, options.device, options.rounds) for call in OP_CALLS
+    ], ["`training` is forward + backward; `kept` is what lies in memory between them, inputs included."])
 
 
 # --- training loader
@@ -557,28 +557,26 @@ def loader_tables(options: argparse.Namespace) -> Iterator[Table]:
     number = max(1, (options.limit or 64) // batch) * batch
     chosen = [i % len(dataset) for i in range(number)]
     pairs = [(dataset.image(i), dataset.labels(i)) for i in chosen]
-
-    def transform() -> None:
-        for position, pair in enumerate(pairs):
-            data.train_transform(*pair, window, np.random.default_rng((0, position)))
-
+    stages = {"read image": lambda: [dataset.image(i) for i in chosen],
+              "read labels": lambda: [dataset.labels(i) for i in chosen],
+              "transform": lambda: [data.train_transform(*pair, window, np.random.default_rng(seed))
+                                    for seed, pair in enumerate(pairs)]}
     torch.set_num_threads(1)  # as in a worker of the loader; the model has a process of its own
-    step, stages = f"training step of {system} on {options.device}", ("read image", "read labels", "transform")
-    works = (lambda: [dataset.image(i) for i in chosen], lambda: [dataset.labels(i) for i in chosen], transform)
-    turns = {name: partial(seconds, work) for name, work in zip(stages, works, strict=True)}
+    turns = {name: partial(seconds, stage) for name, stage in stages.items()}
     loaders = {"loader, in this process": 0, f"loader, {options.workers} workers": options.workers}
     turns |= {name: partial(loader_seconds, dataset, window, number, batch, workers)
               for name, workers in loaders.items()}
+    step = f"training step of {system}"
     with closing(Process(ROOT, False, system, batch, options.device, options.changes)) as model:
         turns[step] = lambda: model.ask("seconds", TRAINING, "fast") * number / batch
         taken = interleaved(turns, options.rounds, "loader")
     rows: list[Row] = [{"stage": name, "images/s": number / each, "ms/image": 1e3 * each / number}
                        for name, each in taken.items()]
-    yield Table(f"Training pipeline, {dataset.info.name}, window {window}, batch {batch}, {number} images a round, "
-                f"medians of {options.rounds} rounds", rows,
-                [f"Slowest stage: **{max(stages, key=taken.get)}**. The "
-                 + ("loader is ahead of the model." if min(map(taken.get, loaders)) < taken[step]
-                    else "model waits for the loader.")])
+    ahead = min(map(taken.get, loaders)) < taken[step]
+    title = f"Training pipeline, {dataset.info.name}, window {window}, batch {batch}, {number} images a round"
+    yield Table(title, rows, [
+        f"Slowest stage: **{max(stages, key=taken.get)}**. "
+        f"The {'loader is ahead of the model' if ahead else 'model waits for the loader'}."])
 
 
 # --- multi-scale + flip evaluation
@@ -632,8 +630,8 @@ def evaluate_tables(options: argparse.Namespace) -> Iterator[Table]:
         slow, quick = interleaved(turns, options.rounds, "evaluate", warm=0).values()
     rows: list[Row] = [{"way": name, "s/image": each / len(images), "images/s": len(images) / each}
                        for name, each in zip(ways, (slow, quick), strict=True)]
-    yield Table(f"Multi-scale + flip, {system}, window {model.config.window}, {len(images)} images of "
-                f"{dataset.info.name}, {device}, medians of {options.rounds} rounds", rows,
+    title = f"Multi-scale + flip, {system}, window {model.config.window}, {len(images)} images of {dataset.info.name}"
+    yield Table(title, rows,
                 [f"evaluate.py is **{slow / quick:.2f} times** as fast. The predictions differ in "
                  f"{int((plain != batched).sum()):,} of {len(plain):,} pixels and name {len(plain.unique())} classes."])
 
@@ -683,6 +681,7 @@ def run(options: argparse.Namespace) -> None:
     found = {"machine": machine(options.device), "tables": []}
     print(found["machine"])
     for table in TABLES[options.what](options):
+        table = table._replace(title=f"{table.title}, {options.device}, medians of {options.rounds} rounds")
         print(f"\n{markdown(table)}", flush=True)
         found["tables"].append(table._asdict())
         if options.json:

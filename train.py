@@ -45,7 +45,6 @@ from data import Batch, SegmentationDataset, normalize, open_dataset, positions,
 from evaluate import evaluate, metrics, predictions, table
 from fast.memory import keep_freed_memory
 from heads import loss_units, mask_counts
-from measure import forward_flops, matmul_rate
 from model import Block, ModelConfig, Segmenter, build_model
 from run import Process
 from sync_batchnorm import convert_sync_batchnorm
@@ -412,13 +411,11 @@ def start_log(options: argparse.Namespace, process: Process, folder: Path, model
         config = {**vars(options), "name": folder.name, "model": asdict(model.config), "classes": info.classes,
                   "environment": surroundings}
         common.write_whole(folder / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode()))
-    flops = 3 * forward_flops(model.config)  # the backward pass costs twice the forward pass
-    rate = matmul_rate(device, AMP[options.amp] or torch.float32)
-    log = run.Log(folder, iteration, options.iterations, device, options.batch * accumulation, rate / flops)
+    log = run.Log(folder, iteration, options.iterations, device, options.batch * accumulation, math.nan)
     log.say(f"{folder}: {options.head} {options.size}, {sum(p.numel() for p in model.parameters()):,} parameters, "
             f"window {window}, {len(dataset):,} images of {len(info.classes)} classes")
     log.say(f"global batch {options.global_batch} = {process.world} device(s) x {options.batch} images x "
-            f"{accumulation} accumulated; {flops / 1e9:,.0f} GFLOP an image; {device} does {rate / 1e9:,.0f} GFLOP/s; "
+            f"{accumulation} accumulated; "
             f"iterations {iteration} to {options.iterations}")
     log.write(iteration, "start", surroundings)
     shares = (pixels / pixels.sum()).tolist()  # the histogram of the labels, beside the picture of one of them

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -278,10 +278,7 @@ def load_last(folder: Path) -> dict:
 
 def restore(state: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, seed: int,
             process: Process) -> None:
-    """Put optimizer, scaler and random numbers where a checkpoint left them; without one, start new random numbers.
-
-    Empties `state`, which is gigabytes of host memory.
-    """
+    """Put optimizer, scaler and random numbers where a checkpoint left them; without one, start new random numbers."""
     torch.manual_seed(seed + process.rank)
     if not state:
         return
@@ -295,7 +292,6 @@ def restore(state: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.Gra
             torch.cuda.set_rng_state(rng["cuda"], process.device)
     elif process.rank == 0:
         print(f"the checkpoint is from {len(state['rng'])} processes, not {process.world}: new random numbers begin")
-    state.clear()
 
 
 # ----------------------------------------------------------------------------------------------------------- stopping
@@ -375,7 +371,7 @@ class Stopwatch:
         """Seconds by name since the last call; waits for the device."""
         if self.cuda:
             torch.cuda.synchronize()
-        total = defaultdict(float)
+        total = Counter()
         for (_, start), (name, end) in zip(self.marks, self.marks[1:], strict=False):
             total[name] += start.elapsed_time(end) / 1000 if self.cuda else end - start
         self.marks = self.marks[-1:]
@@ -398,13 +394,11 @@ class Log:
         common.write_whole(self.path, lambda file: file.write(text.encode()))
         self.tensorboard = SummaryWriter(folder, purge_step=start + 1)
         self.bar = tqdm(total=total, initial=start, unit="it", smoothing=0.05, disable=not sys.stderr.isatty())
-        self.sums: dict[str, float] = defaultdict(float)
-        self.iterations = 0
+        self.sums, self.iterations = Counter(), 0
 
     def count(self, losses: dict[str, float]) -> None:
         """Take note of one iteration."""
-        for name, value in losses.items():
-            self.sums[name] += value
+        self.sums.update(losses)  # adds them
         self.iterations += 1
         self.bar.update()
         self.bar.set_postfix_str(f"loss {losses['loss']:.3f}", refresh=False)
@@ -425,8 +419,7 @@ class Log:
         self.say(f"{iteration}/{self.total}  loss {losses['loss']:.4f} ({grouped(losses)})  lr {lr:.2e}  "
                  f"gradient {gradient_norm:.2f}  {elapsed:.2f} s/it  {speed['memory_gb']:.1f} GB  "
                  f"ETA {tqdm.format_interval(speed['eta_seconds'])}")
-        self.sums.clear()
-        self.iterations = 0
+        self.sums, self.iterations = Counter(), 0
 
     def write(self, iteration: int, kind: str, values: dict) -> None:
         """One line of log.jsonl, and one TensorBoard scalar for each number."""
@@ -475,7 +468,7 @@ def peak_memory(device: torch.device) -> float:
 
 def grouped(losses: dict[str, float]) -> str:
     """Loss terms summed over decoder layers ("mask/0", "mask/1" ...), as text."""
-    sums: dict[str, float] = defaultdict(float)
+    sums = Counter()
     for name, value in losses.items():
         if name != "loss":
             sums[name.split("/")[0]] += value

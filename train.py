@@ -24,7 +24,7 @@ import json
 import math
 import sys
 import warnings
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -68,11 +68,9 @@ def option(help_text: str, **default: Any) -> Any:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one model is trained."""
+    """How one model is trained. The command that uses a recipe is above it."""
 
-    command: str
     official: tuple[float, float] | None  # published mIoU on Pascal Context, single-scale and multi-scale
-    cost: str  # time and device; "not measured" until it is
     layer_decay: float
     iterations: int = option("steps of the optimizer")
     lr: float = option("highest learning rate, of adapter and head")
@@ -83,40 +81,28 @@ class Recipe:
                                           "work", default=False)
     warmup: int = 1500  # iterations; in proportion when another number of iterations is asked for
     weight_decay: float = 0.05
+    cost: str = "not measured"  # time and device
 
 
-MASK2FORMER_BASE = Recipe(
-    command="torchrun --nproc_per_node=8 train.py --head mask2former --size base",
-    official=(64.0, 64.4), cost="not measured",
-    iterations=40_000, lr=3e-5, layer_decay=0.95, validate_every=4000,
+# torchrun --nproc_per_node=8 train.py --head HEAD --size SIZE
+MASK2FORMER_BASE = Recipe(official=(64.0, 64.4), iterations=40_000, lr=3e-5, layer_decay=0.95, validate_every=4000)
+MASK2FORMER_LARGE = replace(
+    MASK2FORMER_BASE, official=(67.8, 68.2), lr=2e-5, layer_decay=0.90, checkpoint_activations=True,
 )
-MASK2FORMER_LARGE = Recipe(
-    command="torchrun --nproc_per_node=8 train.py --head mask2former --size large",
-    official=(67.8, 68.2), cost="not measured",
-    iterations=40_000, lr=2e-5, layer_decay=0.90, validate_every=4000, checkpoint_activations=True,
-)
-UPERNET_LARGE = replace(
-    MASK2FORMER_LARGE, command="torchrun --nproc_per_node=8 train.py --head upernet --size large",
-    official=(67.0, 67.5), iterations=80_000, validate_every=8000,
-)
-UPERNET_BASE = replace(  # not among the released models: UperNet's length with the base model's rates
-    MASK2FORMER_BASE, command="torchrun --nproc_per_node=8 train.py --head upernet --size base",
-    official=None, iterations=80_000, validate_every=8000,
-)
+UPERNET = {"iterations": 80_000, "validate_every": 8000}
+# python train.py --data toy --head HEAD
 # From random weights on a CPU: no pre-training to preserve, hence a high rate and no layer decay.
 MASK2FORMER_TINY = Recipe(
-    command="python train.py --data toy --head mask2former",
-    official=None, cost="300 iterations of 0.65 s as 2 processes on 2 CPU cores",
-    iterations=300, lr=1e-3, layer_decay=1.0, warmup=15, validate_every=150, save_every=100, batch=8,
-)
-UPERNET_TINY = replace(
-    MASK2FORMER_TINY, command="python train.py --data toy --head upernet",
-    cost="300 iterations of 0.80 s as 2 processes on 2 CPU cores",
+    official=None, iterations=300, lr=1e-3, layer_decay=1.0, warmup=15, validate_every=150, save_every=100, batch=8,
+    cost="300 iterations of 0.65 s as 2 processes on 2 CPU cores",
 )
 RECIPES = {
-    ("mask2former", "tiny"): MASK2FORMER_TINY, ("upernet", "tiny"): UPERNET_TINY,
-    ("mask2former", "base"): MASK2FORMER_BASE, ("upernet", "base"): UPERNET_BASE,
-    ("mask2former", "large"): MASK2FORMER_LARGE, ("upernet", "large"): UPERNET_LARGE,
+    ("mask2former", "tiny"): MASK2FORMER_TINY,
+    ("upernet", "tiny"): replace(MASK2FORMER_TINY, cost="300 iterations of 0.80 s as 2 processes on 2 CPU cores"),
+    ("mask2former", "base"): MASK2FORMER_BASE,
+    ("upernet", "base"): replace(MASK2FORMER_BASE, **UPERNET, official=None),  # not among the released models
+    ("mask2former", "large"): MASK2FORMER_LARGE,
+    ("upernet", "large"): replace(MASK2FORMER_LARGE, **UPERNET, official=(67.0, 67.5)),
 }
 
 # ---------------------------------------------------------------------------------------------------------- optimiser
@@ -173,7 +159,8 @@ def train(options: argparse.Namespace, process: Process) -> None:
     stream = start_stream(options, training, model.config.window, progress.iteration, process)
     log = start_log(options, process, folder, model, training, pixels, progress.iteration)
     parallel = data_parallel(model, process)
-    run.restore(state, optimizer, scaler, options.seed, process)  # and let go of gigabytes of host memory
+    run.restore(state, optimizer, scaler, options.seed, process)
+    del state  # gigabytes of host memory
     save = partial(run.save, process=process, model=model, info=training.info, progress=progress)
     stop, watch = run.StopSignal(), run.Stopwatch(device, running=log is not None)
 
@@ -190,7 +177,7 @@ def train(options: argparse.Namespace, process: Process) -> None:
         watch.lap("data")
 
         lr = set_rates(optimizer, options, progress.iteration)
-        rng, sums = run.rng_state(device), defaultdict(float)
+        rng, sums = run.rng_state(device), Counter()  # whose update() adds
         for i, batch in enumerate(batches):
             first = (process.rank * accumulation + i) * options.batch  # this micro-batch's place in the global batch
             units = loss_units(counts, slice(first, first + options.batch), model.config.num_queries)
@@ -200,8 +187,7 @@ def train(options: argparse.Namespace, process: Process) -> None:
                 watch.lap("forward")
                 scaler.scale(terms["loss"] / accumulation).backward()
                 watch.lap("backward")
-            for name, value in terms.items():
-                sums[name] += value.detach() / accumulation
+            sums.update({name: value.detach() / accumulation for name, value in terms.items()})
         scaler.unscale_(optimizer)  # for the norm; gradients are not clipped
         *values, norm = torch.stack([*sums.values(), gradient_norm(model)]).tolist()  # waits for the device
         losses = dict(zip(sums, values, strict=True))
@@ -228,7 +214,7 @@ def train(options: argparse.Namespace, process: Process) -> None:
 
 
 def share_batch(global_batch: int, world: int, batch: int) -> int:
-    """Micro-batches in each device's share of the global batch. UserError if it is no whole number: what would do."""
+    """Micro-batches in each device's share of the global batch. If it is no whole number, UserError names remedies."""
     unit = world * batch
     if global_batch % unit == 0:
         return global_batch // unit
@@ -248,8 +234,8 @@ def validation_due(progress: run.Progress, options: argparse.Namespace) -> bool:
 
 
 def exchange(batches: Sequence[Batch], num_classes: int, stop: bool, process: Process) -> tuple[Tensor, bool]:
-    """What all processes must know before a step: the mask counts (N,) of the global batch, in the order of the stream
-    and on this process's device, and whether one wants to stop.
+    """The mask counts (N,) of the global batch, in the order of the stream and on this process's device; and whether
+    one of the processes wants to stop.
 
     Both are known on the host, and travel between hosts: nobody waits for a device.
     """
@@ -269,7 +255,7 @@ def set_rates(optimizer: torch.optim.Optimizer, options: argparse.Namespace, ite
 
 
 def data_parallel(model: Segmenter, process: Process) -> nn.Module:
-    """What the loop calls in place of the model: it averages gradients and batch statistics over the processes."""
+    """The module that the loop calls: the model; with several processes it averages gradients and batch statistics."""
     if process.world == 1:
         return model
     warnings.filterwarnings("ignore", "Grad strides do not match")  # of depth-wise convolutions, which are small
@@ -301,8 +287,9 @@ def validate(model: Segmenter, dataset: SegmentationDataset, progress: run.Progr
     Notes the scores in `progress`; returns whether they are the best so far.
     """
     amp, bar = AMP[options.amp], log is not None and sys.stderr.isatty()
-    # fast=options.fast, too
-    result = metrics(evaluate(model, dataset, device=device, amp=amp, progress=bar))
+    # matrix = evaluate(model, dataset, device=device, amp=amp, progress=bar, fast=options.fast)
+    matrix = evaluate(model, dataset, device=device, amp=amp, progress=bar)
+    result = metrics(matrix)
     progress.validated = progress.iteration
     if result.mean_iou > progress.best:
         progress.best, progress.best_iteration = float(result.mean_iou), progress.iteration
@@ -321,8 +308,7 @@ def validate(model: Segmenter, dataset: SegmentationDataset, progress: run.Progr
 
 def draw_predictions(model: Segmenter, dataset: SegmentationDataset, device: torch.device) -> Image.Image:
     """Some images of the data set, always the same, each beside its labels and its prediction."""
-    palette, rows = dataset.info.palette, []
-    chosen = spread(dataset, PICTURES)
+    chosen, palette, rows = spread(dataset, PICTURES), dataset.info.palette, []
     guesses = predictions(model.eval(), [dataset.image(i) for i in chosen], device=device)
     for i, guess in zip(chosen, guesses, strict=True):
         colours = [draw.colorize(labels, palette) for labels in (dataset.labels(i), guess.cpu().numpy())]
@@ -342,7 +328,7 @@ def spread(dataset: SegmentationDataset, number: int) -> list[int]:
 def open_datasets(root: str, process: Process) -> tuple[SegmentationDataset, SegmentationDataset, Tensor]:
     """Training split, validation split, and the pixel counts of `preflight` for the first.
 
-    Process 0 goes ahead: it makes the toy data if they are asked for, and looks for mistakes in the labels.
+    Process 0 goes first: it makes the toy data if they are asked for, and looks for mistakes in the labels.
     """
     pixels, _ = run.on_first(process, lambda: [preflight(open_dataset(root, split)) for split in ("train", "val")])
     return open_dataset(root, "train"), open_dataset(root, "val"), pixels
@@ -367,7 +353,7 @@ def preflight(dataset: SegmentationDataset, sample: int = 32) -> Tensor:
                     f"class indices from 0 to {len(classes) - 1}? `python data.py check {dataset.root}` tells more")
 
 
-def make_model(options: argparse.Namespace, state: dict | None, classes: Sequence[str], process: Process) -> Segmenter:
+def make_model(options: argparse.Namespace, state: dict, classes: Sequence[str], process: Process) -> Segmenter:
     """The model on its device, from a checkpoint or new with pre-trained weights. Raises UserError."""
     if options.head == "upernet" and process.world * options.batch == 1:
         raise UserError("UperNet's batch norm needs 2 images at once, on all devices together: use --batch 2")
@@ -461,7 +447,7 @@ def start_log(options: argparse.Namespace, process: Process, folder: Path, model
 # --------------------------------------------------------------------------------------------------------- command line
 
 # In config.json or a recipe, but not for the command line to take over.
-NOT_OPTIONS = ("resume", "command", "official", "cost", "model", "classes", "environment")
+NOT_OPTIONS = ("resume", "official", "cost", "model", "classes", "environment")
 
 
 def parser() -> common.Parser:
@@ -478,16 +464,15 @@ def parser() -> common.Parser:
     what.add_argument("--window", type=common.positive, metavar="PIXELS",
                       help="side of crops and sliding window; default: the size's")
     what.add_argument("--freeze-backbone", action="store_true", help="train adapter and head only")
-    recipe = p.add_argument_group("how (defaults: the recipe's, which head and size choose)")
+    how = p.add_argument_group("how (other defaults: the recipe's, which head and size choose)")
+    how.add_argument("--global-batch", type=common.positive, default=16, metavar="N",
+                     help="images in a step, over all devices; default: 16")
+    how.add_argument("--seed", type=natural, default=0, metavar="N", help="default: 0")
     kinds = {int: {"type": common.positive, "metavar": "N"}, float: {"type": rate, "metavar": "RATE"},
              bool: {"action": argparse.BooleanOptionalAction}}
     for f in fields(Recipe):
         if f.metadata:
-            recipe.add_argument("--" + f.name.replace("_", "-"), default=None, **f.metadata, **kinds[f.type])
-    how = p.add_argument_group("how, whatever the recipe")
-    how.add_argument("--global-batch", type=common.positive, default=16, metavar="N",
-                     help="images in a step, over all devices; default: 16")
-    how.add_argument("--seed", type=natural, default=0, metavar="N", help="default: 0")
+            how.add_argument("--" + f.name.replace("_", "-"), default=None, **f.metadata, **kinds[f.type])
     where = p.add_argument_group("on what")
     where.add_argument("--device", metavar="NAME", help="cpu, cuda or mps; default: cuda if there is one")
     where.add_argument("--workers", type=natural, default=2, metavar="N",

@@ -249,17 +249,6 @@ def test_two_nodes_are_one_run(uncut, cut):
 
 
 @pytest.mark.slow
-def test_compiled_run_of_two_processes_trains_alike(place):
-    options = ("--iterations", "2", "--validate-every", "2", "--head", "upernet")
-    for name, more in (("plain", ()), ("compiled", ("--compile",))):
-        finish(torchrun(*small.OPTIONS, *options, "--name", name, *more), seconds=1200)
-    plain, compiled = (torch.load(f"runs/{name}/last.pt", weights_only=True)["model"] for name in ("plain", "compiled"))
-    assert plain.keys() == compiled.keys()
-    for name in plain:
-        torch.testing.assert_close(compiled[name], plain[name], rtol=1e-2, atol=5e-3)
-
-
-@pytest.mark.slow
 def test_a_fault_is_printed_once(place):
     process = torchrun(*small.OPTIONS, "--data", "nowhere")
     errors = process.communicate(timeout=120)[1]

@@ -1,5 +1,6 @@
 """train.py: recipes, optimiser and schedule against golden numbers; the loop from start to stop and on again."""
 
+import contextlib
 import json
 import math
 import os
@@ -207,13 +208,6 @@ def test_preflight_stops_on_labels_that_teach_nothing(place, capsys, values, mes
     assert not Path("runs").exists()
 
 
-def test_preflight_counts_pixels(place):
-    dataset = train.open_dataset("data", "train")
-    counts = train.preflight(dataset)
-    expected = np.bincount(np.concatenate([dataset.labels(i).ravel() for i in range(8)]), minlength=256)
-    assert counts.tolist() == expected.tolist() and counts[255] == 8 * 4 * 64
-
-
 # ----------------------------------------------------------------------------------------------------------- the loop
 
 
@@ -236,8 +230,10 @@ def test_a_run_is_a_folder(place, capsys, head):
     assert [line["lr"] for line in steps] == [1e-3 * train.lr_factor(i, 4, 0) for i in range(4)]
     begin, = log(folder.name, "start")
     assert begin["torch"] == torch.__version__ and begin["commit"] == run.git("rev-parse", "HEAD")
+    pixels = np.stack([np.asarray(Image.open(f"data/labels/{i:02d}.png")) for i in range(8)])
     shares, = log(folder.name, "labels")
-    assert shares["ignored"] == pytest.approx(4 / 48) and shares["ground"] > shares["disk"] > 0
+    assert [shares[name] for name in (*small.CLASSES, "ignored")] == [
+        pytest.approx((pixels == k).mean()) for k in (0, 1, 2, 255)]
     speed = log(folder.name, "speed")[0]
     parts = ("data", "forward", "backward", "optimizer")
     assert speed["seconds"] == pytest.approx(sum(speed[f"seconds/{part}"] for part in parts))
@@ -353,19 +349,15 @@ def test_a_signal_to_all_processes_finishes_the_iteration_saves_and_exits_0(plac
 
 @pytest.mark.slow
 def test_kill_9_at_random_moments_changes_nothing(place):
-    options = [sys.executable, small.__file__]
-    start("--iterations", "40", "--validate-every", "10", "--save-every", "1", "--name", "uncut")
-    moments = random.Random(0)
-    begin = [*small.OPTIONS, "--iterations", "40", "--validate-every", "10", "--save-every", "1", "--name", "killed"]
+    options = ("--iterations", "40", "--validate-every", "10", "--save-every", "1", "--name")
+    start(*options, "uncut")
+    command, moments = [sys.executable, small.__file__], random.Random(0)
     for _ in range(20):
-        begun = Path("runs/killed/config.json").exists()
-        process = subprocess.Popen([*options, *(["--resume", "killed"] if begun else begin)], stderr=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=3 + 4 * moments.random())
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    subprocess.run([*options, "--resume", "killed"], check=True, stderr=subprocess.DEVNULL)
+        begin = [*small.OPTIONS, *options, "killed"]
+        more = ["--resume", "killed"] if Path("runs/killed/config.json").exists() else begin
+        with contextlib.suppress(subprocess.TimeoutExpired):  # after which the process is killed
+            subprocess.run([*command, *more], stderr=subprocess.DEVNULL, timeout=3 + 4 * moments.random())
+    subprocess.run([*command, "--resume", "killed"], check=True, stderr=subprocess.DEVNULL)
     assert same(load("runs/uncut/last.pt"), load("runs/killed/last.pt"))
 
 
@@ -417,7 +409,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_spoils_the_weight
 
 
 def test_precision_and_memory_options_train_alike(place):
-    cases = {"plain": 0, "--amp bf16": 0.05, "--amp fp16": 0.05, "--checkpoint-activations": 1e-5, "--no-fast": 1e-5}
+    cases = {"plain": 0, "--amp bf16": 0.05, "--amp fp16": 0.05, "--checkpoint-activations": 1e-5, "--no-fast": 1e-4}
     for options, tolerance in cases.items():
         more = options.split() if tolerance else []
         start("--iterations", "2", "--head", "upernet", "--name", options.strip("-"), *more)

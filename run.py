@@ -1,4 +1,4 @@
-"""What stands around the training loop: processes, the run's folder, checkpoints, stopping and the log.
+"""Around the training loop: processes, the run's folder, checkpoints, stopping, the log.
 
 A run is a folder: config.json, log.jsonl, TensorBoard events, last.pt, previous.pt, best.pt. All processes of a run use
 the same folder, and process 0 writes it.
@@ -149,7 +149,7 @@ def open_run(options: argparse.Namespace, process: Process) -> tuple[Path, dict,
 
 
 def new_run(options: argparse.Namespace) -> Path:
-    """A free folder for a new run, not yet made."""
+    """A free folder for a new run, not yet made. Raises UserError if the name that was asked for is taken."""
     name = options.name or f"{options.head}-{options.size}-{Path(options.data).name}"
     folder, number = RUNS / name, 1
     while (folder / "config.json").exists():

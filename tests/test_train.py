@@ -297,14 +297,21 @@ def test_cut_and_resumed_is_uncut_bit_for_bit(place, monkeypatch, amp, cuts):
         assert [line["iteration"] for line in log(name, "train")] == [1, 2, 3, 4]
 
 
-def test_a_run_from_before_an_option_existed_goes_on(place):
-    start("--iterations", "1", "--name", "old")
+def test_fast_is_on_unless_it_is_switched_off(place, monkeypatch):
+    calls = []
+
+    def training(model, enabled):
+        calls.append((type(model), enabled))
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(train.fast, "training", training)
+    start("--iterations", "1", "--name", "old", "--no-fast")
+    assert calls == [(Segmenter, False)] * 2  # micro-batches
     config = json.loads(Path("runs/old/config.json").read_text())
-    assert config.pop("fast") is True
-    Path("runs/old/config.json").write_text(json.dumps(config))
+    assert config.pop("fast") is False
+    Path("runs/old/config.json").write_text(json.dumps(config))  # as from before the option existed
     train.main(["--resume", "old", "--iterations", "2"])
-    assert load("runs/old/last.pt")["iteration"] == 2
-    assert train.parse(["--resume", "old"]).fast and not train.parse(["--resume", "old", "--no-fast"]).fast
+    assert calls[2:] == [(Segmenter, True)] * 2 and load("runs/old/last.pt")["iteration"] == 2
 
 
 def test_fp16_skips_a_step_whose_gradients_overflow(place):

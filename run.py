@@ -1,9 +1,13 @@
-"""A run is processes that write a folder: config.json, log.jsonl, TensorBoard events, last.pt, previous.pt, best.pt.
+"""Around the training loop: processes, the run's folder, checkpoints, stopping, the log.
 
-What of training is neither model nor loop. Read: join_processes -> open_run (folders) -> save, load_last, restore
-(checkpoints that survive a crash) -> StopSignal, stop_for_replay (ends) -> Stopwatch, Log (what process 0 writes down).
+A run is a folder: config.json, log.jsonl, TensorBoard events, last.pt, previous.pt, best.pt. All processes of a run use
+the same folder, and process 0 writes it.
+
+Reading order: join_processes -> open_run -> save, load_last, restore (checkpoints that survive a crash) -> StopSignal,
+check_finite -> Stopwatch, Log.
 """
 
+import argparse
 import json
 import math
 import multiprocessing
@@ -16,7 +20,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,15 +45,14 @@ from weights import FORMAT, read_file
 RUNS = Path("runs")
 T = TypeVar("T")
 
-
 # ---------------------------------------------------------------------------------------------------------- processes
 
 
 class Process(NamedTuple):
-    """Which of how many processes this is, and its device."""
+    """This process among those that train one model together."""
 
-    rank: int
-    world: int
+    rank: int  # its number, from 0
+    world: int  # how many there are
     device: torch.device
 
 
@@ -65,84 +68,92 @@ def join_processes(name: str | None) -> Process:
     store, rank, world = next(rendezvous("env://"))
     # Both at once: tensors on the host travel by gloo and need no device to be waited for.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=among_the_living(store, rank, world), rank=rank, world_size=world)
+    dist.init_process_group(backend, store=fresh_store(store, rank, world), rank=rank, world_size=world)
     return Process(rank, world, device)
 
 
-def among_the_living(store: dist.Store, rank: int, world: int) -> dist.Store:
-    """A corner of the launcher's store whose name only the processes of this life know.
+def fresh_store(store: dist.Store, rank: int, world: int) -> dist.Store:
+    """A part of the launcher's store that only the processes of this start know.
 
-    torchrun keeps one store over its restarts, and in it the addresses of the dead: without this a restarted process
-    may take one of those for its neighbour's and wait for ever.
+    torchrun keeps one store over its restarts, and the addresses of dead processes stay in it. A restarted process
+    could take such an address for its neighbour's and wait for ever. Therefore process 0 chooses a new prefix for all
+    keys, and gives it to each process that asks under a name of its own.
     """
     if rank:
         name = uuid.uuid4().hex
         store.set(f"hello/{rank}", name)
-        corner = store.get(f"welcome/{name}").decode()  # waits for process 0 to answer to this very name
-        store.add(f"met/{corner}", 1)
+        prefix = store.get(f"welcome/{name}").decode()  # waits for process 0 to answer to this very name
+        store.add(f"met/{prefix}", 1)
     else:
-        corner = uuid.uuid4().hex
-        while store.add(f"met/{corner}", 0) < world - 1:
+        prefix = uuid.uuid4().hex
+        while store.add(f"met/{prefix}", 0) < world - 1:
             for other in range(1, world):
-                name = store.get(f"hello/{other}").decode()  # it may be a dead one's: hence again and again
-                store.set(f"welcome/{name}", corner)
+                name = store.get(f"hello/{other}").decode()  # perhaps that of a dead process: hence again and again
+                store.set(f"welcome/{name}", prefix)
             time.sleep(0.05)
-    return dist.PrefixStore(corner, store)
+    return dist.PrefixStore(prefix, store)
+
+
+def gather(process: Process, value: T) -> list[T]:
+    """The values of all processes, in the order of their ranks. Every process must call it."""
+    values = [value] * process.world
+    if process.world > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def on_first(process: Process, call: Callable[[], T]) -> T:
-    """What `call()` returns on process 0, given to all; what it raises for a user's fault, all raise."""
-    outcome: list = [None]
+    """What `call()` returns on process 0, on all processes. If it raises UserError there, all processes raise it."""
+    result = None
     if process.rank == 0:
         try:
-            outcome = [call()]
-        except ValueError as error:
-            outcome = [error]
-    if process.world > 1:
-        dist.broadcast_object_list(outcome)
-    if isinstance(outcome[0], ValueError):
-        raise outcome[0]
-    return outcome[0]
+            result = call()
+        except UserError as error:
+            result = error
+    result = gather(process, result)[0]
+    if isinstance(result, UserError):
+        raise result
+    return result
 
 
 def restarted(process: Process) -> bool:
     """Whether torchrun has started processes again after a failure. It counts by node, and only where one failed."""
-    count = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
-    if process.world > 1:
-        dist.all_reduce(count)
-    return count.item() > 0
+    return any(gather(process, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0))
 
 
 # ------------------------------------------------------------------------------------------------------------ folders
 
 
-def open_run(name: str | None, default: str, resume: str | None, iterations: int,
-             process: Process) -> tuple[Path, dict | None]:
-    """The run's folder, and if there is a run to `resume` what its last checkpoint holds.
+def open_run(options: argparse.Namespace, process: Process) -> tuple[Path, dict, "Progress"]:
+    """The run's folder, what its last checkpoint holds ({} for a run that has none), and how far it has come.
 
-    A new run's `name` must be free; None stands for `default`, or `default`-2, -3 ... Raises UserError, also for
-    damaged checkpoints, for fewer iterations than are done, and if the processes do not see the same files.
+    Args:
+        options: of train.py. `resume` names a run; without it there is a new one. Its `name` must be free; without one
+            it is HEAD-SIZE-DATA, or HEAD-SIZE-DATA-2, -3 ...
+
+    Raises:
+        UserError: also for damaged checkpoints, for fewer iterations than are done, and if the processes do not see the
+            same files.
     """
-    folder = on_first(process, lambda: find_run(resume) if resume else new_run(name or default, unique=bool(name)))
-    state = load_last(folder) if resume else None
-    done = state["iteration"] if state else 0
-    seen = [done] * process.world
-    if process.world > 1:
-        dist.all_gather_object(seen, done)
-    if len(set(seen)) > 1:
-        raise UserError(f"{folder}: process 0 finds iteration {seen[0]} there, process {process.rank} finds {done}: "
-                       "runs/ must lie on a file system that all nodes share")
-    if done > iterations:
-        raise UserError(f"{folder} has done {done} iterations, more than the {iterations} asked for: name a larger "
-                       "number with --iterations")
-    return folder, state
+    folder = on_first(process, lambda: find_run(options.resume) if options.resume else new_run(options))
+    state = load_last(folder) if options.resume else {}
+    progress = Progress(**state.get("progress", {}))
+    done = gather(process, progress.iteration)
+    if len(set(done)) > 1:
+        raise UserError(f"{folder}: process 0 finds iteration {done[0]} there, process {process.rank} finds "
+                        f"{progress.iteration}: runs/ must lie on a file system that all nodes share")
+    if progress.iteration > options.iterations:
+        raise UserError(f"{folder} has done {progress.iteration} iterations, more than the {options.iterations} asked "
+                        "for: name a larger number with --iterations")
+    return folder, state, progress
 
 
-def new_run(name: str, unique: bool) -> Path:
-    """A folder for a new run, not yet made."""
+def new_run(options: argparse.Namespace) -> Path:
+    """A free folder for a new run, not yet made. Raises UserError if the name that was asked for is taken."""
+    name = options.name or f"{options.head}-{options.size}-{Path(options.data).name}"
     folder, number = RUNS / name, 1
     while (folder / "config.json").exists():
-        if unique:
+        if options.name:
             raise UserError(f"{folder} exists: continue it with --resume {shlex.quote(name)}, or choose another --name")
         number += 1
         folder = RUNS / f"{name}-{number}"
@@ -151,24 +162,23 @@ def new_run(name: str, unique: bool) -> Path:
 
 def find_run(name: str) -> Path:
     """The run of that name or path; "" is the newest one. Raises UserError if there is none."""
-    begun = runs_like("*")
-    found = [folder for folder in (Path(name), RUNS / name) if (folder / "config.json").is_file()] if name else begun
+    runs = runs_like()
+    found = [folder for folder in (Path(name), RUNS / name) if (folder / "config.json").is_file()] if name else runs
     if not found:
         raise UserError(f"no run to resume at {RUNS / name}: a run is a folder with a config.json; "
-                       f"{', '.join(folder.name for folder in begun) or 'none'} in {RUNS}/")
+                        f"{', '.join(folder.name for folder in runs) or 'none'} in {RUNS}/")
     return found[0]
 
 
-def runs_like(pattern: str) -> list[Path]:
+def runs_like(pattern: str = "*") -> list[Path]:
     """The runs whose name matches the pattern, newest first."""
     configs = sorted(RUNS.glob(f"{pattern}/config.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     return [path.parent for path in configs]
 
 
-def begun_by(arguments: Sequence[str]) -> Path | None:
-    """The newest run that this command line began; None: it has not come that far."""
-    begun = (run for run in runs_like("*") if read_config(run).get("environment", {}).get("command") == arguments)
-    return next(begun, None)
+def newest_run_of(command: Sequence[str]) -> Path | None:
+    """The newest run that this command line has started; None if it has not come that far."""
+    return next((run for run in runs_like() if read_config(run).get("environment", {}).get("command") == command), None)
 
 
 def read_config(folder: Path) -> dict:
@@ -180,7 +190,7 @@ def read_config(folder: Path) -> dict:
 
 
 def environment(device: torch.device, world: int) -> dict:
-    """What a result may depend on besides the options."""
+    """Everything else on which a result may depend, beside the options: code, versions, hardware."""
     return {
         "command": sys.argv, "commit": git("rev-parse", "HEAD"), "uncommitted": bool(git("status", "--porcelain")),
         "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
@@ -193,8 +203,8 @@ def environment(device: torch.device, world: int) -> dict:
 def git(*arguments: str) -> str | None:
     """What git says about the folder of this file; None where there is no git or no repository."""
     try:
-        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True,
-                              check=True).stdout.strip()
+        folder = Path(__file__).parent
+        return subprocess.check_output(["git", *arguments], cwd=folder, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -222,19 +232,17 @@ def rng_state(device: torch.device) -> dict[str, Tensor]:
 
 def save(path: Path, process: Process, model: Segmenter, info: DatasetInfo, progress: Progress,
          optimizer: torch.optim.Optimizer | None = None, scaler: torch.amp.GradScaler | None = None) -> None:
-    """Write a checkpoint: for use (no optimizer), or with everything that the run is, to go on with.
+    """Write a checkpoint: the model for use, or with `optimizer` and `scaler` all that a run needs to go on.
 
-    All processes must call it, because each has random numbers of its own; process 0 writes.
+    Every process must call it, because each has random numbers of its own; process 0 writes.
     """
     state = {
         "format": FORMAT, "model": model.state_dict(), "config": asdict(model.config), "classes": list(info.classes),
         "palette": info.palette.tolist(), "iteration": progress.iteration, "progress": asdict(progress),
     }
     if optimizer:
-        rng = [rng_state(process.device)] * process.world
-        if process.world > 1:
-            dist.all_gather_object(rng, rng_state(process.device))
-        state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": rng}
+        state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                  "rng": gather(process, rng_state(process.device))}
     if process.rank == 0:
         write_checkpoint(path, state)
 
@@ -244,9 +252,6 @@ def write_checkpoint(path: Path, state: dict) -> None:
 
     Raises UserError if the disk is full.
     """
-    for draft in path.parent.glob(f".{path.name}.*"):
-        draft.unlink()  # gigabytes, of a process that was killed while it wrote
-
     def write(file: BinaryIO) -> None:
         torch.save(state, file)
         if path.name == "last.pt" and path.exists():
@@ -255,8 +260,8 @@ def write_checkpoint(path: Path, state: dict) -> None:
     common.write_whole(path, write)
 
 
-def load_last(folder: Path) -> dict | None:
-    """The newest whole checkpoint: last.pt, or where that is torn or missing the one before. None: there is none.
+def load_last(folder: Path) -> dict:
+    """The newest whole checkpoint: last.pt, or previous.pt where that is torn or missing. {} if there is neither.
 
     Raises UserError if all that exist are damaged.
     """
@@ -268,12 +273,12 @@ def load_last(folder: Path) -> dict | None:
             print(f"{error}: falling back to the checkpoint before", file=sys.stderr)
     if paths:
         raise UserError(f"{folder}: no checkpoint is whole: start a new run")
-    return None
+    return {}
 
 
-def restore(state: dict | None, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, seed: int,
+def restore(state: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, seed: int,
             process: Process) -> None:
-    """Put optimizer, scaler and random numbers where a checkpoint left them, or where a new run begins."""
+    """Put optimizer, scaler and random numbers where a checkpoint left them; without one, start new random numbers."""
     torch.manual_seed(seed + process.rank)
     if not state:
         return
@@ -289,11 +294,14 @@ def restore(state: dict | None, optimizer: torch.optim.Optimizer, scaler: torch.
         print(f"the checkpoint is from {len(state['rng'])} processes, not {process.world}: new random numbers begin")
 
 
+# ----------------------------------------------------------------------------------------------------------- stopping
+
+
 class StopSignal:
     """SIGTERM and Ctrl-C set `wanted` and nothing else, so that the loop can finish its iteration; a second one kills.
 
-    Both mostly go to a whole process group. The data loader's workers, which must run by now, are taken out of it:
-    without them no iteration can be finished.
+    Both mostly go to a whole process group, but no iteration can be finished without the data loader's workers: these
+    must run by now, and are taken out of the group.
     """
 
     def __init__(self) -> None:
@@ -316,9 +324,15 @@ class NonFiniteLoss(RuntimeError):
     """Training has gone wrong; the message says where, and which file replays it."""
 
 
-def stop_for_replay(folder: Path, process: Process, model: Segmenter, progress: Progress, batches: Sequence[Batch],
-                    losses: dict[str, float], rng: dict[str, Tensor]) -> None:
-    """Save what led to a non-finite loss (weights before the step, crops, random state) and raise NonFiniteLoss."""
+def check_finite(losses: dict[str, float], scaler: torch.amp.GradScaler, folder: Path, process: Process,
+                 model: Segmenter, progress: Progress, batches: Sequence[Batch], rng: dict[str, Tensor]) -> None:
+    """Raises NonFiniteLoss before a step that would spoil the weights, if "loss" or "gradient_norm" is not finite.
+
+    A file then holds what led there: weights before the step, crops, the random state `rng` before the forward pass.
+    """
+    # Where fp16 overflows, the scaler skips the step and halves its scale. At 1, as without it, all would be lost.
+    if math.isfinite(losses["loss"]) and (math.isfinite(losses["gradient_norm"]) or scaler.get_scale() > 1):
+        return
     path = folder / f"nonfinite-{progress.iteration}-process{process.rank}.pt"
     names = [name for batch in batches for name in batch.names]
     crops = {field: [getattr(batch, field) for batch in batches] for field in ("images", "labels", "extents")}
@@ -331,11 +345,11 @@ def stop_for_replay(folder: Path, process: Process, model: Segmenter, progress: 
                         "and random state to replay it; a lower --lr, or --amp bf16 instead of fp16, may help")
 
 
-# ------------------------------------------------------------------------------------------------------------ logging
+# ---------------------------------------------------------------------------------------------------------------- log
 
 
 class Stopwatch:
-    """Where the time of an iteration goes. On a GPU it marks events in the stream, so that measuring never waits."""
+    """Measures the parts of an iteration. On a GPU it puts events into the stream, so that measuring never waits."""
 
     def __init__(self, device: torch.device, running: bool = True) -> None:
         self.cuda, self.running = device.type == "cuda", running
@@ -349,7 +363,7 @@ class Stopwatch:
         return event
 
     def lap(self, name: str) -> None:
-        """What was done since the last lap is called `name`."""
+        """Give the time since the last lap to `name`."""
         if self.running:
             self.marks.append((name, self._now()))
 
@@ -357,7 +371,7 @@ class Stopwatch:
         """Seconds by name since the last call; waits for the device."""
         if self.cuda:
             torch.cuda.synchronize()
-        total = defaultdict(float)
+        total = Counter()
         for (_, start), (name, end) in zip(self.marks, self.marks[1:], strict=False):
             total[name] += start.elapsed_time(end) / 1000 if self.cuda else end - start
         self.marks = self.marks[-1:]
@@ -365,44 +379,38 @@ class Stopwatch:
 
 
 class Log:
-    """Process 0 writes the run down: console, log.jsonl, TensorBoard. Nothing here talks to another process.
+    """The log of a run: console, log.jsonl, TensorBoard. Process 0 alone has it; nothing here waits for the others.
 
     Args:
-        folder: the run's; log.jsonl loses what it holds after iteration `start`, which is done again.
+        folder: of the run. Its log.jsonl loses what it holds after iteration `start`, which is done again.
         start, total: iterations done and to do.
         images: images in an iteration on this device.
-        full_speed: images a second if the device did all their operations as fast as a matrix product.
     """
 
-    def __init__(self, folder: Path, start: int, total: int, device: torch.device, images: int,
-                 full_speed: float) -> None:
-        self.path, self.total, self.device = folder / "log.jsonl", total, device
-        self.images, self.full_speed = images, full_speed
+    def __init__(self, folder: Path, start: int, total: int, device: torch.device, images: int) -> None:
+        self.path, self.total, self.device, self.images = folder / "log.jsonl", total, device, images
         kept = [line for line in read_log(self.path) if line["iteration"] <= start]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         common.write_whole(self.path, lambda file: file.write(text.encode()))
         self.tensorboard = SummaryWriter(folder, purge_step=start + 1)
         self.bar = tqdm(total=total, initial=start, unit="it", smoothing=0.05, disable=not sys.stderr.isatty())
-        self.sums: dict[str, float] = defaultdict(float)
-        self.iterations = 0
+        self.sums, self.iterations = Counter(), 0
 
     def count(self, losses: dict[str, float]) -> None:
         """Take note of one iteration."""
-        for name, value in losses.items():
-            self.sums[name] += value
+        self.sums.update(losses)  # adds them
         self.iterations += 1
         self.bar.update()
         self.bar.set_postfix_str(f"loss {losses['loss']:.3f}", refresh=False)
 
     def report(self, iteration: int, seconds: dict[str, float], lr: float, gradient_norm: float,
                loss_scale: float = 1.0) -> None:
-        """Write the losses' means and where the time went since the last report, and the state of things now."""
+        """Write the losses' means and the parts of the time since the last report, and the other values as they are."""
         losses = {name: value / self.iterations for name, value in self.sums.items()}
         split = {name: value / self.iterations for name, value in seconds.items()}
         elapsed = sum(split.values()) - split.get("pause", 0)
         speed = {
             "seconds": elapsed, "images_per_second": self.images / elapsed, "memory_gb": peak_memory(self.device),
-            "matmul_fraction": self.images / elapsed / self.full_speed,
             "eta_seconds": elapsed * (self.total - iteration),
             **{f"seconds/{name}": value for name, value in split.items()},
         }
@@ -411,8 +419,7 @@ class Log:
         self.say(f"{iteration}/{self.total}  loss {losses['loss']:.4f} ({grouped(losses)})  lr {lr:.2e}  "
                  f"gradient {gradient_norm:.2f}  {elapsed:.2f} s/it  {speed['memory_gb']:.1f} GB  "
                  f"ETA {tqdm.format_interval(speed['eta_seconds'])}")
-        self.sums.clear()
-        self.iterations = 0
+        self.sums, self.iterations = Counter(), 0
 
     def write(self, iteration: int, kind: str, values: dict) -> None:
         """One line of log.jsonl, and one TensorBoard scalar for each number."""
@@ -461,7 +468,7 @@ def peak_memory(device: torch.device) -> float:
 
 def grouped(losses: dict[str, float]) -> str:
     """Loss terms summed over decoder layers ("mask/0", "mask/1" ...), as text."""
-    sums: dict[str, float] = defaultdict(float)
+    sums = Counter()
     for name, value in losses.items():
         if name != "loss":
             sums[name.split("/")[0]] += value

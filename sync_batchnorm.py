@@ -1,6 +1,6 @@
 """Batch norm over the images of all processes, on any backend.
 
-Read: global_moments -> SyncBatchNorm2d -> convert_sync_batchnorm.
+Reading order: global_moments -> SyncBatchNorm2d -> convert_sync_batchnorm.
 
 `torch.nn.SyncBatchNorm` is for GPUs only, and looks for empty inputs by boolean indexing, which makes the host wait for
 the device three times a layer. Here a forward pass is one exchange of 2C + 1 numbers and a backward pass one of 2C; the

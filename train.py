@@ -6,8 +6,8 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...   on two nodes
     torchrun --max-restarts=3 train.py --resume                           go on with the newest run after a stop
 
-Read: Recipe -> parameter_groups, lr_factor -> train, which ends in the loop -> what it calls -> the command line.
-Processes, folders, checkpoint files and logs are in run.py.
+Reading order: Recipe -> parameter_groups, lr_factor -> train, which ends in the loop -> what the loop calls -> what
+the preparation calls -> the command line. Processes, folders, checkpoint files and logs are in run.py.
 
 The global batch is 16 images = devices x per-device batch x accumulation, always. Losses are divided by what the whole
 global batch holds, so every layout makes the same step; only batch norm differs with accumulation, because it sees the
@@ -21,29 +21,30 @@ import argparse
 import contextlib
 import itertools
 import json
-import math
 import sys
 import warnings
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
 
 import common
+import fast
 import run
 from adapter import Extractor, Injector
 from common import UserError
 from data import Batch, SegmentationDataset, normalize, open_dataset, positions, training_loader
 from evaluate import evaluate, metrics, predictions, table
-from fast.memory import keep_freed_memory
 from heads import loss_units, mask_counts
 from model import Block, ModelConfig, Segmenter, build_model
 from run import Process
@@ -59,56 +60,48 @@ PICTURES = 4  # validation images that TensorBoard shows
 # ------------------------------------------------------------------------------------------------------------ recipes
 
 
+def option(help_text: str, **default: Any) -> Any:
+    """A field of a recipe that is also an option of the command line; the option replaces the recipe's value."""
+    return field(metadata={"help": help_text}, **default)
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """How one model is trained; options of the command line replace its values."""
+    """How one model is trained. The command that uses a recipe is above it."""
 
-    command: str
     official: tuple[float, float] | None  # published mIoU on Pascal Context, single-scale and multi-scale
-    cost: str  # time and device; "not measured" until it is
-    iterations: int
-    lr: float
     layer_decay: float
-    validate_every: int
-    save_every: int = 1000
+    iterations: int = option("steps of the optimizer")
+    lr: float = option("highest learning common.rate, of adapter and head")
+    validate_every: int = option("iterations between validations")
+    save_every: int = option("iterations between checkpoints", default=1000)
+    batch: int = option("images on a device at once", default=2)
+    checkpoint_activations: bool = option("compute activations again in the backward pass: less memory, a third more "
+                                          "work", default=False)
     warmup: int = 1500  # iterations; in proportion when another number of iterations is asked for
     weight_decay: float = 0.05
-    batch: int = 2  # images on a device at once
-    checkpoint_activations: bool = False
+    cost: str = "not measured"  # time and device
 
 
-MASK2FORMER_BASE = Recipe(
-    command="torchrun --nproc_per_node=8 train.py --head mask2former --size base",
-    official=(64.0, 64.4), cost="not measured",
-    iterations=40_000, lr=3e-5, layer_decay=0.95, validate_every=4000,
+# torchrun --nproc_per_node=8 train.py --head HEAD --size SIZE
+MASK2FORMER_BASE = Recipe(official=(64.0, 64.4), iterations=40_000, lr=3e-5, layer_decay=0.95, validate_every=4000)
+MASK2FORMER_LARGE = replace(
+    MASK2FORMER_BASE, official=(67.8, 68.2), lr=2e-5, layer_decay=0.90, checkpoint_activations=True,
 )
-MASK2FORMER_LARGE = Recipe(
-    command="torchrun --nproc_per_node=8 train.py --head mask2former --size large",
-    official=(67.8, 68.2), cost="not measured",
-    iterations=40_000, lr=2e-5, layer_decay=0.90, validate_every=4000, checkpoint_activations=True,
-)
-UPERNET_LARGE = replace(
-    MASK2FORMER_LARGE, command="torchrun --nproc_per_node=8 train.py --head upernet --size large",
-    official=(67.0, 67.5), iterations=80_000, validate_every=8000,
-)
-UPERNET_BASE = replace(  # not among the released models: UperNet's length with the base model's rates
-    MASK2FORMER_BASE, command="torchrun --nproc_per_node=8 train.py --head upernet --size base",
-    official=None, iterations=80_000, validate_every=8000,
-)
+UPERNET = {"iterations": 80_000, "validate_every": 8000}
+# python train.py --data toy --head HEAD
 # From random weights on a CPU: no pre-training to preserve, hence a high rate and no layer decay.
 MASK2FORMER_TINY = Recipe(
-    command="python train.py --data toy --head mask2former",
-    official=None, cost="300 iterations of 0.65 s as 2 processes on 2 CPU cores",
-    iterations=300, lr=1e-3, layer_decay=1.0, warmup=15, validate_every=150, save_every=100, batch=8,
-)
-UPERNET_TINY = replace(
-    MASK2FORMER_TINY, command="python train.py --data toy --head upernet",
-    cost="300 iterations of 0.80 s as 2 processes on 2 CPU cores",
+    official=None, iterations=300, lr=1e-3, layer_decay=1.0, warmup=15, validate_every=150, save_every=100, batch=8,
+    cost="300 iterations of 0.65 s as 2 processes on 2 CPU cores",
 )
 RECIPES = {
-    ("mask2former", "tiny"): MASK2FORMER_TINY, ("upernet", "tiny"): UPERNET_TINY,
-    ("mask2former", "base"): MASK2FORMER_BASE, ("upernet", "base"): UPERNET_BASE,
-    ("mask2former", "large"): MASK2FORMER_LARGE, ("upernet", "large"): UPERNET_LARGE,
+    ("mask2former", "tiny"): MASK2FORMER_TINY,
+    ("upernet", "tiny"): replace(MASK2FORMER_TINY, cost="300 iterations of 0.80 s as 2 processes on 2 CPU cores"),
+    ("mask2former", "base"): MASK2FORMER_BASE,
+    ("upernet", "base"): replace(MASK2FORMER_BASE, **UPERNET, official=None),  # not among the released models
+    ("mask2former", "large"): MASK2FORMER_LARGE,
+    ("upernet", "large"): replace(MASK2FORMER_LARGE, **UPERNET, official=(67.0, 67.5)),
 }
 
 # ---------------------------------------------------------------------------------------------------------- optimiser
@@ -155,83 +148,62 @@ def lr_factor(iteration: int, iterations: int, warmup: int = 1500) -> float:
 
 
 def train(options: argparse.Namespace, process: Process) -> None:
-    """One run, from its options to its last checkpoint. What comes before the loop prepares it."""
-    rank, world, device = process
-    accumulation = share_batch(options.global_batch, world, options.batch)
+    """One run, from its options to its last checkpoint: the preparation, then the loop."""
+    device, accumulation = process.device, share_batch(options.global_batch, process.world, options.batch)
     training, validation, pixels = open_datasets(options.data, process)
-    default = f"{options.head}-{options.size}-{Path(options.data).name}"
-    folder, state = run.open_run(options.name, default, options.resume, options.iterations, process)
-    progress = run.Progress(**state["progress"]) if state else run.Progress()
-    common.allow_tf32(options.tf32)
-    torch.manual_seed(options.seed)  # the same starting values everywhere
+    folder, state, progress = run.open_run(options, process)
     model = make_model(options, state, training.info.classes, process)
-    groups = parameter_groups(model, options.lr, options.weight_decay, options.layer_decay)
-    optimizer = torch.optim.AdamW(groups, fused=True)
+    optimizer = AdamW(parameter_groups(model, options.lr, options.weight_decay, options.layer_decay), fused=True)
     amp, scaler = AMP[options.amp], torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
-    mine = positions(progress.iteration, rank, world, options.batch, accumulation)
-    stream = training_loader(training, model.config.window, seed=options.seed, positions=mine, workers=options.workers)
-    stream = itertools.chain([next(stream)], stream)  # it draws from torch's RNG as it starts: before that is restored
-    log = None
-    if rank == 0:
-        log = start_log(options, process, folder, model, training, pixels, progress.iteration, accumulation)
+    stream = start_stream(options, training, model.config.window, progress.iteration, process)
+    log = start_log(options, process, folder, model, training, pixels, progress.iteration)
     parallel = data_parallel(model, process)
     run.restore(state, optimizer, scaler, options.seed, process)
     del state  # gigabytes of host memory
-    stop, watch = run.StopSignal(), run.Stopwatch(device, running=rank == 0)
+    save = partial(run.save, process=process, model=model, info=training.info, progress=progress)
+    stop, watch = run.StopSignal(), run.Stopwatch(device, running=log is not None)
 
     while True:
-        due = progress.iteration == options.iterations or progress.iteration % options.validate_every == 0
-        if due and progress.validated < progress.iteration:  # up here: a run cut in a validation makes up for it
-            validate(model, validation, progress, amp, device, log)
-            if progress.best_iteration == progress.iteration:
-                run.save(folder / "best.pt", process, model, training.info, progress)
+        if validation_due(progress, options) and validate(model, validation, progress, options, device, log):
+            save(folder / "best.pt")
         if progress.iteration == options.iterations:
             break
         watch.lap("pause")
-
         batches = [next(stream) for _ in range(accumulation)]
         counts, stopping = exchange(batches, len(training.info.classes), stop.wanted, process)
         if stopping:
             break
         watch.lap("data")
 
-        factor = lr_factor(progress.iteration, options.iterations, options.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = options.lr * group["scale"] * factor
-        optimizer.zero_grad()
-        rng, sums = run.rng_state(device), defaultdict(float)
+        lr = set_rates(optimizer, options, progress.iteration)
+        rng, sums = run.rng_state(device), Counter()  # whose update() adds
         for i, batch in enumerate(batches):
-            first = (rank * accumulation + i) * options.batch  # of this micro-batch's images in the global batch
+            first = (process.rank * accumulation + i) * options.batch  # this micro-batch's place in the global batch
             units = loss_units(counts, slice(first, first + options.batch), model.config.num_queries)
-            with gradients_stay_here(parallel, i < accumulation - 1):  # only the last backward averages over devices
+            with averaging(parallel, i == accumulation - 1), fast.training(model, enabled=options.fast):
                 with torch.autocast(device.type, amp, enabled=amp is not None):
-                    images = normalize(batch.images.to(device, non_blocking=True), batch.extents)
-                    terms = parallel(images, batch.labels.to(device, non_blocking=True).long(), units=units)
+                    terms = parallel(*to_device(batch, device), units=units)
                 watch.lap("forward")
                 scaler.scale(terms["loss"] / accumulation).backward()
                 watch.lap("backward")
-            for name, value in terms.items():
-                sums[name] += value.detach() / accumulation
+            sums.update({name: value.detach() / accumulation for name, value in terms.items()})
         scaler.unscale_(optimizer)  # for the norm; gradients are not clipped
         *values, norm = torch.stack([*sums.values(), gradient_norm(model)]).tolist()  # waits for the device
         losses = dict(zip(sums, values, strict=True))
-        # Where fp16 overflows, the scaler skips the step and halves its scale. At 1, as without it, all would be lost.
-        if not math.isfinite(losses["loss"]) or not (math.isfinite(norm) or scaler.get_scale() > 1):
-            run.stop_for_replay(folder, process, model, progress, batches, losses | {"gradient_norm": norm}, rng)
+        run.check_finite(losses | {"gradient_norm": norm}, scaler, folder, process, model, progress, batches, rng)
         scaler.step(optimizer)
         scaler.update()
-        watch.lap("optimizer")
+        optimizer.zero_grad()
         progress.iteration += 1
+        watch.lap("optimizer")
 
         if log:
             log.count(losses)
-            if progress.iteration % LOG_EVERY == 0:
-                log.report(progress.iteration, watch.seconds(), lr=options.lr * factor, gradient_norm=norm,
-                           loss_scale=scaler.get_scale())
+        if log and progress.iteration % LOG_EVERY == 0:
+            log.report(progress.iteration, watch.seconds(), lr, norm, scaler.get_scale())
         if progress.iteration % options.save_every == 0 and progress.iteration < options.iterations:
-            run.save(folder / "last.pt", process, model, training.info, progress, optimizer, scaler)
-
-    run.save(folder / "last.pt", process, model, training.info, progress, optimizer, scaler)
+            save(folder / "last.pt", optimizer=optimizer, scaler=scaler)
+    save(folder / "last.pt", optimizer=optimizer, scaler=scaler)
     stop.release()
     if log:
         log.end(progress)
@@ -241,22 +213,28 @@ def train(options: argparse.Namespace, process: Process) -> None:
 
 
 def share_batch(global_batch: int, world: int, batch: int) -> int:
-    """Micro-batches in each device's share of the global batch; if that is no whole, UserError says what would do."""
+    """Micro-batches in each device's share of the global batch. If it is no whole number, UserError names remedies."""
     unit = world * batch
     if global_batch % unit == 0:
         return global_batch // unit
     lower = max(global_batch // unit, 1) * unit
-    divisors = [b for b in range(1, global_batch // world + 1) if global_batch % (world * b) == 0]
     choices = f"--global-batch {lower} or {lower + unit}" if lower < global_batch else f"--global-batch {lower}"
-    if divisors:
-        choices = f"--batch {min(divisors, key=lambda b: abs(b - batch))}, " + choices
+    if divisors := [b for b in range(1, global_batch // world + 1) if global_batch % (world * b) == 0]:
+        choices = f"--batch {min(divisors, key=lambda b: abs(b - batch))}, {choices}"
     raise UserError(f"the global batch {global_batch} is no multiple of {world} devices x {batch} images: "
                     f"use {choices}")
 
 
+def validation_due(progress: run.Progress, options: argparse.Namespace) -> bool:
+    """Whether the model must be validated before it learns on. Once an iteration; a resumed run that was cut in a
+    validation makes up for it."""
+    due = progress.iteration == options.iterations or progress.iteration % options.validate_every == 0
+    return due and progress.validated < progress.iteration
+
+
 def exchange(batches: Sequence[Batch], num_classes: int, stop: bool, process: Process) -> tuple[Tensor, bool]:
-    """What all processes must know before a step: the mask counts (N,) of the global batch, in the order of the stream
-    and on this process's device, and whether one wants to stop.
+    """The mask counts (N,) of the global batch, in the order of the stream and on this process's device; and whether
+    one of the processes wants to stop.
 
     Both are known on the host, and travel between hosts: nobody waits for a device.
     """
@@ -267,8 +245,16 @@ def exchange(batches: Sequence[Batch], num_classes: int, stop: bool, process: Pr
     return everyone[:, :-1].flatten().to(process.device, non_blocking=True), bool(everyone[:, -1].any())
 
 
+def set_rates(optimizer: torch.optim.Optimizer, options: argparse.Namespace, iteration: int) -> float:
+    """Set the learning rate of each parameter group for this iteration; returns the highest, of adapter and head."""
+    factor = lr_factor(iteration, options.iterations, options.warmup)
+    for group in optimizer.param_groups:
+        group["lr"] = options.lr * group["scale"] * factor
+    return options.lr * factor
+
+
 def data_parallel(model: Segmenter, process: Process) -> nn.Module:
-    """What the loop calls in place of the model: it averages gradients and batch statistics over the processes."""
+    """The module that the loop calls: the model; with several processes it averages gradients and batch statistics."""
     if process.world == 1:
         return model
     warnings.filterwarnings("ignore", "Grad strides do not match")  # of depth-wise convolutions, which are small
@@ -277,9 +263,15 @@ def data_parallel(model: Segmenter, process: Process) -> nn.Module:
                                    gradient_as_bucket_view=True)
 
 
-def gradients_stay_here(model: nn.Module, yes: bool) -> contextlib.AbstractContextManager:
-    """With `yes`, the backward pass of what runs inside adds to this process's gradients without averaging them."""
-    return model.no_sync() if yes and isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
+def averaging(model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager:
+    """Inside, a backward pass averages gradients over the devices only if `enabled`; else it adds to this device's."""
+    return contextlib.nullcontext() if enabled or not isinstance(model, DistributedDataParallel) else model.no_sync()
+
+
+def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Normalised images float32 (B, 3, w, w) and labels int64 (B, w, w)."""
+    images = normalize(batch.images.to(device, non_blocking=True), batch.extents)
+    return images, batch.labels.to(device, non_blocking=True).long()
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
@@ -287,10 +279,15 @@ def gradient_norm(model: nn.Module) -> Tensor:
     return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
 
-def validate(model: Segmenter, dataset: SegmentationDataset, progress: run.Progress, amp: torch.dtype | None,
-             device: torch.device, log: run.Log | None) -> None:
-    """Single-scale scores on the validation set, shared out over the processes, and a few pictures; notes the best."""
-    result = metrics(evaluate(model, dataset, device=device, amp=amp, progress=log is not None and sys.stderr.isatty()))
+def validate(model: Segmenter, dataset: SegmentationDataset, progress: run.Progress, options: argparse.Namespace,
+             device: torch.device, log: run.Log | None) -> bool:
+    """Single-scale scores on the validation set, shared out over the processes, and a few pictures.
+
+    Notes the scores in `progress`; returns whether they are the best so far.
+    """
+    amp, bar = AMP[options.amp], log is not None and sys.stderr.isatty()
+    matrix = evaluate(model, dataset, device=device, amp=amp, progress=bar, fast=options.fast)
+    result = metrics(matrix)
     progress.validated = progress.iteration
     if result.mean_iou > progress.best:
         progress.best, progress.best_iteration = float(result.mean_iou), progress.iteration
@@ -304,6 +301,7 @@ def validate(model: Segmenter, dataset: SegmentationDataset, progress: run.Progr
         log.picture(progress.iteration, "validation/image, labels, prediction", picture)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # validation fills the device on purpose: log what training needs
+    return progress.best_iteration == progress.iteration
 
 
 def draw_predictions(model: Segmenter, dataset: SegmentationDataset, device: torch.device) -> Image.Image:
@@ -318,42 +316,47 @@ def draw_predictions(model: Segmenter, dataset: SegmentationDataset, device: tor
 
 
 def spread(dataset: SegmentationDataset, number: int) -> list[int]:
-    """So many indices of the data set, from first to last at equal distances; all if there are no more."""
+    """That many indices of the data set, evenly from first to last; all indices if there are fewer images."""
     return torch.linspace(0, len(dataset) - 1, number, dtype=torch.float64).long().unique().tolist()
 
 
-# -------------------------------------------------------------------------------------------------- what comes before
+# ------------------------------------------------------------------------------------------ what the preparation calls
 
 
 def open_datasets(root: str, process: Process) -> tuple[SegmentationDataset, SegmentationDataset, Tensor]:
-    """Training split, validation split, and what `preflight` counted in the first; process 0 goes ahead, makes the toy
-    data if need be, and looks for mistakes."""
+    """Training split, validation split, and the pixel counts of `preflight` for the first.
+
+    Process 0 goes first: it makes the toy data if they are asked for, and looks for mistakes in the labels.
+    """
     pixels, _ = run.on_first(process, lambda: [preflight(open_dataset(root, split)) for split in ("train", "val")])
     return open_dataset(root, "train"), open_dataset(root, "val"), pixels
 
 
 def preflight(dataset: SegmentationDataset, sample: int = 32) -> Tensor:
-    """How many of the sampled pixels have each label value, (256,). Raises UserError for what would train for hours
-    towards an mIoU near 0: an unreadable file, a label outside the classes, no labelled pixel, one class alone."""
+    """How many of the sampled pixels have each label value, (256,).
+
+    Raises UserError for what would train for hours towards an mIoU near 0: an unreadable file, a label outside the
+    classes, no labelled pixel, one class alone.
+    """
     chosen = spread(dataset, sample)
     for i in chosen:
         dataset.image(i)  # a file cut off in the middle has a sound header: only reading it tells
     pixels = sum(torch.bincount(torch.from_numpy(dataset.labels(i).ravel()).long(), minlength=256) for i in chosen)
     classes = dataset.info.classes
-    present = [k for k in range(len(classes)) if pixels[k]]
-    where = f"{dataset.root} ({dataset.split}), {len(chosen)} label images looked at"
-    remedy = f"are labels class indices from 0 to {len(classes) - 1}? `python data.py check {dataset.root}` tells more"
-    if not present:
-        raise UserError(f"{where}: every pixel is ignored; {remedy}")
-    if len(present) == 1 and len(classes) > 1:
-        raise UserError(f"{where}: nothing but '{classes[present[0]]}' in them; {remedy}")
-    return pixels
+    present = [name for name, count in zip(classes, pixels.tolist(), strict=False) if count]
+    if len(present) > 1 or present and len(classes) == 1:
+        return pixels
+    fault = f"nothing but '{present[0]}' in them" if present else "every pixel is ignored"
+    raise UserError(f"{dataset.root} ({dataset.split}), {len(chosen)} label images looked at: {fault}; are labels "
+                    f"class indices from 0 to {len(classes) - 1}? `python data.py check {dataset.root}` tells more")
 
 
-def make_model(options: argparse.Namespace, state: dict | None, classes: Sequence[str], process: Process) -> Segmenter:
+def make_model(options: argparse.Namespace, state: dict, classes: Sequence[str], process: Process) -> Segmenter:
     """The model on its device, from a checkpoint or new with pre-trained weights. Raises UserError."""
     if options.head == "upernet" and process.world * options.batch == 1:
         raise UserError("UperNet's batch norm needs 2 images at once, on all devices together: use --batch 2")
+    common.allow_tf32(options.tf32)
+    torch.manual_seed(options.seed)  # the same starting values on all devices
     if state:
         if state["classes"] != list(classes):
             raise UserError(f"--data {options.data} has other classes than the run: go on with the data of its start")
@@ -401,23 +404,36 @@ def find_pretrained(name: str | None, size: str) -> Path | None:
                    "random weights with --pretrained none")
 
 
+def start_stream(options: argparse.Namespace, dataset: SegmentationDataset, window: int, iteration: int,
+                 process: Process) -> Iterator[Batch]:
+    """This process's micro-batches from an iteration on, without end."""
+    rank, world, _ = process
+    mine = positions(iteration, rank, world, options.batch, share_batch(options.global_batch, world, options.batch))
+    stream = training_loader(dataset, window, seed=options.seed, positions=mine, workers=options.workers)
+    return itertools.chain([next(stream)], stream)  # as it starts it draws from torch's RNG, which is restored later
+
+
 def start_log(options: argparse.Namespace, process: Process, folder: Path, model: Segmenter,
-              dataset: SegmentationDataset, pixels: Tensor, iteration: int, accumulation: int) -> run.Log:
-    """Make the folder, write config.json, say what is about to run. From here on there is something on the disk."""
+              dataset: SegmentationDataset, pixels: Tensor, iteration: int) -> run.Log | None:
+    """Make the folder, write config.json, say what is about to run. From here on there is something on the disk.
+
+    Process 0 alone does so; the others have no log.
+    """
+    if process.rank:
+        return None
     folder.mkdir(parents=True, exist_ok=True)
-    device, window, info = process.device, model.config.window, dataset.info
-    surroundings = run.environment(device, process.world)
+    info, images = dataset.info, options.global_batch // process.world
+    environment = run.environment(process.device, process.world)
     if not (folder / "config.json").exists():
         config = {**vars(options), "name": folder.name, "model": asdict(model.config), "classes": info.classes,
-                  "environment": surroundings}
+                  "environment": environment}
         common.write_whole(folder / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode()))
-    log = run.Log(folder, iteration, options.iterations, device, options.batch * accumulation, math.nan)
+    log = run.Log(folder, iteration, options.iterations, process.device, images)
     log.say(f"{folder}: {options.head} {options.size}, {sum(p.numel() for p in model.parameters()):,} parameters, "
-            f"window {window}, {len(dataset):,} images of {len(info.classes)} classes")
+            f"window {model.config.window}, {len(dataset):,} images of {len(info.classes)} classes")
     log.say(f"global batch {options.global_batch} = {process.world} device(s) x {options.batch} images x "
-            f"{accumulation} accumulated; "
-            f"iterations {iteration} to {options.iterations}")
-    log.write(iteration, "start", surroundings)
+            f"{images // options.batch} accumulated; iterations {iteration} to {options.iterations}")
+    log.write(iteration, "start", environment)
     shares = (pixels / pixels.sum()).tolist()  # the histogram of the labels, beside the picture of one of them
     log.write(iteration, "labels", dict(zip(info.classes, shares, strict=False)) | {"ignored": shares[255]})
     picture, labels = dataset.image(0), dataset.labels(0)
@@ -428,13 +444,14 @@ def start_log(options: argparse.Namespace, process: Process, folder: Path, model
 
 # --------------------------------------------------------------------------------------------------------- command line
 
-NOT_OPTIONS = ("resume", "command", "official", "cost", "model", "classes", "environment")  # in config.json or a recipe
+# In config.json or a recipe, but not for the command line to take over.
+NOT_OPTIONS = ("resume", "official", "cost", "model", "classes", "environment")
 
 
 def parser() -> common.Parser:
-    """The options; what a recipe sets has no default here."""
+    """The options. Those of a recipe's fields are None unless they are given."""
     p = common.Parser(prog="train.py", description="\n\n".join(__doc__.split("\n\n")[:2]),
-                       formatter_class=argparse.RawDescriptionHelpFormatter)
+                      formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_argument_group("what to train")
     what.add_argument("--head", choices=["mask2former", "upernet"], default="mask2former", help="default: mask2former")
     what.add_argument("--size", choices=["tiny", "base", "large"], help="default: tiny for toy data, else large")
@@ -445,44 +462,30 @@ def parser() -> common.Parser:
     what.add_argument("--window", type=common.positive, metavar="PIXELS",
                       help="side of crops and sliding window; default: the size's")
     what.add_argument("--freeze-backbone", action="store_true", help="train adapter and head only")
-    how = p.add_argument_group("how (defaults: the recipe's)")
-    how.add_argument("--iterations", type=common.positive, metavar="N")
-    how.add_argument("--lr", type=rate, metavar="RATE")
+    how = p.add_argument_group("how (other defaults: the recipe's, which head and size choose)")
     how.add_argument("--global-batch", type=common.positive, default=16, metavar="N",
                      help="images in a step, over all devices; default: 16")
-    how.add_argument("--batch", type=common.positive, metavar="N", help="images on a device at once")
-    how.add_argument("--seed", type=natural, default=0, metavar="N", help="default: 0")
+    how.add_argument("--seed", type=common.natural, default=0, metavar="N", help="default: 0")
+    kinds = {int: {"type": common.positive, "metavar": "N"}, float: {"type": common.rate, "metavar": "RATE"},
+             bool: {"action": argparse.BooleanOptionalAction}}
+    for f in fields(Recipe):
+        if f.metadata:
+            how.add_argument("--" + f.name.replace("_", "-"), default=None, **f.metadata, **kinds[f.type])
     where = p.add_argument_group("on what")
     where.add_argument("--device", metavar="NAME", help="cpu, cuda or mps; default: cuda if there is one")
-    where.add_argument("--workers", type=natural, default=2, metavar="N",
+    where.add_argument("--workers", type=common.natural, default=2, metavar="N",
                        help="processes that load data for a device; default: 2")
     where.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision; default: off")
     where.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True,
                        help="TF32 matrix products in float32 on a GPU; on by default, as in the official runs")
-    where.add_argument("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=None,
-                       help="compute activations again in the backward pass: less memory, a third more work")
+    where.add_argument("--fast", action=argparse.BooleanOptionalAction, default=True,
+                       help="the fast text beside the plain one; the numbers are the same to rounding")
     where.add_argument("--compile", action="store_true", help="torch.compile the model")
     folder = p.add_argument_group("the run")
     folder.add_argument("--name", help="of the folder in runs/; default: HEAD-SIZE-DATA")
     folder.add_argument("--resume", nargs="?", const="", metavar="RUN",
-                     help="go on with this run and its options; without RUN: with the newest")
-    folder.add_argument("--validate-every", type=common.positive, metavar="N", help="iterations")
-    folder.add_argument("--save-every", type=common.positive, metavar="N", help="iterations")
+                        help="go on with this run and its options; without RUN: with the newest")
     return p
-
-
-def natural(text: str) -> int:
-    """A whole number from 0 up, for argparse."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 up")
-    return int(text)
-
-
-def rate(text: str) -> float:
-    """A number above 0, for argparse."""
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return float(text)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -491,14 +494,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = p.parse_args(arguments)
     if options.resume is not None:
         folder = run.find_run(options.resume)
-        begun = {key: value for key, value in run.read_config(folder).items() if key not in NOT_OPTIONS}
-        p.set_defaults(**begun)
+        earlier = {key: value for key, value in run.read_config(folder).items() if key not in NOT_OPTIONS}
+        p.set_defaults(**earlier)
         options = p.parse_args(arguments)
         options.resume = str(folder)
         for name in ("head", "size", "window", "freeze_backbone"):
-            if getattr(options, name) != begun.get(name):
+            if getattr(options, name) != earlier.get(name):
                 raise UserError(f"{folder} was begun with another --{name.replace('_', '-')}: leave the option out, "
-                               "or start a new run")
+                                "or start a new run")
     options.size = options.size or ("tiny" if options.data == "toy" else "large")
     recipe = RECIPES[options.head, options.size]
     length = (options.iterations or recipe.iterations) / recipe.iterations
@@ -512,12 +515,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command. Ends the process with status 2 for a user's fault, 1 for a loss that is not finite, 130 for Ctrl-C
     before the loop; in it, StopSignal finishes the iteration and saves."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    keep_freed_memory()
     try:
         options = parse(arguments)
         process = run.join_processes(options.device)
-        if options.resume is None and run.restarted(process) and (begun := run.begun_by(sys.argv)):
-            options = parse([*arguments, "--resume", str(begun)])
+        if options.resume is None and run.restarted(process) and (folder := run.newest_run_of(sys.argv)):
+            options = parse([*arguments, "--resume", str(folder)])
         train(options, process)
     except (UserError, OSError) as error:
         sys.exit(common.complain(str(error)))

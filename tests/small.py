@@ -1,8 +1,8 @@
-"""A data set and a model small enough to train inside a test. As a script it is train.py with that model:
-`torchrun tests/small.py OPTIONS`.
+"""For the tests of training: a data set and a model that are small enough.
 
-A run is cut by SMALL_CUT=ITERATION:SIGNAL:PROCESS: that process sends itself the signal before that iteration's step,
-in its first life only (torchrun starts it again with TORCHELASTIC_RESTART_COUNT set).
+As a script it is train.py with that model: `torchrun tests/small.py OPTIONS`. SMALL_CUT="3:SIGKILL:1 2:SIGTERM:0" cuts
+such a run: at its first start process 1 sends itself SIGKILL before step 3, at its second start (torchrun's restart)
+process 0 sends itself SIGTERM before step 2, counted from that start.
 """
 
 import functools
@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -60,14 +61,13 @@ def write_data(root: Path, images: int = 8, validation: int = 3) -> Path:
     return root
 
 
-def cut_before(iteration: int, number: int, process: int) -> None:
-    """Have `process` send itself the signal before that iteration's exchange."""
-    exchange = train.exchange
-    calls = iter(range(10**9))
+def cut_before(step: int, number: int, process: int = 0) -> None:
+    """Have `process` send itself the signal before that step, counted from now."""
+    exchange, steps = train.exchange, count()
 
     @functools.wraps(exchange)
     def cutting(batches, num_classes, stop, where):
-        if next(calls) == iteration and where.rank == process:
+        if next(steps) == step and where.rank == process:
             os.kill(os.getpid(), number)
             stop = True  # Python runs a signal handler a little later; the promise is about the iteration after it
         return exchange(batches, num_classes, stop, where)
@@ -75,13 +75,13 @@ def cut_before(iteration: int, number: int, process: int) -> None:
     train.exchange = cutting
 
 
-FLOPS, RATE = 1_000_000, 1e11
 REPLACED = {"build_model": small_model, "LOG_EVERY": 1}
 
 if __name__ == "__main__":
     for attribute, value in REPLACED.items():
         setattr(train, attribute, value)
-    if "SMALL_CUT" in os.environ and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        iteration, name, process = os.environ["SMALL_CUT"].split(":")
-        cut_before(int(iteration), signal.Signals[name], int(process))
+    cuts, start = os.environ.get("SMALL_CUT", "").split(), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if start < len(cuts):
+        step, name, process = cuts[start].split(":")
+        cut_before(int(step), signal.Signals[name], int(process))
     train.main()

@@ -1,6 +1,5 @@
 """Two processes over gloo are one run: the same step as one process; stopped, resumed and restarted together."""
 
-import json
 import os
 import socket
 import subprocess
@@ -11,9 +10,7 @@ from pathlib import Path
 import pytest
 import small
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from test_sync_batchnorm import join
+from test_sync_batchnorm import two_processes
 from torch.nn.parallel import DistributedDataParallel
 
 import run
@@ -22,6 +19,7 @@ from data import Batch
 from heads import loss_units
 
 CPU = torch.device("cpu")
+HEADS = ("mask2former", "upernet")
 LAYOUTS = {  # processes, images in each at once, accumulation
     "one process": (1, 4, 1), "one process, accumulated": (1, 2, 2),
     "two processes": (2, 2, 1), "two, one image each, accumulated": (2, 1, 2),
@@ -52,7 +50,7 @@ def batch_of_four(ignored: bool) -> Batch:
 
 
 def one_step(head: str, layout: str, ignored: bool, frozen: str, rank: int = 0, compiled: bool = False) -> dict:
-    """What the loop does in an iteration, in float64: losses, gradients and buffers after it.
+    """What the loop does in an iteration, in float64: loss, gradients and buffers after it.
 
     `frozen`: "norms" use their running statistics and leave them alone; the "backbone" learns nothing.
     """
@@ -75,7 +73,7 @@ def one_step(head: str, layout: str, ignored: bool, frozen: str, rank: int = 0, 
     for i, batch in enumerate(batches):
         first = mine.start + i * share
         units = loss_units(counts, slice(first, first + share), model.config.num_queries)
-        with train.gradients_stay_here(parallel, i < accumulation - 1):
+        with train.averaging(parallel, i == accumulation - 1):
             loss = parallel(batch.images.double() / 128 - 1, batch.labels.long(), units=units)["loss"]
             (loss / accumulation).backward()
         losses += loss.detach() / accumulation
@@ -86,70 +84,27 @@ def one_step(head: str, layout: str, ignored: bool, frozen: str, rank: int = 0, 
     return result | {"loss": losses, "counts": counts}
 
 
-def step_worker(rank: int, file: str, cases: list, results: dict) -> None:
-    join(rank, 2, file)
-    for case in cases:
-        results[(*case, rank)] = one_step(*case, rank=rank)
-    dist.destroy_process_group()
+def assert_close(ours: dict, expected: dict) -> None:
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_every_layout_makes_the_same_step(tmp_path):
-    """Loss, gradients and running statistics to 1e-9, also where one process has no label at all.
-
-    Accumulation is compared with batch norm's statistics fixed: it alone sees only what is on the devices at once.
-    """
-    heads = ("mask2former", "upernet")
-    cases = [(head, "two processes", ignored, "nothing") for head in heads for ignored in (False, True)]
-    cases += [("mask2former", "two, one image each, accumulated", ignored, "norms") for ignored in (False, True)]
-    cases += [("mask2former", "two processes", False, "backbone")]
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(step_worker, (str(tmp_path / "store"), cases, results), nprocs=2)
-        results = dict(results)
-    for head, layout, ignored, frozen in cases:
-        first, second = (results[head, layout, ignored, frozen, rank] for rank in range(2))
-        expected = one_step(head, "one process", ignored, frozen)
-        assert first["counts"].tolist() == ([1, 2, 0, 0] if ignored else [1, 2, 2, 2])
-        losses = (first.pop("loss") + second.pop("loss")) / 2
-        torch.testing.assert_close(losses, expected.pop("loss"), rtol=1e-9, atol=1e-9)
-        for name, value in expected.items():
-            torch.testing.assert_close(first[name], value, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
-            assert torch.equal(first[name], second[name])
+# Accumulation is compared with batch norm's statistics fixed: it alone sees only what is on the devices at once.
+CASES = [(head, "two processes", ignored, "nothing") for head in HEADS for ignored in (False, True)]
+CASES += [("mask2former", "two, one image each, accumulated", ignored, "norms") for ignored in (False, True)]
+CASES += [("mask2former", "two processes", False, "backbone")]
 
 
-@pytest.mark.parametrize("head", ["mask2former", "upernet"])
-def test_accumulation_in_one_process_makes_the_same_step(head):
-    whole, accumulated = (one_step(head, layout, False, "norms") for layout in list(LAYOUTS)[:2])
-    for name, value in whole.items():
-        torch.testing.assert_close(accumulated[name], value, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def compiled_worker(rank: int, file: str, case: tuple, results: dict) -> None:
-    from torch._dynamo.utils import counters  # takes seconds
-
-    join(rank, 2, file)
-    torch._dynamo.config.error_on_recompile = case[0] == "upernet"  # after the matcher, the number of masks varies
-    results[rank] = [one_step(*case, rank=rank, compiled=compiled) for compiled in (False, True)]
-    results[rank, "breaks"] = [" ".join(reason.split()) for reason in counters["graph_break"]]
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("head", ["mask2former", "upernet"])
-def test_compiled_model_makes_the_same_step_in_two_processes(tmp_path, head):
-    """With batch norm over both, averaged gradients and accumulation: none breaks the graph or has it traced again."""
-    with mp.Manager() as manager:
-        results = manager.dict()
-        case = (head, "two, one image each, accumulated", False, "nothing")
-        mp.spawn(compiled_worker, (str(tmp_path / "store"), case, results), nprocs=2)
-        results = dict(results)
-    for rank in range(2):
-        plain, compiled = results[rank]
-        for name, value in plain.items():
-            torch.testing.assert_close(compiled[name], value, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
-        # the matcher must know on the host which classes there are; nothing else leaves the graph
-        assert all("nonzero" in reason for reason in results[rank, "breaks"])
-        assert len(results[rank, "breaks"]) == (head == "mask2former")
+def pair_worker(rank: int) -> dict:
+    """What one of two processes finds out: by case, a step; how often gradients were averaged; whether it restarted."""
+    result = {case: one_step(*case, rank=rank) for case in CASES}
+    result["averages"] = count_averages()
+    starts = []
+    for count in (0, rank):  # in the second place, process 0 is on a node that did not fail
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(count)
+        starts.append(run.restarted(train.Process(rank, 2, CPU)))
+    return result | {"restarted": starts}
 
 
 def count_averages() -> list[int]:
@@ -162,37 +117,59 @@ def count_averages() -> list[int]:
 
     parallel.register_comm_hook(None, hook)
     for i in range(3):
-        with train.gradients_stay_here(parallel, i < 2):
+        with train.averaging(parallel, i == 2):
             parallel(torch.ones(1, 2)).sum().backward()
         counts.append(len(averaged))
     return counts
 
 
-def pair_worker(rank: int, file: str, results: dict) -> None:
-    join(rank, 2, file)
-    results[rank, "averages"] = count_averages()
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = "0"
-    before = run.restarted(train.Process(rank, 2, CPU))
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(rank)  # process 0 is on the node that did not fail
-    results[rank, "restarted"] = before, run.restarted(train.Process(rank, 2, CPU))
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """What two processes found out together."""
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(pair_worker, (str(tmp_path_factory.mktemp("pair") / "store"), results), nprocs=2)
-        return dict(results)
+    return two_processes(tmp_path_factory.mktemp("pair"), pair_worker)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_layout_makes_the_same_step(pair, case):
+    """Loss, gradients and running statistics to 1e-9, also where one process has no label at all."""
+    (head, _, ignored, frozen), (first, second) = case, (dict(result[case]) for result in pair)
+    assert first["counts"].tolist() == ([1, 2, 0, 0] if ignored else [1, 2, 2, 2])
+    loss = (first.pop("loss") + second.pop("loss")) / 2
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_close(first | {"loss": loss}, one_step(head, "one process", ignored, frozen))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_accumulation_in_one_process_makes_the_same_step(head):
+    whole, accumulated = (one_step(head, layout, False, "norms") for layout in list(LAYOUTS)[:2])
+    assert_close(accumulated, whole)
 
 
 def test_gradients_are_averaged_with_the_last_micro_batch_only(pair):
-    assert pair[0, "averages"] == pair[1, "averages"] == [0, 0, 1]
+    assert pair[0]["averages"] == pair[1]["averages"] == [0, 0, 1]
 
 
 def test_all_processes_know_of_a_restart_on_one_node(pair):
-    assert pair[0, "restarted"] == pair[1, "restarted"] == (False, True)
+    assert pair[0]["restarted"] == pair[1]["restarted"] == [False, True]
+
+
+def compiled_worker(rank: int, case: tuple) -> tuple[dict, dict, list[str]]:
+    from torch._dynamo.utils import counters  # takes seconds
+
+    torch._dynamo.config.error_on_recompile = case[0] == "upernet"  # after the matcher, the number of masks varies
+    plain, compiled = (one_step(*case, rank=rank, compiled=compiled) for compiled in (False, True))
+    return plain, compiled, [" ".join(reason.split()) for reason in counters["graph_break"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", HEADS)
+def test_compiled_model_makes_the_same_step_in_two_processes(tmp_path, head):
+    """With batch norm over both, averaged gradients and accumulation: none breaks the graph or has it traced again."""
+    case = (head, "two, one image each, accumulated", False, "nothing")
+    for plain, compiled, breaks in two_processes(tmp_path, compiled_worker, case):
+        assert_close(compiled, plain)
+        # the matcher must know on the host which classes there are; nothing else leaves the graph
+        assert all("nonzero" in reason for reason in breaks) and len(breaks) == (head == "mask2former")
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
@@ -205,9 +182,12 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def torchrun(*options: str, launcher: Sequence[str] = ("--nproc_per_node=2",), **environment: str) -> subprocess.Popen:
+RUN = (*small.OPTIONS, "--iterations", "4", "--validate-every", "2", "--save-every", "1")
+
+
+def torchrun(*options: str, launcher: Sequence[str] = ("--nproc_per_node=2",), cut: str = "") -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", *launcher, small.__file__, *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SMALL_CUT": cut}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -219,11 +199,6 @@ def finish(*processes: subprocess.Popen, seconds: float = 240) -> list[str]:
     return [output for output, _ in outputs]
 
 
-def start(*options: str, **more) -> list[str]:
-    options = (*small.OPTIONS, "--iterations", "4", "--validate-every", "2", "--save-every", "1", *options)
-    return finish(torchrun(*options, **more))
-
-
 def weights(name: str) -> dict[str, torch.Tensor]:
     state = torch.load(f"runs/{name}/last.pt", weights_only=True)
     assert state["iteration"] == 4 and len(state["rng"]) == 2
@@ -231,33 +206,32 @@ def weights(name: str) -> dict[str, torch.Tensor]:
     return state["model"]
 
 
-def equal(first: str, second: str) -> bool:
+def same_weights(first: str, second: str) -> bool:
     a, b = weights(first), weights(second)
     return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def iterations(name: str, kind: str) -> list[int]:
+    return [line["iteration"] for line in run.read_log(Path(f"runs/{name}/log.jsonl")) if line["kind"] == kind]
 
 
 @pytest.fixture
 def uncut(place):
     """A run of two processes from beginning to end."""
-    output, = start("--name", "uncut")
+    output, = finish(torchrun(*RUN, "--name", "uncut"))
     assert output.count("global batch 4 = 2 device(s) x 2 images x 1 accumulated") == 1  # process 0 alone speaks
     return "uncut"
 
 
-def test_runs_of_two_processes_stop_go_on_and_restart(uncut):
-    # A signal to one process stops both after the iteration, with exit status 0; --resume goes on.
-    start("--name", "stopped", SMALL_CUT="2:SIGTERM:1")
-    assert torch.load("runs/stopped/last.pt", weights_only=True)["iteration"] == 2
-    finish(torchrun("--resume", "stopped"))
-    assert equal(uncut, "stopped")
-
-    # kill -9 of one process: torchrun starts both again, and they go on from the last checkpoint.
-    restarts = ("--nproc_per_node=2", "--max-restarts=1")
-    start("--name", "killed", launcher=restarts, SMALL_CUT="3:SIGKILL:1")
-    assert equal(uncut, "killed")
-    steps = [json.loads(line) for line in Path("runs/killed/log.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in steps if line["kind"] == "train"] == [1, 2, 3, 4]
-    assert [line["iteration"] for line in steps if line["kind"] == "start"] == [0, 3]
+def test_a_run_of_two_processes_restarts_stops_and_goes_on(uncut):
+    """kill -9 of one process: torchrun starts both again, and they go on from the last checkpoint. Then a signal to one
+    process stops both after the iteration, with exit status 0; --resume goes on."""
+    finish(torchrun(*RUN, "--name", "cut", launcher=("--nproc_per_node=2", "--max-restarts=1"),
+                    cut="1:SIGKILL:1 1:SIGTERM:1"))
+    assert iterations("cut", "start") == [0, 1] and iterations("cut", "train") == [1, 2]
+    finish(torchrun("--resume", "cut"))
+    assert iterations("cut", "start") == [0, 1, 2] and iterations("cut", "train") == [1, 2, 3, 4]
+    assert same_weights(uncut, "cut")
 
 
 @pytest.mark.slow
@@ -269,29 +243,14 @@ def test_two_nodes_are_one_run(uncut, cut):
         port = probe.getsockname()[1]
     launcher = ("--nnodes=2", "--nproc_per_node=1", "--max-restarts=1", "--rdzv_backend=c10d",
                 f"--rdzv_endpoint=127.0.0.1:{port}")
-    options = (*small.OPTIONS, "--iterations", "4", "--validate-every", "2", "--save-every", "1", "--name", "nodes")
-    finish(*(torchrun(*options, launcher=launcher, **({"SMALL_CUT": cut} if cut else {})) for _ in range(2)))
-    assert equal(uncut, "nodes")
-    starts = [line["iteration"] for line in run.read_log(Path("runs/nodes/log.jsonl")) if line["kind"] == "start"]
-    assert starts == ([0, 3] if cut else [0])
+    finish(*(torchrun(*RUN, "--name", "nodes", launcher=launcher, cut=cut) for _ in range(2)))
+    assert same_weights(uncut, "nodes")
+    assert iterations("nodes", "start") == ([0, 3] if cut else [0])
 
 
 @pytest.mark.slow
-def test_compiled_run_of_two_processes_trains_alike(place):
-    options = ("--iterations", "2", "--validate-every", "2", "--head", "upernet")
-    for name, more in (("plain", ()), ("compiled", ("--compile",))):
-        finish(torchrun(*small.OPTIONS, *options, "--name", name, *more), seconds=1200)
-    plain, compiled = (torch.load(f"runs/{name}/last.pt", weights_only=True)["model"] for name in ("plain", "compiled"))
-    assert plain.keys() == compiled.keys()
-    for name in plain:
-        torch.testing.assert_close(compiled[name], plain[name], rtol=1e-2, atol=5e-3)
-
-
-@pytest.mark.slow
-def test_a_fault_is_told_once(place):
+def test_a_fault_is_printed_once(place):
     process = torchrun(*small.OPTIONS, "--data", "nowhere")
     errors = process.communicate(timeout=120)[1]
     assert process.returncode != 0 and errors.count("error: no data at nowhere") == 1
     assert not Path("runs").exists()
-
-

@@ -1,14 +1,31 @@
 """sync_batchnorm.py: two gloo processes against plain batch norm of all images at once."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from sync_batchnorm import SyncBatchNorm2d, convert_sync_batchnorm, global_moments
+from sync_batchnorm import convert_sync_batchnorm, global_moments
 
 CHANNELS = 5
+SHARES = ([2, 2], [1, 3], [0, 2])  # images of each process
+
+
+def two_processes(folder: Path, work: Callable, *arguments) -> list:
+    """What work(rank, *arguments) returns in each of two processes that gloo joins; the folder is for exchange."""
+    mp.spawn(joined, (folder, work, arguments), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def joined(rank: int, folder: Path, work: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(work(rank, *arguments), folder / f"{rank}.pt")
+    dist.destroy_process_group()
 
 
 def images(count: int) -> torch.Tensor:
@@ -33,34 +50,35 @@ def started(layer: nn.BatchNorm2d) -> nn.BatchNorm2d:
     return layer
 
 
-def join(rank: int, world: int, file: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+def far() -> torch.Tensor:
+    """Images in float32 whose mean is 10,000 times their spread: E[x^2] - E[x]^2 would be 0 or worse."""
+    return (1e4 + torch.linspace(-1, 1, 2 * CHANNELS * 100).view(2, CHANNELS, 10, 10)).float()
 
 
-def worker(rank: int, file: str, shares: list[int], results: dict) -> None:
-    join(rank, len(shares), file)
-    everything = images(sum(shares))
-    mine = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
-    layer = convert_sync_batchnorm(started(nn.BatchNorm2d(CHANNELS, dtype=torch.float64)))
-    weights = everything.cos()
-    results[rank] = step(layer, everything[mine], weights[mine]) | {"is": type(layer) is SyncBatchNorm2d}
-    autocast = convert_sync_batchnorm(nn.BatchNorm2d(CHANNELS))  # maps in half precision, weights in float32
-    results[rank] |= {"half": autocast(everything[mine].bfloat16()).detach(), "mean of half": autocast.running_mean}
-    offset = (1e4 + torch.linspace(-1, 1, 2 * CHANNELS * 100).view(2, CHANNELS, 10, 10)).float()
-    results[rank] |= {"far": global_moments(offset[rank : rank + 1])[1]}
-    dist.destroy_process_group()
+def worker(rank: int) -> list[dict]:
+    """A training pass over this process's share of the images, for each of SHARES."""
+    results = []
+    for shares in SHARES:
+        everything = images(sum(shares))
+        mine = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
+        layer = convert_sync_batchnorm(started(nn.BatchNorm2d(CHANNELS, dtype=torch.float64)))
+        half = convert_sync_batchnorm(nn.BatchNorm2d(CHANNELS))  # maps in half precision, weights in float32
+        results.append(step(layer, everything[mine], everything.cos()[mine]))
+        results[-1] |= {"half": half(everything[mine].bfloat16()).detach(), "mean of half": half.running_mean}
+    results[0]["far"] = global_moments(far()[rank : rank + 1])[1]
+    return results
 
 
-@pytest.mark.parametrize("shares", [[2, 2], [1, 3], [0, 2]])
-def test_two_processes_are_one_batch(shares, tmp_path):
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(worker, (str(tmp_path / "store"), shares, results), nprocs=2)
-        first, second = results[0], results[1]
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return two_processes(tmp_path_factory.mktemp("pair"), worker)
+
+
+@pytest.mark.parametrize("case", range(len(SHARES)), ids=str)
+def test_two_processes_are_one_batch(pair, case):
+    shares, (first, second) = SHARES[case], (results[case] for results in pair)
     everything = images(sum(shares))
     expected = step(started(nn.BatchNorm2d(CHANNELS, dtype=torch.float64)), everything, everything.cos())
-    assert first["is"]
     for name in ("y", "x"):
         torch.testing.assert_close(torch.cat([first[name], second[name]]), expected[name], rtol=1e-9, atol=1e-9)
     for name in ("weight", "bias"):  # each process keeps its share; DDP averages them
@@ -76,9 +94,10 @@ def test_two_processes_are_one_batch(shares, tmp_path):
     torch.testing.assert_close(torch.cat([first["half"], second["half"]]), normalised, rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(first["mean of half"], plain.running_mean, rtol=1e-5, atol=1e-6)  # in float32
 
-    # float32 with a mean 10,000 times the spread: E[x^2] - E[x]^2 would be 0 or worse
-    offset = (1e4 + torch.linspace(-1, 1, 2 * CHANNELS * 100).view(2, CHANNELS, 10, 10)).float()
-    torch.testing.assert_close(first["far"], offset.double().var((0, 2, 3), correction=0).float(), rtol=1e-3, atol=0)
+
+def test_variance_of_a_channel_with_a_large_mean(pair):
+    expected = far().double().var((0, 2, 3), correction=0).float()
+    torch.testing.assert_close(pair[0][0]["far"], expected, rtol=1e-3, atol=0)
 
 
 def test_without_other_processes_it_is_plain_batch_norm():

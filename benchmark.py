@@ -35,6 +35,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fast.memory import keep_freed_memory
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
@@ -43,7 +44,6 @@ import common
 import data
 import evaluate
 import heads
-from fast.memory import keep_freed_memory
 from measure import (
     Dispatches,
     forward_flops,

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from fast.memory import keep_freed_memory
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -38,7 +39,6 @@ import data
 import run
 import weights
 from common import UserError
-from fast.memory import keep_freed_memory
 from tools import draw
 
 Save = Callable[[int, np.ndarray], None]  # takes an image's index and its prediction, uint8 (H, W)

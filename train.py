@@ -43,8 +43,7 @@ from adapter import Extractor, Injector
 from common import UserError
 from data import Batch, SegmentationDataset, normalize, open_dataset, positions, training_loader
 from evaluate import evaluate, metrics, predictions, table
-from fast.memory import keep_freed_memory
-from heads import loss_units, mask_counts
+from heads import Normalizers, classes_present, loss_normalizers
 from measure import forward_flops, matmul_rate
 from model import Block, ModelConfig, Segmenter, build_model
 from run import Process
@@ -203,11 +202,12 @@ def train(options: argparse.Namespace, process: Process) -> None:
         rng, sums = run.rng_state(device), defaultdict(float)
         for i, batch in enumerate(batches):
             first = (rank * accumulation + i) * options.batch  # of this micro-batch's images in the global batch
-            units = loss_units(counts, slice(first, first + options.batch), model.config.num_queries)
+            divisors = loss_normalizers(counts, slice(first, first + options.batch), model.config.num_queries)
+            divisors = Normalizers(*(x.float().to(device, non_blocking=True) for x in divisors))
             with gradients_stay_here(parallel, i < accumulation - 1):  # only the last backward averages over devices
                 with torch.autocast(device.type, amp, enabled=amp is not None):
                     images = normalize(batch.images.to(device, non_blocking=True), batch.extents)
-                    terms = parallel(images, batch.labels.to(device, non_blocking=True).long(), units=units)
+                    terms = parallel(images, batch.labels.to(device, non_blocking=True).long(), divisors)
                 watch.lap("forward")
                 scaler.scale(terms["loss"] / accumulation).backward()
                 watch.lap("backward")
@@ -256,16 +256,16 @@ def share_batch(global_batch: int, world: int, batch: int) -> int:
 
 
 def exchange(batches: Sequence[Batch], num_classes: int, stop: bool, process: Process) -> tuple[Tensor, bool]:
-    """What all processes must know before a step: the mask counts (N,) of the global batch, in the order of the stream
-    and on this process's device, and whether one wants to stop.
+    """What all processes must know before a step: the mask counts (N,) of the global batch, in the order of the stream,
+    and whether one wants to stop.
 
     Both are known on the host, and travel between hosts: nobody waits for a device.
     """
-    mine = torch.cat([mask_counts(batch.labels, num_classes) for batch in batches] + [torch.tensor([int(stop)])])
+    mine = torch.cat([classes_present(batch.labels, num_classes).sum(1) for batch in batches] + [torch.tensor([stop])])
     everyone = mine.repeat(process.world, 1)  # (processes, N / processes + 1)
     if process.world > 1:
         dist.all_gather(list(everyone), mine)  # into the rows
-    return everyone[:, :-1].flatten().to(process.device, non_blocking=True), bool(everyone[:, -1].any())
+    return everyone[:, :-1].flatten(), bool(everyone[:, -1].any())
 
 
 def data_parallel(model: Segmenter, process: Process) -> nn.Module:
@@ -515,7 +515,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command. Ends the process with status 2 for a user's fault, 1 for a loss that is not finite, 130 for Ctrl-C
     before the loop; in it, StopSignal finishes the iteration and saves."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    keep_freed_memory()
     try:
         options = parse(arguments)
         process = run.join_processes(options.device)

@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from fast.memory import recomputed
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fast import memory
-from fast.memory import recomputed
 
 
 class Products(TorchDispatchMode):

@@ -25,9 +25,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from common import UserError
+from common import IGNORE, UserError
 
-IGNORE = 255
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, in grey levels, RGB
 LOWER_CASE = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 EXTENSIONS = LOWER_CASE + tuple(extension.upper() for extension in LOWER_CASE)

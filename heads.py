@@ -13,7 +13,6 @@ first layer and after each), T target masks of one image, M matched masks of all
 """
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -22,20 +21,13 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from adapter import resize, to_map
+from common import IGNORE
 from msda_cuda import MSDeformAttn, reference_points
-
-IGNORE = 255
 
 
 def full_precision(x: Tensor) -> Tensor:
     """float16 and bfloat16 to float32; float32 and float64 as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def no_autocast(x: Tensor) -> AbstractContextManager:
-    """Mixed precision off for what runs inside, on the device of `x`; "meta" has no mixed precision to switch off."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 # ------------------------------------------------------------------------------------------------------------ UperNet
@@ -331,7 +323,7 @@ def semantic_scores(prediction: Prediction) -> Tensor:
     class_logits, mask_embeds, mask_features = prediction
     classes = full_precision(class_logits[-1]).softmax(dim=2)[..., :-1]
     masks = full_precision(torch.einsum("bqc,bchw->bqhw", mask_embeds[-1], mask_features)).sigmoid()
-    with no_autocast(masks):  # the product too: bfloat16 would decide near ties by chance
+    with torch.autocast(masks.device.type, enabled=False):  # the product too: bfloat16 would decide ties by chance
         return torch.einsum("bqk,bqhw->bkhw", classes, masks)
 
 
@@ -450,7 +442,7 @@ def mask2former_losses(prediction: Prediction, labels: Tensor, normalizers: Norm
         num_points: P, points at which masks are compared (12,544 in the released models).
     """
     losses = {}
-    with no_autocast(labels):  # matching and losses stay in float32
+    with torch.autocast(labels.device.type, enabled=False):  # matching and losses stay in float32
         class_logits, mask_embeds, mask_features = map(full_precision, prediction)
         no_object = class_logits.shape[-1] - 1
         targets = targets_of(labels, no_object)

@@ -26,7 +26,6 @@ from heads import (
     classes_present,
     dice_loss,
     full_precision,
-    no_autocast,
     point_losses,
     point_sample,
     uncertain_points,
@@ -36,7 +35,7 @@ from heads import (
 def mask2former_losses(prediction: Prediction, labels: Tensor, normalizers: Normalizers | None = None, *,
                        num_points: int) -> dict[str, Tensor]:
     """Arguments and result as of `heads.mask2former_losses`."""
-    with no_autocast(labels):  # matching and losses stay in float32
+    with torch.autocast(labels.device.type, enabled=False):  # matching and losses stay in float32
         prediction = prediction._replace(class_logits=full_precision(prediction.class_logits))
         class_logits = prediction.class_logits
         num_queries, no_object = class_logits.shape[2], class_logits.shape[3] - 1

@@ -4,7 +4,7 @@ Reading order: inference -> KeptBias (BEiT's position bias is gathered once) -> 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from adapter import FeatureMaps, TokenLayout, resize, to_map, token_layout
 from fast.allocator import keep_freed_memory
 from fast.operators import FastOperators, reads_position_table
 from fast.swap import Part, agreeing, example_of, swapped
-from fast.training import levels_at_their_resolution, masks_by_queries
+from fast.training import levels_at_their_resolution
 from heads import Mask2Former, UperNet
 
 ACTIVE: list[nn.Module] = []  # models whose context is open: to enter it again changes nothing
@@ -33,10 +33,12 @@ def inference(model: nn.Module, enabled: bool = True) -> Iterator[None]:
         yield
         return
     keep_freed_memory()
-    parts = [make(model) for make in (levels_at_their_resolution, masks_by_queries, f4_through_lateral)]
+    parts = agreeing(model, [*levels_at_their_resolution(model), *f4_through_lateral(model)])
+    # A mode costs the host 2 us for each function that the model calls: more than a small model can gain.
+    functions = KeptBias() if model.config.embed_dim >= 256 else nullcontext()
     ACTIVE.append(model)
     try:
-        with swapped(agreeing(model, [part for part in parts if part])), KeptBias():
+        with swapped(parts), functions:
             yield
     finally:
         ACTIVE.pop()
@@ -64,7 +66,7 @@ class KeptBias(FastOperators):
         return self.kept[key][0]
 
 
-def f4_through_lateral(model: nn.Module) -> Part | None:
+def f4_through_lateral(model: nn.Module) -> list[Part]:
     """f4 goes through the head's lateral, a 1x1 convolution, before it is as wide as the ViT.
 
     In eval mode all between the stem and the lateral is linear: weights are multiplied first, maps once. The lateral's
@@ -72,7 +74,7 @@ def f4_through_lateral(model: nn.Module) -> Part | None:
     """
     adapter, head = model.adapter, model.head
     if model.training or not isinstance(head, Mask2Former | UperNet):
-        return None
+        return []
     lateral = (head.laterals[0] if isinstance(head, UperNet) else head.pixel_decoder.lateral)[0]
     norm, up, prior = adapter.norms[0], adapter.up, adapter.spatial_prior.fc1
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
@@ -101,5 +103,5 @@ def f4_through_lateral(model: nn.Module) -> Part | None:
     def unchanged(x: Tensor) -> Tensor:
         return x
 
-    return Part("ViTAdapter.merge", [(adapter, "merge", merge), (prior, "forward", unchanged),
-                                     (lateral, "forward", unchanged)], example)
+    swaps = [(adapter, "merge", merge), (prior, "forward", unchanged), (lateral, "forward", unchanged)]
+    return [Part("ViTAdapter.merge", swaps, example)]

@@ -1,6 +1,6 @@
 """`with fast.training(model):` around forward and backward pass: the same losses and gradients, sooner, in less memory.
 
-Reading order: training -> losses_at_once, levels_at_their_resolution (the parts of a model that have another text); then
+Reading order: training -> losses_at_once, levels_at_their_resolution (parts of a model that have another text); then
 operators.py and recompute.py (what PyTorch's functions do inside).
 """
 

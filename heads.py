@@ -1,7 +1,7 @@
 """Two segmentation heads on four feature maps, Hungarian matching, and the losses, as in the papers.
 
 Reading order for UperNet: UperNet -> FCN -> upernet_losses.
-Reading order for Mask2Former: PixelDecoder -> DecoderLayer -> Mask2Former -> semantic_scores -> Target -> match ->
+Reading order for Mask2Former: PixelDecoder -> DecoderLayer -> Mask2Former -> semantic_scores -> Target -> mask_costs, match ->
 class_loss, mask_losses -> mask2former_losses; loss_normalizers last, for images that are part of a larger batch.
 
 Both heads take the adapter's maps (f4, f8, f16, f32), (B, D, H/s, W/s) at stride s. Modules only predict; matching and
@@ -361,6 +361,16 @@ def dice_loss(overlap: Tensor, areas: Tensor) -> Tensor:
     return 1 - (2 * overlap + 1) / (areas + 1)  # areas in first powers, 1 added to both, as released
 
 
+def mask_costs(logits: Tensor, targets: Tensor) -> Tensor:
+    """What it costs to match each mask with each target, compared at points: (..., Q, P), (..., T, P) -> (..., Q, T).
+    Official: match_costs.py, CrossEntropyLossCost and DiceCost."""
+    # Binary cross-entropy: softplus(-x) t + softplus(x) (1 - t) = softplus(x) - x t
+    cross_entropy = (F.softplus(logits).sum(dim=-1, keepdim=True) - logits @ targets.mT) / logits.shape[-1]
+    probabilities = logits.sigmoid()
+    areas = probabilities.sum(dim=-1, keepdim=True) + targets.sum(dim=-1)[..., None, :]
+    return MASK_WEIGHT * cross_entropy + DICE_WEIGHT * dice_loss(probabilities @ targets.mT, areas)
+
+
 @torch.no_grad()
 def match(class_logits: Tensor, mask_logits: Tensor, target: Target, num_points: int) -> tuple[Tensor, Tensor]:
     """Hungarian matching for one image (section 3.2.3). Official: assigner.py, MaskHungarianAssigner.
@@ -371,12 +381,8 @@ def match(class_logits: Tensor, mask_logits: Tensor, target: Target, num_points:
     points = torch.rand(1, num_points, 2, device=mask_logits.device, dtype=mask_logits.dtype)
     logits = point_sample(mask_logits[None], points)[0]  # (Q, P)
     masks = point_sample(target.masks[None].to(logits.dtype), points)[0]  # (T, P)
-    # Binary cross-entropy of each query with each target: softplus(-x) t + softplus(x) (1 - t) = softplus(x) - x t
-    mask_cost = (F.softplus(logits).sum(dim=1, keepdim=True) - logits @ masks.T) / num_points  # (Q, T)
-    probabilities = logits.sigmoid()
-    dice_cost = dice_loss(probabilities @ masks.T, probabilities.sum(dim=1, keepdim=True) + masks.sum(dim=1))
     class_cost = -class_logits.softmax(dim=1)[:, target.classes]
-    cost = CLASS_WEIGHT * class_cost + MASK_WEIGHT * mask_cost + DICE_WEIGHT * dice_cost
+    cost = CLASS_WEIGHT * class_cost + mask_costs(logits, masks)
     pairs = linear_sum_assignment(cost.nan_to_num(1e6, 1e6, -1e6).cpu().numpy())  # SciPy refuses non-finite costs
     queries, targets = (torch.from_numpy(index).to(cost.device) for index in pairs)
     return queries, targets

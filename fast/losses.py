@@ -24,8 +24,8 @@ from heads import (
     Prediction,
     class_loss,
     classes_present,
-    dice_loss,
     full_precision,
+    mask_costs,
     point_losses,
     point_sample,
     uncertain_points,
@@ -63,25 +63,12 @@ def matching_costs(prediction: Prediction, labels: Tensor, num_points: int) -> T
     in_maps, in_labels = corners(points, *mask_features.shape[2:]), corners(points, *labels.shape[1:])
     pixels = bordered(mask_features, 0).flatten(2).mT  # (B, C, h, w) -> (B, (h + 2)(w + 2), C)
     classes = bordered(labels.clamp(max=num_classes), num_classes)  # 255 -> K
-    sums = []
+    costs = []
     for embeds, *corners_of in zip(mask_embeds, *in_maps, *in_labels, strict=True):  # little memory at a time
         masks = full_precision(pixels @ embeds.mT.contiguous())  # (B, (h + 2)(w + 2), Q)
-        logits = sample_pixels(masks, *corners_of[:2])
-        sums.append(mask_sums(logits, sample_targets(classes, *corners_of[2:], num_classes)))
-    cross_entropy, overlap, areas = (torch.stack(each) for each in zip(*sums, strict=True))
-    dice_cost = dice_loss(overlap, areas)
-    class_cost = -class_logits.softmax(dim=3)[..., :-1]
-    return CLASS_WEIGHT * class_cost + MASK_WEIGHT * cross_entropy / num_points + DICE_WEIGHT * dice_cost
-
-
-def mask_sums(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy, overlap and areas of each mask with each target, summed over the points: (B, P, Q), (B, P, K) ->
-    three of (B, Q, K). `logits` is used up."""
-    # softplus(-x) t + softplus(x) (1 - t) = softplus(x) - x t
-    cross_entropy = F.softplus(logits).sum(dim=1)[:, :, None] - logits.mT @ targets
-    probabilities = logits.sigmoid_()
-    areas = probabilities.sum(dim=1)[:, :, None] + targets.sum(dim=1, keepdim=True)
-    return cross_entropy, probabilities.mT @ targets, areas
+        logits, targets = sample_pixels(masks, *corners_of[:2]), sample_targets(classes, *corners_of[2:], num_classes)
+        costs.append(mask_costs(logits.mT, targets.mT))
+    return CLASS_WEIGHT * -class_logits.softmax(dim=3)[..., :-1] + torch.stack(costs)
 
 
 class Matches(NamedTuple):

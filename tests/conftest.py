@@ -76,7 +76,7 @@ def randomized(module: torch.nn.Module) -> torch.nn.Module:
             if tensor.dim() < 2:
                 torch.nn.init.uniform_(tensor, 0.5, 1.5)
             else:
-                torch.nn.init.normal_(tensor, std=0.2)
+                torch.nn.init.normal_(tensor, std=tensor[0].numel() ** -0.5)
     return module.double().eval()
 
 

@@ -1,7 +1,7 @@
 """Two segmentation heads on four feature maps, Hungarian matching, and the losses, as in the papers.
 
 Reading order for UperNet: UperNet -> FCN -> upernet_losses.
-Reading order for Mask2Former: PixelDecoder -> DecoderLayer -> Mask2Former -> semantic_scores -> Target -> mask_costs, match ->
+Reading order for Mask2Former: PixelDecoder -> DecoderLayer -> Mask2Former -> semantic_scores -> Target -> match ->
 class_loss, mask_losses -> mask2former_losses; loss_normalizers last, for images that are part of a larger batch.
 
 Both heads take the adapter's maps (f4, f8, f16, f32), (B, D, H/s, W/s) at stride s. Modules only predict; matching and
@@ -150,13 +150,6 @@ def sine_positions(h: int, w: int, channels: int, like: Tensor) -> Tensor:
     return torch.cat([y, x], dim=2).flatten(0, 1).to(like.dtype)
 
 
-class FeedForward(nn.Sequential):
-    """Two linear layers with a ReLU between, (B, S, C) -> (B, S, C)."""
-
-    def __init__(self, channels: int, hidden: int):
-        super().__init__(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
-
-
 class PixelDecoderLayer(nn.Module):
     """Deformable self-attention over three levels, then feed-forward; both post-norm (Zhu et al., ICLR 2021)."""
 
@@ -164,7 +157,7 @@ class PixelDecoderLayer(nn.Module):
         super().__init__()
         self.attention = MSDeformAttn(channels, num_heads, num_levels=3, num_points=4)
         self.norm1 = nn.LayerNorm(channels)
-        self.ffn = FeedForward(channels, hidden)
+        self.ffn = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
         self.norm2 = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor, positions: Tensor, points: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
@@ -192,7 +185,6 @@ class PixelDecoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Convolutions Xavier and "caffe2 Xavier" uniform, the layers' matrices Xavier normal, embeddings normal 1."""
         nn.init.normal_(self.level_embed)
         for conv, _ in self.inputs:
             nn.init.xavier_uniform_(conv.weight)
@@ -250,7 +242,7 @@ class DecoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(channels)
         self.self_attention = MultiheadAttention(channels, num_heads)
         self.norm2 = nn.LayerNorm(channels)
-        self.ffn = FeedForward(channels, hidden)
+        self.ffn = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
         self.norm3 = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor, query_embed: Tensor, memory: Tensor, positions: Tensor, attend: Tensor) -> Tensor:

@@ -86,19 +86,15 @@ def relative_position_index(h: int, w: int) -> Tensor:
     y, x = y.flatten(), x.flatten()
     patches = (y[:, None] - y + h - 1) * (2 * w - 1) + (x[:, None] - x + w - 1)
     rows = (2 * h - 1) * (2 * w - 1)
-    index = torch.empty(1 + h * w, 1 + h * w, dtype=torch.long)
-    index[1:, 1:] = patches
-    index[0, 1:] = rows
+    index = F.pad(patches, (1, 0, 1, 0), value=rows)
     index[1:, 0] = rows + 1
     index[0, 0] = rows + 2
     return index
 
 
 class Attention(nn.Module):
-    """Self-attention with a learned bias for each relative position (official: beit.py, Attention).
-
-    Queries and values have a bias, keys have none.
-    """
+    """Self-attention with a learned bias for each relative position; queries and values have a bias, keys have none.
+    Official: beit.py, Attention."""
 
     def __init__(self, dim: int, num_heads: int, window_grid: tuple[int, int]):
         super().__init__()
@@ -168,7 +164,6 @@ class BEiT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Truncated normal 0.02 for the class token and every matrix, biases 0."""
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):

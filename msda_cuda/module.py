@@ -67,19 +67,12 @@ class MSDeformAttn(nn.Module):
 def sampling_locations(points: Tensor, offsets: Tensor, shapes: Shapes) -> Tensor:
     """points (Q, 2) in [0, 1] + offsets (B, Q, M, L, P, 2) in pixels / (w, h) of each level -> (B, Q, M, L, P, 2)."""
     *_, L, P, _ = offsets.shape
+    sizes = offsets.new_empty(L, P, 2)
+    for size, (h, w) in zip(sizes, shapes, strict=True):  # on the device: `torch.tensor(shapes)` would copy, and wait
+        size[:, 0], size[:, 1] = w, h
     # Rows of L * P * 2 numbers, since broadcasting over a last axis of 2 takes seven times as long on a CPU.
-    sizes = level_sizes(shapes, offsets)[:, None].expand(L, P, 2).flatten()
     points = points.to(offsets.dtype).repeat(1, L * P)[:, None]  # (Q, 1, L * P * 2)
-    return (points + offsets.flatten(3) / sizes).view_as(offsets)
-
-
-def level_sizes(shapes: Shapes, like: Tensor) -> Tensor:
-    """(w, h) of each level, (L, 2). Filled on the device: `torch.tensor(shapes)` would copy from the host and wait."""
-    sizes = like.new_empty(len(shapes), 2)
-    for level, (h, w) in enumerate(shapes):
-        sizes[level, 0].fill_(w)
-        sizes[level, 1].fill_(h)
-    return sizes
+    return (points + offsets.flatten(3) / sizes.flatten()).view_as(offsets)
 
 
 def reference_points(shapes: Shapes, like: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 Reading order: inference -> KeptBias (BEiT's position bias is gathered once) -> f4_through_lateral.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,30 +19,52 @@ from fast.swap import Part, agreeing, example_of, swapped
 from fast.training import levels_at_their_resolution
 from heads import Mask2Former, UperNet
 
-ACTIVE: list[nn.Module] = []  # models whose context is open: to enter it again changes nothing
+LOCK = threading.Lock()
+OPEN: dict[nn.Module, tuple[int, ExitStack]] = {}  # open contexts of a model; what the last undoes
+HERE = threading.local()  # its `models` have a context in this thread
 
 
 @contextmanager
-@torch.no_grad()
 def inference(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     """Around predictions; gradients are off inside, and the weights must not change.
 
     PyTorch's functions go quicker ways, the position bias is gathered once, and in eval mode f4 goes through the
-    head's first convolution on its way. At the end the model is as it was.
+    head's first convolution on its way. At the end the model is as it was. To enter again inside is free; threads may
+    share a model.
     """
-    if not enabled or any(model is each for each in ACTIVE):
+    models = vars(HERE).setdefault("models", set())
+    if not enabled or model in models:
         yield
         return
     keep_freed_memory()
-    parts = agreeing(model, [*levels_at_their_resolution(model), *f4_through_lateral(model)])
     # A mode costs the host 2 us for each function that the model calls: more than a small model can gain.
     functions = KeptBias() if model.config.embed_dim >= 256 else nullcontext()
-    ACTIVE.append(model)
+    models.add(model)
     try:
-        with swapped(parts), functions:
+        with torch.no_grad(), parts_of(model), functions:
             yield
     finally:
-        ACTIVE.pop()
+        models.remove(model)
+
+
+@contextmanager
+def parts_of(model: nn.Module) -> Iterator[None]:
+    """Inside, the parts run by their other text: until the last of several threads has left."""
+    with LOCK:
+        number, undo = OPEN.get(model, (0, ExitStack()))
+        if number == 0:
+            parts = [*levels_at_their_resolution(model), *f4_through_lateral(model)]
+            undo.enter_context(swapped(agreeing(model, parts)))
+        OPEN[model] = number + 1, undo
+    try:
+        yield
+    finally:
+        with LOCK:
+            number, undo = OPEN.pop(model)
+            if number == 1:
+                undo.close()
+            else:
+                OPEN[model] = number - 1, undo
 
 
 class KeptBias(FastOperators):

@@ -18,36 +18,34 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from fast.operators import REPLACEMENTS, FastOperators
 
 SMALLEST = 2**14  # numbers; what is smaller is not worth the host's time
-ADDITIONS = {torch.Tensor.add}
-CHEAP = {F.layer_norm, F.gelu, F.interpolate, torch.Tensor.mul, torch.Tensor.to, torch.Tensor.__getitem__, *ADDITIONS}
+SUM = torch.Tensor.add
+CHEAP = {F.layer_norm, F.gelu, F.interpolate, SUM, torch.Tensor.mul, torch.Tensor.to, torch.Tensor.__getitem__}
 CASTING = {F.linear, F.conv2d, F.conv_transpose2d}  # autocast casts what these are given
 
 
 class Recipe:
     """How to make a tensor again: a function, and its arguments, which may be recipes themselves."""
 
-    def __init__(self, function: Callable, args: Sequence, kwargs: dict):
+    def __init__(self, result: Tensor, function: Callable, args: Sequence, kwargs: dict):
         self.function, self.args, self.kwargs = function, args, kwargs
-        self.has_sum = function in ADDITIONS or any(isinstance(x, Recipe) and x.has_sum for x in args)
-        self.uses, self.result = 0, None  # the result is made once for all who still wait for it
+        self.shape, self.stride = result.shape, result.stride()
+        self.has_sum = function is SUM or any(x.has_sum for x in args if isinstance(x, Recipe))
+        self.waiting = 0  # so many will ask for the tensor
+        self.made: Tensor | None = None  # kept from the first who asks to the last
 
     def make(self) -> Tensor:
         """The tensor; autograd must be off."""
-        if self.result is not None:
-            return self.result
-        args = (x.make() if isinstance(x, Recipe) else x for x in self.args)
-        result = REPLACEMENTS.get(self.function, self.function)(*args, **self.kwargs)
-        if self.uses > 1:
-            self.result = result
-        return result
+        if self.made is not None:
+            return self.made
+        args = [x.make() if isinstance(x, Recipe) else x for x in self.args]
+        return REPLACEMENTS.get(self.function, self.function)(*args, **self.kwargs)
 
-    def use(self) -> Tensor:
+    def ask(self) -> Tensor:
         """The tensor, for one of those who wait for it."""
-        result = self.make()
-        self.uses -= 1
-        if self.uses == 0:
-            self.result = None
-        return result
+        made = self.make()
+        self.waiting -= 1
+        self.made = made if self.waiting else None
+        return made
 
 
 class CheapResults(FastOperators):
@@ -58,33 +56,31 @@ class CheapResults(FastOperators):
         self.notes: dict[int, tuple[StorageWeakRef, Recipe]] = {}
 
     def recipe_of(self, x: Tensor) -> Recipe | None:
-        """The recipe of the storage of `x`."""
+        """The recipe of what lies in the storage of `x`."""
         note = self.notes.get(x.untyped_storage()._cdata)
         return note[1] if note else None
 
-    def source(self, x: Any) -> Any:
-        """An argument for a recipe: a recipe where x is the whole of a noted result, else what it is."""
-        if not isinstance(x, Tensor):
-            return x
-        recipe = self.recipe_of(x)
-        return recipe if recipe and x.numel() == recipe.numel and x.stride() == recipe.stride else x.detach()
-
     def note(self, result: Tensor, function: Callable, args: Sequence, kwargs: dict) -> Tensor:
-        """Write down the recipe of a result, if what the recipe holds is less than the result."""
-        sources = [self.source(x) for x in args]
-        recipe = Recipe(function, sources, kwargs)
-        recipe.numel, recipe.stride = result.numel(), result.stride()
-        if function in ADDITIONS:
-            first, second = sources[:2]
-            held = second.nbytes if isinstance(second, Tensor) else 0  # the first is kept anyway: a residual stream
+        """Write down the recipe of a result, if that holds less than the result; gives the result."""
+        recipe = Recipe(result, function, [self.ingredient(x) for x in args], kwargs)
+        if function is SUM:
+            first, second = recipe.args[:2]  # the first is a residual stream, kept anyway
+            held = second.nbytes if isinstance(second, Tensor) else 0
             # A sum of sums would be made again from the beginning of the network.
             if held >= result.nbytes or any(isinstance(x, Recipe) and x.has_sum for x in (first, second)):
                 return result
-        if len(self.notes) % 64 == 63:  # what nobody kept is forgotten, and with it what the recipe holds
+        if len(self.notes) % 64 == 63:  # what nobody kept is forgotten, and with it what its recipe holds
             self.notes = {key: note for key, note in self.notes.items() if not note[0].expired()}
-        reference = StorageWeakRef(result.untyped_storage())  # held, so that the address stays this storage's
-        self.notes[reference.cdata] = reference, recipe
+        storage = StorageWeakRef(result.untyped_storage())  # held, so that no other storage gets its address
+        self.notes[storage.cdata] = storage, recipe
         return result
+
+    def ingredient(self, x: Any) -> Any:
+        """An argument as a recipe holds it: its own recipe where it has one, else what it is."""
+        if not isinstance(x, Tensor):
+            return x
+        recipe = self.recipe_of(x)
+        return recipe if recipe and (recipe.shape, recipe.stride) == (x.shape, x.stride()) else x.detach()
 
     def cast(self, x: Tensor) -> Tensor:
         """What autocast would do with an input or a weight, done here, because it is cheap, too."""
@@ -97,12 +93,10 @@ class CheapResults(FastOperators):
     def __torch_function__(self, function: Callable, types: Any, args: Sequence = (),
                            kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if function not in CHEAP and function not in CASTING:
-            return super().__torch_function__(function, types, args, kwargs)
         if function in CASTING and torch.is_autocast_enabled(args[0].device.type):
             args = [*map(self.cast, args[:2]), *args[2:]]
         result = super().__torch_function__(function, types, args, kwargs)
-        if function in CHEAP and result.numel() >= SMALLEST and result.requires_grad and not is_view(result, args[0]):
+        if function in CHEAP and result.requires_grad and result.numel() >= SMALLEST and not is_view(result, args[0]):
             self.note(result, function, args, kwargs)
         return result
 
@@ -121,7 +115,7 @@ def recompute_cheap() -> Iterator[None]:
         recipe = results.recipe_of(x)
         if recipe is None:
             return x
-        recipe.uses += 1
+        recipe.waiting += 1
         return recipe, x.shape, x.stride(), x.storage_offset()
 
     @torch.no_grad()
@@ -129,7 +123,7 @@ def recompute_cheap() -> Iterator[None]:
         if isinstance(kept, Tensor):
             return kept
         recipe, *geometry = kept
-        return recipe.use().as_strided(*geometry)
+        return recipe.ask().as_strided(*geometry)
 
     with results, torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

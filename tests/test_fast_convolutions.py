@@ -41,15 +41,13 @@ def test_winograd_in_float32_is_as_exact_as_the_convolution():
 
 
 def test_wide_and_large_maps_alone_go_to_winograd(monkeypatch):
-    """Not: narrow maps, odd sizes, a stride, a bias, groups, float64, autocast."""
+    """Not: narrow maps, odd sizes, a stride, no padding, a bias, float64, autocast."""
     calls = []
     monkeypatch.setattr("fast.convolutions.winograd", lambda x, w: calls.append(x.shape) or winograd(x, w))
-    x, weight, bias = torch.randn(1, 512, 60, 60), torch.randn(8, 512, 3, 3) / 64, torch.ones(8)
-    others = [((x[:, :8], weight[:, :8], None, 1, 1), {}), ((x[:, :, :59], weight, None, 1, 1), {}),
-              ((x, weight), {"stride": 2, "padding": 1}), ((x, weight), {}), ((x, weight, bias), {"padding": (1, 1)}),
-              ((x, weight[:, :256]), {"padding": 1, "groups": 2}), ((x.double(), weight.double()), {"padding": 1})]
-    for args, kwargs in others:
-        assert operators.convolution(*args, **kwargs).equal(F.conv2d(*args, **kwargs))
+    x, weight = torch.randn(1, 512, 60, 60), torch.randn(8, 512, 3, 3) / 64
+    for args in ((x[:, :8], weight[:, :8], None, 1, 1), (x[:, :, :59], weight, None, 1, 1), (x, weight, None, 2, 1),
+                 (x, weight), (x, weight, torch.ones(8), 1, 1), (x.double(), weight.double(), None, 1, 1)):
+        assert operators.convolution(*args).equal(F.conv2d(*args))
     with torch.autocast("cpu", torch.bfloat16):
         operators.convolution(x, weight, padding=1)
     assert calls == []

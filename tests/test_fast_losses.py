@@ -12,8 +12,6 @@ from scipy.optimize import linear_sum_assignment
 from test_heads import CLASSES, EXACT, POINTS, QUERIES, plain_cost, random_labels, random_prediction, sampled
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import heads
 from common import IGNORE
@@ -53,11 +51,6 @@ def test_all_at_once_is_one_by_one(halton_points, images, queries, normalized):
 # ----------------------------------------------------------------------------------------------------------- sampling
 
 
-def binary_masks(labels: torch.Tensor) -> torch.Tensor:
-    """(B, H, W) -> float64 (B, K, H, W), the masks that the code under test never builds; ignored pixels are 0."""
-    return torch.stack([labels == k for k in range(CLASSES)], dim=1).double()
-
-
 @pytest.mark.parametrize("size", [(8, 8), (5, 11), (1, 3)])
 def test_pixels_are_sampled_as_by_grid_sample(size):
     """Also at the border, where what is outside counts as 0."""
@@ -72,7 +65,7 @@ def test_targets_are_the_binary_masks_sampled():
     points = GRID.expand(3, -1, 2) * (1 - torch.rand(3, 1, 2) / 10)  # other points for each image
     classes = bordered(labels.clamp(max=CLASSES), CLASSES)
     targets = sample_targets(classes, *corners(points, *labels.shape[1:]), CLASSES)
-    masks = binary_masks(labels)
+    masks = torch.stack([labels == k for k in range(CLASSES)], dim=1).double()
     torch.testing.assert_close(targets.mT, sampled(masks, points), **EXACT)
     image, category = torch.tensor([2, 0, 0, 1]), torch.tensor([4, 0, 3, 1])
     points = points[[0, 1, 2, 0]]
@@ -126,16 +119,12 @@ def test_non_finite_costs_lose_against_finite_ones():
 class CallNames(TorchFunctionMode):
     """Names of all torch functions called, in order."""
 
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.names.append(getattr(function, "__name__", ""))
+        self.names = [*vars(self).get("names", []), getattr(function, "__name__", "")]
         return function(*args, **(kwargs or {}))
 
 
-def test_one_copy_to_the_host_and_one_back():
+def test_matching_is_one_copy_to_the_host_and_one_back():
     """For ten outputs and four images: `cpu` once, nothing that reads a value before it, `to` once after it."""
     costs, present = torch.randn(10, 4, QUERIES, CLASSES), torch.rand(4, CLASSES) < 0.7
     with CallNames() as calls:
@@ -146,35 +135,16 @@ def test_one_copy_to_the_host_and_one_back():
     assert [name for name in calls.names[copy + 1:] if name in ("cpu", "to", "cuda")] == ["to"]
 
 
-class Copies(TorchDispatchMode):
-    """Operations whose results lie on another device than all of their arguments."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        before, after = ({t.device for t in tree_leaves(x) if isinstance(t, torch.Tensor)} for x in (args, result))
-        if before and after and not before & after:
-            self.names.append(str(function))
-        return result
-
-
 def test_nothing_but_matching_waits_for_the_device(monkeypatch):
-    """All but `match` on fake CUDA tensors: these have no values, so that code which reads one raises."""
+    """All but `match` on fake CUDA tensors: these have no values, and do not mix with the host's, so that code which
+    reads one raises."""
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="cuda")
 
-    with FakeTensorMode():
+    with FakeTensorMode(), CallNames() as calls:
         matches = Matches(*empty(4, 7, dtype=torch.long), [3, 4])
         monkeypatch.setattr(losses, "match", lambda costs, present: matches)
         prediction = Prediction(empty(2, 2, QUERIES, CLASSES + 1), empty(2, 2, QUERIES, 10), empty(2, 10, 6, 8))
-        labels = empty(2, 24, 32, dtype=torch.long)
-        with Copies() as copies:
-            terms = mask2former_losses(prediction, labels, num_points=POINTS)
-        assert copies.names == []
-        with Copies() as copies:  # the mode sees what it looks for
-            terms["mask/0"].cpu()
-        assert copies.names == ["aten._to_copy.default"]
-    assert [loss.shape for loss in terms.values()] == [torch.Size()] * 6
+        terms = mask2former_losses(prediction, empty(2, 24, 32, dtype=torch.long), num_points=POINTS)
+    assert [(loss.shape, loss.device.type) for loss in terms.values()] == [(torch.Size(), "cuda")] * 6
+    assert not {"cpu", "numpy", "tolist", "item"} & set(calls.names)

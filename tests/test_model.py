@@ -44,7 +44,7 @@ def relative_error(actual: torch.Tensor, expected: np.ndarray) -> float:
 
 @pytest.mark.parametrize("head", HEADS)
 def test_golden_evaluation(golden_model, head):
-    """Features, every head output, scores, and the gradient of each parameter, as the official code computes them."""
+    """Features, every head output, scores of both texts, and the gradient of each parameter, as officially computed."""
     golden, model = load_golden(f"tiny_{OFFICIAL[head]}_eval.npz"), golden_model(head)
     images = noise("image", 2, 3, 96, 96)
     features = model.features(images)
@@ -64,18 +64,12 @@ def test_golden_evaluation(golden_model, head):
     else:
         assert relative_error(model.head(features), golden["logits"]) < 1e-6
         assert relative_error(model.auxiliary_head(features.f16), golden["aux_logits"]) < 1e-6
+    with fast.inference(model):
+        assert relative_error(model(images), golden["seg"]) < 1e-6
     scores = model(images)
     assert relative_error(scores, golden["seg"]) < 1e-6
     (scores * noise("cotangent", *scores.shape)).mean().backward()
     assert_gradients(model, golden, rtol=1e-6)
-
-
-@pytest.mark.parametrize("head", HEADS)
-def test_golden_scores_of_the_fast_text(golden_model, head):
-    golden, model = load_golden(f"tiny_{OFFICIAL[head]}_eval.npz"), golden_model(head)
-    with fast.inference(model):
-        scores = model(noise("image", 2, 3, 96, 96))
-    assert relative_error(scores, golden["seg"]) < 1e-6
 
 
 @pytest.mark.parametrize("enabled", [False, True], ids=["plain", "fast"])

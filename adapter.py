@@ -1,12 +1,13 @@
 """ViT-Adapter: a convolutional pyramid and a plain ViT exchange features (Chen et al., ICLR 2023, section 3).
 
-Read: SpatialPrior (the pyramid) -> Injector (pyramid into ViT) -> Extractor (ViT into pyramid) -> Interaction (one
-exchange around a quarter of the ViT's blocks) -> ViTAdapter (all of it, and four feature maps by stride).
+Reading order: SpatialPrior (the pyramid) -> Injector (pyramid into ViT) -> Extractor (ViT into pyramid) -> Interaction
+(one exchange around a quarter of the ViT's blocks) -> ViTAdapter (all of it, and four feature maps by stride).
 
 The ViT itself stays outside: the adapter is given its patch tokens and four callables, each a quarter of its blocks.
 
 Shapes: B batch, D width, (h, w) the ViT's grid at stride 16, L = h * w patch tokens,
-S = (2h * 2w) + (h * w) + (h/2 * w/2) = 21 L / 4 pyramid tokens at strides 8, 16 and 32, in this order.
+S = (2h * 2w) + (h * w) + (h/2 * w/2) = 21 L / 4 pyramid tokens at strides 8, 16 and 32, in this order. "official" names
+the file and class of the released code.
 """
 import math
 from collections.abc import Callable, Sequence
@@ -17,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from fast.memory import recomputed
 from msda_cuda import MSDeformAttn, reference_points
 
 NUM_INTERACTIONS = 4
@@ -32,7 +32,7 @@ class FeatureMaps(NamedTuple):
     f32: Tensor
 
 
-class Geometry(NamedTuple):
+class TokenLayout(NamedTuple):
     """Where the tokens of one image size lie: grids as (height, width), positions as (x, y) in [0, 1]."""
 
     vit_grid: tuple[int, int]
@@ -41,16 +41,22 @@ class Geometry(NamedTuple):
     pyramid_points: Tensor  # (S, 2)
 
 
-def geometry(h: int, w: int, like: Tensor) -> Geometry:
-    """The layout of tokens for a ViT grid of h x w; both must be even, so that stride 32 exists."""
+def token_layout(h: int, w: int, like: Tensor) -> TokenLayout:
+    """The layout for a ViT grid of h x w; both must be even, so that stride 32 exists.
+    Official: adapter_modules.py, deform_inputs."""
     grids = ((2 * h, 2 * w), (h, w), (h // 2, w // 2))
     # float32 as in the released code, whatever the model's precision: float64 comparisons then agree to 1e-15.
-    return Geometry((h, w), grids, reference_points([(h, w)], like).float(), reference_points(grids, like).float())
+    return TokenLayout((h, w), grids, reference_points([(h, w)], like).float(), reference_points(grids, like).float())
 
 
 def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """(B, h*w, D) -> (B, D, h, w), a view: the map is channels-last."""
     return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear, (B, C, h, w) -> (B, C, *size): the one way in which this code resizes feature and score maps."""
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
 
 
 def conv_norm_relu(in_channels: int, out_channels: int, stride: int) -> list[nn.Module]:
@@ -60,7 +66,8 @@ def conv_norm_relu(in_channels: int, out_channels: int, stride: int) -> list[nn.
 
 
 class SpatialPrior(nn.Module):
-    """A convolutional stem and pyramid: image -> map at stride 4 and tokens at strides 8, 16 and 32 (section 3.2)."""
+    """A convolutional stem and pyramid: image -> map at stride 4 and tokens at strides 8, 16 and 32 (section 3.2).
+    Official: adapter_modules.py, SpatialPriorModule."""
 
     def __init__(self, channels: int, dim: int):
         super().__init__()
@@ -79,18 +86,18 @@ class SpatialPrior(nn.Module):
         self.fc4 = nn.Conv2d(4 * channels, dim, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """(B, 3, H, W) -> the stem's map (B, channels, H/4, W/4), which still has `fc1` ahead of it (see
-        ViTAdapter.finest), and tokens [(B, n, D)] at strides 8, 16, 32."""
+        """(B, 3, H, W) -> a map (B, D, H/4, W/4), and tokens [(B, n, D)] at strides 8, 16, 32."""
         c4 = self.stem(images)
         c8 = self.conv2(c4)
         c16 = self.conv3(c8)
         c32 = self.conv4(c16)
         maps = self.fc2(c8), self.fc3(c16), self.fc4(c32)
-        return c4, [m.flatten(2).transpose(1, 2) for m in maps]  # (B, D, h, w) -> (B, h*w, D)
+        return self.fc1(c4), [m.flatten(2).transpose(1, 2) for m in maps]  # (B, D, h, w) -> (B, h*w, D)
 
 
 class Injector(nn.Module):
-    """ViT tokens look into the pyramid: x + gamma * attention(norm(x), norm(pyramid)) (section 3.3, equation 1)."""
+    """ViT tokens look into the pyramid: x + gamma * attention(norm(x), norm(pyramid)) (section 3.3, equation 1).
+    Official: adapter_modules.py, Injector."""
 
     def __init__(self, dim: int, num_heads: int, num_points: int, value_ratio: float):
         super().__init__()
@@ -100,14 +107,14 @@ class Injector(nn.Module):
         # The released code starts gamma at 1e-6, the paper says 0: either way the ViT starts as it was pre-trained.
         self.gamma = nn.Parameter(torch.full((dim,), 1e-6))
 
-    def forward(self, tokens: Tensor, pyramid: Tensor, where: Geometry) -> Tensor:
-        seen = self.attn(tokens, where.vit_points, pyramid, where.pyramid_grids, self.query_norm, self.feat_norm)
-        return torch.addcmul(tokens, self.gamma, seen)
+    def forward(self, tokens: Tensor, pyramid: Tensor, layout: TokenLayout) -> Tensor:
+        query, value = self.query_norm(tokens), self.feat_norm(pyramid)
+        return tokens + self.gamma * self.attn(query, layout.vit_points, value, layout.pyramid_grids)
 
 
 class ConvFFN(nn.Module):
-    """Feed-forward with a depth-wise 3x3 convolution on each level of the pyramid between its two linear layers. The
-    extractor applies the first, `fc1`, together with the norm before it."""
+    """Feed-forward with a depth-wise 3x3 convolution on each level of the pyramid between its two linear layers.
+    Official: adapter_modules.py, ConvFFN and DWConv."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -115,16 +122,17 @@ class ConvFFN(nn.Module):
         self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, hidden: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """What `fc1` gave, (B, S, hidden), and the levels' (height, width) -> (B, S, D)."""
-        levels = hidden.split([h * w for h, w in grids], dim=1)
+    def forward(self, pyramid: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """Tokens (B, S, D) of levels with these (height, width) -> (B, S, D)."""
+        levels = self.fc1(pyramid).split([h * w for h, w in grids], dim=1)
         maps = [self.dwconv(to_map(level, grid)) for level, grid in zip(levels, grids, strict=True)]
-        tokens = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)  # (B, D, h, w) -> (B, S, D)
-        return recomputed(lambda hidden: self.fc2(F.gelu(hidden)), tokens)
+        hidden = torch.cat([m.flatten(2).transpose(1, 2) for m in maps], dim=1)  # (B, hidden, h, w) -> (B, S, hidden)
+        return self.fc2(F.gelu(hidden))
 
 
 class Extractor(nn.Module):
-    """Pyramid tokens look into the ViT, then pass a ConvFFN (section 3.3, equations 2 and 3)."""
+    """Pyramid tokens look into the ViT, then pass a ConvFFN (section 3.3, equations 2 and 3).
+    Official: adapter_modules.py, Extractor."""
 
     def __init__(self, dim: int, num_heads: int, num_points: int, value_ratio: float, ffn_ratio: float,
                  drop_path: float):
@@ -137,20 +145,15 @@ class Extractor(nn.Module):
         # The released code drops only the feed-forward path, and at the ViT's highest rate in every extractor.
         self.drop_path = StochasticDepth(drop_path, "row")
 
-    def forward(self, pyramid: Tensor, tokens: Tensor, where: Geometry) -> Tensor:
-        seen = self.attn(pyramid, where.pyramid_points, tokens, [where.vit_grid], self.query_norm, self.feat_norm)
-        pyramid, hidden = recomputed(self.add_and_narrow, pyramid, seen)
-        return pyramid + self.drop_path(self.ffn(hidden, where.pyramid_grids))
-
-    def add_and_narrow(self, pyramid: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual after attention, and the first layer of the ConvFFN. In mixed precision `seen` is the smaller to
-        keep: half as wide as the sum."""
-        pyramid = pyramid + seen
-        return pyramid, self.ffn.fc1(self.ffn_norm(pyramid))
+    def forward(self, pyramid: Tensor, tokens: Tensor, layout: TokenLayout) -> Tensor:
+        query, value = self.query_norm(pyramid), self.feat_norm(tokens)
+        pyramid = pyramid + self.attn(query, layout.pyramid_points, value, [layout.vit_grid])
+        return pyramid + self.drop_path(self.ffn(self.ffn_norm(pyramid), layout.pyramid_grids))
 
 
 class Interaction(nn.Module):
-    """Inject, run a quarter of the ViT, extract; the last interaction extracts three times (figure 4)."""
+    """Inject, run a quarter of the ViT, extract; the last interaction extracts three times (figure 4).
+    Official: adapter_modules.py, InteractionBlockWithCls."""
 
     def __init__(self, dim: int, num_heads: int, num_points: int, value_ratio: float, ffn_ratio: float,
                  drop_path: float, num_extractors: int):
@@ -161,17 +164,17 @@ class Interaction(nn.Module):
         )
 
     def forward(self, cls_token: Tensor, tokens: Tensor, pyramid: Tensor, run_blocks: Callable[[Tensor], Tensor],
-                where: Geometry) -> tuple[Tensor, Tensor, Tensor]:
-        tokens = self.injector(tokens, pyramid, where)
+                layout: TokenLayout) -> tuple[Tensor, Tensor, Tensor]:
+        tokens = self.injector(tokens, pyramid, layout)
         tokens = run_blocks(torch.cat([cls_token, tokens], dim=1))  # the class token takes part in the ViT only
         cls_token, tokens = tokens[:, :1], tokens[:, 1:]
         for extractor in self.extractors:
-            pyramid = extractor(pyramid, tokens, where)
+            pyramid = extractor(pyramid, tokens, layout)
         return cls_token, tokens, pyramid
 
 
 class ViTAdapter(nn.Module):
-    """The adapter around a ViT of width `dim` (figure 3).
+    """The adapter around a ViT of width `dim` (figure 3; official: beit_adapter.py, BEiTAdapter).
 
     Args:
         dim: width D of the ViT, and of the four maps that come out.
@@ -211,66 +214,27 @@ class ViTAdapter(nn.Module):
                 module.reset_parameters()
 
     def forward(self, images: Tensor, cls_token: Tensor, tokens: Tensor,
-                vit_stages: Sequence[Callable[[Tensor], Tensor]], lateral: nn.Conv2d | None = None) -> FeatureMaps:
+                vit_stages: Sequence[Callable[[Tensor], Tensor]]) -> FeatureMaps:
         """Run ViT and adapter together.
 
         Args:
             images: (B, 3, H, W), H and W multiples of 32.
             cls_token: (B, 1, D); tokens: (B, L, D), the embedded patches at stride 16.
             vit_stages: four callables (B, 1 + L, D) -> (B, 1 + L, D), the ViT's blocks in order.
-            lateral: a 1x1 convolution without bias. If given, f4 is what it makes of f4; only in eval mode.
         """
-        where = geometry(images.shape[2] // 16, images.shape[3] // 16, like=tokens)
-        stem, levels = self.spatial_prior(images)
+        layout = token_layout(images.shape[2] // 16, images.shape[3] // 16, like=tokens)
+        c4, levels = self.spatial_prior(images)
         pyramid = torch.cat([level + embed for level, embed in zip(levels, self.level_embed, strict=True)], dim=1)
         vit_maps = []
         for interaction, run_blocks in zip(self.interactions, vit_stages, strict=True):
-            cls_token, tokens, pyramid = interaction(cls_token, tokens, pyramid, run_blocks, where)
-            vit_maps.append(to_map(tokens, where.vit_grid))
-        return self.merge(stem, pyramid, vit_maps, where, lateral)
+            cls_token, tokens, pyramid = interaction(cls_token, tokens, pyramid, run_blocks, layout)
+            vit_maps.append(to_map(tokens, layout.vit_grid))
+        return self.merge(c4, pyramid, vit_maps, layout)
 
-    def merge(self, stem: Tensor, pyramid: Tensor, vit_maps: list[Tensor], where: Geometry,
-              lateral: nn.Conv2d | None = None) -> FeatureMaps:
+    def merge(self, c4: Tensor, pyramid: Tensor, vit_maps: list[Tensor], layout: TokenLayout) -> FeatureMaps:
         """Add to each level of the pyramid the ViT's map after one interaction, then normalise."""
-        levels = pyramid.split([h * w for h, w in where.pyramid_grids], dim=1)
-        c8, c16, c32 = (to_map(level, grid) for level, grid in zip(levels, where.pyramid_grids, strict=True))
-        x4, *coarser = vit_maps
-        f4 = self.finest(stem, c8, x4) if lateral is None else self.finest_through(lateral, stem, c8, x4)
-        maps = [f4]
-        for norm, c, x in zip(self.norms[1:], (c8, c16, c32), coarser, strict=True):
-            total = c + resized(x, c.shape[2:])
-            maps.append(norm(total.to(f4.dtype)))  # in mixed precision tokens are float32, maps need not be
-        return FeatureMaps(*maps)
-
-    def finest(self, stem: Tensor, c8: Tensor, x: Tensor) -> Tensor:
-        """f4 of the stem's map (B, channels, H/4, W/4), c8 (B, D, H/8, W/8) and the ViT's map x (B, D, H/16, W/16)."""
-        prior = self.spatial_prior.fc1
-        c4 = F.conv2d(stem, prior.weight, prior.bias + self.up.bias)  # both biases in one pass
-        c4 = c4 + enlarged(c8, self.up.weight.permute(0, 2, 3, 1))
-        return self.norms[0](c4 + resized(x.to(c4.dtype), c4.shape[2:]))
-
-    def finest_through(self, lateral: nn.Conv2d, stem: Tensor, c8: Tensor, x: Tensor) -> Tensor:
-        """lateral(finest(...)) in eval mode, where all of it is linear: weights are multiplied first, maps once.
-
-        The lateral's C channels are computed at stride 4, never the D of f4: 5 % of the base model's arithmetic.
-        """
-        norm, prior, weight = self.norms[0], self.spatial_prior.fc1, lateral.weight.flatten(1)  # (C, D)
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        shift = norm.bias + scale * (prior.bias + self.up.bias - norm.running_mean)
-        scaled = weight * scale
-        f4 = F.conv2d(stem, (scaled @ prior.weight.flatten(1))[:, :, None, None], weight @ shift)
-        f4 = f4 + enlarged(c8, self.up.weight.permute(0, 2, 3, 1) @ scaled.t())
-        return f4 + resized(F.conv2d(x, scaled[:, :, None, None]), f4.shape[2:])
-
-
-def resized(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, (B, D, h, w) -> (B, D, *size)."""
-    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False) if x.shape[2:] != tuple(size) else x
-
-
-def enlarged(x: Tensor, kernel: Tensor) -> Tensor:
-    """Transposed convolution of stride 2 with a 2x2 kernel (D, 2, 2, C), (B, D, h, w) -> (B, C, 2h, 2w), as a matrix
-    product: every pixel makes 2x2 of its own. The backward pass is twice as fast on a CPU."""
-    x = x.permute(0, 2, 3, 1) @ kernel.flatten(1)  # (B, h, w, 4 C)
-    x = x.unflatten(3, kernel.shape[1:]).transpose(2, 3)  # (B, h, 2, w, 2, C)
-    return x.flatten(1, 2).flatten(2, 3).permute(0, 3, 1, 2)
+        levels = pyramid.split([h * w for h, w in layout.pyramid_grids], dim=1)
+        c8, c16, c32 = (to_map(level, grid) for level, grid in zip(levels, layout.pyramid_grids, strict=True))
+        c4 = c4 + self.up(c8)
+        sums = [c + resize(x, c.shape[2:]) for c, x in zip((c4, c8, c16, c32), vit_maps, strict=True)]
+        return FeatureMaps(*(norm(m) for norm, m in zip(self.norms, sums, strict=True)))

@@ -21,6 +21,8 @@ from typing import BinaryIO, NoReturn
 import torch
 from tqdm import tqdm
 
+IGNORE = 255  # the label of a pixel without a class
+
 
 class UserError(ValueError):
     """A fault that the user can mend. The message is one line: what is wrong, where, and how to mend it."""

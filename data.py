@@ -26,9 +26,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import common
-from common import UserError
+from common import IGNORE, UserError
 
-IGNORE = 255
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, in grey levels, RGB
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 TEST_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)

@@ -1,8 +1,10 @@
 """ViT-Adapter segmentation models: a BEiT, the adapter around it, and a head.
 
-Read: ModelConfig and the recipes -> Attention -> Block -> BEiT -> Segmenter -> build_model.
+Reading order: ModelConfig and the sizes -> relative_position_index -> Attention -> Block -> BEiT -> Segmenter ->
+build_model.
 
-Shapes: B batch, D width, N = 1 + h * w tokens (class token first, then the h x w patches at stride 16), K classes.
+Shapes: B batch, D width, N = 1 + h * w tokens (class token first, then the h x w patches at stride 16), d channels of
+a head, K classes. "official" names the file and class of the released code.
 """
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,19 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from adapter import NUM_INTERACTIONS, FeatureMaps, ViTAdapter
-from fast.attention import biased_attention, gather_bias
-from fast.memory import recomputed
-from heads import (
-    FCN,
-    LossUnits,
-    Mask2Former,
-    UperNet,
-    mask2former_losses,
-    resize,
-    semantic_scores,
-    upernet_losses,
-)
+from adapter import NUM_INTERACTIONS, FeatureMaps, ViTAdapter, resize
+from heads import FCN, Mask2Former, Normalizers, UperNet, mask2former_losses, semantic_scores, upernet_losses
 
 PATCH = 16
 
@@ -95,16 +86,15 @@ def relative_position_index(h: int, w: int) -> Tensor:
     y, x = y.flatten(), x.flatten()
     patches = (y[:, None] - y + h - 1) * (2 * w - 1) + (x[:, None] - x + w - 1)
     rows = (2 * h - 1) * (2 * w - 1)
-    index = torch.empty(1 + h * w, 1 + h * w, dtype=torch.long)
-    index[1:, 1:] = patches
-    index[0, 1:] = rows
+    index = F.pad(patches, (1, 0, 1, 0), value=rows)
     index[1:, 0] = rows + 1
     index[0, 0] = rows + 2
     return index
 
 
 class Attention(nn.Module):
-    """Self-attention with a learned bias for each relative position; queries and values have a bias, keys have none."""
+    """Self-attention with a learned bias for each relative position; queries and values have a bias, keys have none.
+    Official: beit.py, Attention."""
 
     def __init__(self, dim: int, num_heads: int, window_grid: tuple[int, int]):
         super().__init__()
@@ -115,49 +105,33 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * h - 1) * (2 * w - 1) + 3, num_heads))
         self.proj = nn.Linear(dim, dim)
-        self.kept_bias: tuple | None = None  # what `reused_bias` last returned, and what it depends on
 
-    def train(self, mode: bool = True) -> "Attention":
-        self.kept_bias = None
-        return super().train(mode)
-
-    def reused_bias(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        """The position bias without gradient, gathered again only when the table may have changed: between the windows
-        of an evaluation it never does. Costs heads * N^2 numbers a block."""
-        table = self.relative_position_bias_table
-        state = (table._version, table.device, dtype)
-        if self.kept_bias is None or self.kept_bias[0] is not table or self.kept_bias[1] != state:
-            self.kept_bias = table, state, gather_bias(table, index).detach().to(dtype)
-        return self.kept_bias[2]
-
-    def forward(self, x: Tensor, index: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """(B, N, D), normalised first, and the window's (N, N) position index -> (B, N, D)."""
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        """Tokens (B, N, D) and the window's position index (N, N) -> (B, N, D)."""
         qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = recomputed(lambda x: F.linear(norm(x), self.qkv.weight, qkv_bias), x)
-        q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, heads, N, d)
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            self.kept_bias = None  # a fused optimizer changes the table without counting it in the table's version
-            x = biased_attention(q, k, v, self.relative_position_bias_table, index)
-        else:
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.reused_bias(index, q.dtype))
+        qkv = F.linear(x, self.qkv.weight, qkv_bias).unflatten(2, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, d)
+        position_bias = self.relative_position_bias_table.t()[:, index]  # (heads, N, N)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=position_bias.to(q.dtype)[None])
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, heads, N, d) -> (B, N, D)
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU between. The block applies `fc1`, together with the norm before it."""
+    """Two linear layers with a GELU between.
+    Official: beit.py, Mlp."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """What `fc1` gave, (B, N, 4 D) -> (B, N, D)."""
-        return recomputed(lambda hidden: self.fc2(F.gelu(hidden)), hidden)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with layer scale (`gamma_1`, `gamma_2`) and stochastic depth."""
+    """Pre-norm transformer block with layer scale (`gamma_1`, `gamma_2`) and stochastic depth.
+    Official: beit.py, Block."""
 
     def __init__(self, dim: int, num_heads: int, window_grid: tuple[int, int], drop_path: float):
         super().__init__()
@@ -170,20 +144,13 @@ class Block(nn.Module):
         self.drop_path = StochasticDepth(drop_path, "row")
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
-        # StochasticDepth scales whole images, so that it may act before layer scale, which then adds in the same pass.
-        seen = self.drop_path(self.attn(x, index, self.norm1))
-        x, hidden = recomputed(self.add_and_widen, x, seen)
-        return torch.addcmul(x, self.gamma_2, self.drop_path(self.mlp(hidden)))
-
-    def add_and_widen(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual after attention and the first layer of the MLP. Both summands are kept anyway, so their sum is
-        not."""
-        x = torch.addcmul(x, self.gamma_1, seen)
-        return x, self.mlp.fc1(self.norm2(x))
+        x = x + self.drop_path(self.gamma_1 * self.attn(self.norm1(x), index))
+        return x + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x)))
 
 
 class BEiT(nn.Module):
-    """BEiT (Bao et al., ICLR 2022) without its classifier: patches and blocks, no absolute position, no last norm."""
+    """BEiT (Bao et al., ICLR 2022) without its classifier: patches and blocks, no absolute position, no last norm.
+    Official: beit.py, BEiT."""
 
     def __init__(self, dim: int, depth: int, num_heads: int, window: int, drop_path: float):
         super().__init__()
@@ -218,27 +185,31 @@ class BEiT(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """Backbone, adapter and head: `model(images)` gives scores, `model(images, labels)` gives losses."""
+    """Backbone, adapter and head: `model(images)` gives scores, `model(images, labels)` gives losses.
+
+    Attributes:
+        criterion: the losses of the head, `criterion(prediction, labels, normalizers) -> dict`. Put your own loss here.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         c = self.config = config
         self.backbone = BEiT(c.embed_dim, c.depth, c.num_heads, c.window, c.drop_path)
         self.adapter = ViTAdapter(c.embed_dim, c.spm_channels, c.deform_heads, drop_path=c.drop_path)
+        self.auxiliary_head = None
         if c.head == "upernet":
             self.head = UperNet(c.embed_dim, c.head_channels, c.num_classes, c.dropout)
             self.auxiliary_head = FCN(c.embed_dim, c.aux_channels, c.num_classes, c.dropout)
+            self.criterion = upernet_losses
         else:
             self.head = Mask2Former(
                 c.embed_dim, c.head_channels, c.num_classes, c.num_queries, c.mask_heads, c.decoder_layers,
                 c.decoder_ffn, c.encoder_layers, c.encoder_ffn,
             )
+            self.criterion = partial(mask2former_losses, num_points=c.num_points)
 
-    def features(self, images: Tensor, lateral: nn.Conv2d | None = None) -> FeatureMaps:
-        """(B, 3, H, W) with H = W = window -> four maps (B, D, H/s, W/s) at strides s = 4, 8, 16, 32.
-
-        In eval mode f4 may be sent through a head's `lateral` on the way.
-        """
+    def features(self, images: Tensor) -> FeatureMaps:
+        """(B, 3, H, W) with H = W = window -> four maps (B, D, H/s, W/s) at strides s = 4, 8, 16, 32."""
         window = self.config.window
         if images.shape[2:] != (window, window):
             raise ValueError(f"images are {images.shape[2]} x {images.shape[3]}, but this model's window is {window} x "
@@ -247,38 +218,30 @@ class Segmenter(nn.Module):
         images = images.contiguous(memory_format=torch.channels_last)
         cls_token, tokens = self.backbone.embed(images)
         stages = [partial(self.backbone.run_stage, i) for i in range(NUM_INTERACTIONS)]
-        return self.adapter(images, cls_token, tokens, stages, lateral)
+        return self.adapter(images, cls_token, tokens, stages)
 
     def forward(self, images: Tensor, labels: Tensor | None = None,
-                units: LossUnits | None = None) -> Tensor | dict[str, Tensor]:
+                normalizers: Normalizers | None = None) -> Tensor | dict[str, Tensor]:
         """Scores or losses.
 
         Args:
             images: float (B, 3, window, window), normalised by ImageNet's mean and standard deviation.
             labels: long (B, window, window), classes 0 to K - 1, 255 = ignore.
-            units: what Mask2Former's losses are divided by when the images are part of a larger batch.
+            normalizers: what Mask2Former's losses are divided by when the images are part of a larger batch.
 
         Returns:
             Without labels, scores (B, K, window, window): logits (UperNet) or class-weighted mask probabilities
             (Mask2Former). With labels, a dict of named losses and their sum under "loss".
         """
-        if labels is None:
-            return resize(self.scores(images), images.shape[2:])
         features = self.features(images)
-        if self.config.head == "upernet":
-            losses = upernet_losses(self.head(features), self.auxiliary_head(features.f16), labels)
-        else:
-            prediction = self.head(features, every_layer=True)
-            losses = mask2former_losses(prediction, labels, self.config.num_points, units)
+        prediction = self.head(features)
+        if labels is None:
+            scores = prediction if isinstance(prediction, Tensor) else semantic_scores(prediction)
+            return resize(scores, images.shape[2:])
+        if self.auxiliary_head is not None:
+            prediction = prediction, self.auxiliary_head(features.f16)
+        losses = self.criterion(prediction, labels, normalizers)
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
-
-    def scores(self, images: Tensor) -> Tensor:
-        """(B, K, H/4, W/4): logits of UperNet, class-weighted mask probabilities of Mask2Former."""
-        lateral = None if self.training else self.head.lateral_of_f4
-        features = self.features(images, lateral)
-        if self.config.head == "upernet":
-            return self.head(features, lateral_done=lateral is not None)
-        return semantic_scores(self.head(features, every_layer=False, lateral_done=lateral is not None))
 
 
 def build_model(head: str, size: str, num_classes: int = 59, **changes) -> Segmenter:

@@ -45,7 +45,7 @@ from adapter import Extractor, Injector
 from common import UserError
 from data import Batch, SegmentationDataset, normalize, open_dataset, positions, training_loader
 from evaluate import evaluate, metrics, predictions, table
-from heads import loss_units, mask_counts
+from heads import Normalizers, classes_present, loss_normalizers
 from model import Block, ModelConfig, Segmenter, build_model
 from run import Process
 from sync_batchnorm import convert_sync_batchnorm
@@ -72,7 +72,7 @@ class Recipe:
     official: tuple[float, float] | None  # published mIoU on Pascal Context, single-scale and multi-scale
     layer_decay: float
     iterations: int = option("steps of the optimizer")
-    lr: float = option("highest learning common.rate, of adapter and head")
+    lr: float = option("highest learning rate, of adapter and head")
     validate_every: int = option("iterations between validations")
     save_every: int = option("iterations between checkpoints", default=1000)
     batch: int = option("images on a device at once", default=2)
@@ -170,7 +170,7 @@ def train(options: argparse.Namespace, process: Process) -> None:
             break
         watch.lap("pause")
         batches = [next(stream) for _ in range(accumulation)]
-        counts, stopping = exchange(batches, len(training.info.classes), stop.wanted, process)
+        num_masks, stopping = exchange(batches, len(training.info.classes), stop.wanted, process)
         if stopping:
             break
         watch.lap("data")
@@ -179,10 +179,10 @@ def train(options: argparse.Namespace, process: Process) -> None:
         rng, sums = run.rng_state(device), Counter()  # whose update() adds
         for i, batch in enumerate(batches):
             first = (process.rank * accumulation + i) * options.batch  # this micro-batch's place in the global batch
-            units = loss_units(counts, slice(first, first + options.batch), model.config.num_queries)
+            divisors = loss_normalizers(num_masks, slice(first, first + options.batch), model.config.num_queries)
             with averaging(parallel, i == accumulation - 1), fast.training(model, enabled=options.fast):
                 with torch.autocast(device.type, amp, enabled=amp is not None):
-                    terms = parallel(*to_device(batch, device), units=units)
+                    terms = parallel(*to_device(batch, divisors, device))
                 watch.lap("forward")
                 scaler.scale(terms["loss"] / accumulation).backward()
                 watch.lap("backward")
@@ -233,16 +233,17 @@ def validation_due(progress: run.Progress, options: argparse.Namespace) -> bool:
 
 
 def exchange(batches: Sequence[Batch], num_classes: int, stop: bool, process: Process) -> tuple[Tensor, bool]:
-    """The mask counts (N,) of the global batch, in the order of the stream and on this process's device; and whether
-    one of the processes wants to stop.
+    """The number of target masks (N,) of each image of the global batch, in the order of the stream, and whether one of
+    the processes wants to stop.
 
     Both are known on the host, and travel between hosts: nobody waits for a device.
     """
-    mine = torch.cat([mask_counts(batch.labels, num_classes) for batch in batches] + [torch.tensor([int(stop)])])
+    shown = [classes_present(batch.labels, num_classes).sum(dim=1) for batch in batches]
+    mine = torch.cat([*shown, torch.tensor([int(stop)])])
     everyone = mine.repeat(process.world, 1)  # (processes, N / processes + 1)
     if process.world > 1:
         dist.all_gather(list(everyone), mine)  # into the rows
-    return everyone[:, :-1].flatten().to(process.device, non_blocking=True), bool(everyone[:, -1].any())
+    return everyone[:, :-1].flatten(), bool(everyone[:, -1].any())
 
 
 def set_rates(optimizer: torch.optim.Optimizer, options: argparse.Namespace, iteration: int) -> float:
@@ -268,10 +269,11 @@ def averaging(model: nn.Module, enabled: bool) -> contextlib.AbstractContextMana
     return contextlib.nullcontext() if enabled or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 
-def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Normalised images float32 (B, 3, w, w) and labels int64 (B, w, w)."""
+def to_device(batch: Batch, divisors: Normalizers, device: torch.device) -> tuple[Tensor, Tensor, Normalizers]:
+    """What the model is called with: normalised images float32 (B, 3, w, w), labels int64 (B, w, w), normalizers."""
     images = normalize(batch.images.to(device, non_blocking=True), batch.extents)
-    return images, batch.labels.to(device, non_blocking=True).long()
+    divisors = Normalizers(*(x.float().to(device, non_blocking=True) for x in divisors))
+    return images, batch.labels.to(device, non_blocking=True).long(), divisors
 
 
 def gradient_norm(model: nn.Module) -> Tensor:

@@ -1,31 +1,22 @@
 """The attention layer of Deformable DETR around the function: four linear layers.
 
-Read: MSDeformAttn.forward -> reset_parameters -> reference_points.
+Reading order: MSDeformAttn.forward -> sampling_locations -> reset_parameters -> reference_points.
 
 Shapes: B batch, Q queries, C width, M heads, L levels, P points of a level, S = sum of h * w over levels.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from fast.memory import recomputed
-
 from .ops import ms_deform_attn
 from .reference import Shapes
 
-Norm = Callable[[Tensor], Tensor]
-
-
-def unchanged(x: Tensor) -> Tensor:
-    """The norm of a layer that is given normalised tensors."""
-    return x
-
 
 class MSDeformAttn(nn.Module):
-    """Multi-scale deformable attention (Deformable DETR, section 4.1); no residual, norm or dropout inside.
+    """Multi-scale deformable attention (Deformable DETR, section 4.1; official: ops/modules/ms_deform_attn.py,
+    MSDeformAttn); no residual, norm or dropout inside.
 
     `value_ratio` narrows the values: ViT-Adapter samples maps of half the width.
     """
@@ -58,57 +49,30 @@ class MSDeformAttn(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, query: Tensor, reference_points: Tensor, value: Tensor, shapes: Shapes,
-                query_norm: Norm = unchanged, value_norm: Norm = unchanged) -> Tensor:
+    def forward(self, query: Tensor, reference_points: Tensor, value: Tensor, shapes: Shapes) -> Tensor:
         """query (B, Q, C); reference_points (Q, 2) as (x, y) in [0, 1]; value (B, S, C) -> (B, Q, C).
 
         The reference points serve all images and levels; `shapes` are the (h, w) of the levels, S their areas' sum.
-        The norms come first; here, because the backward pass then computes them again instead of keeping their results.
         """
-        split = (self.num_heads, self.num_levels, self.num_points)
-        offsets, scores = recomputed(lambda x: self.offsets_and_scores(query_norm(x)), query)
+        M, L, P = self.num_heads, self.num_levels, self.num_points
+        offsets, scores = self.sampling_offsets(query), self.attention_weights(query)
         # A float32 island under autocast: with 8 bits of mantissa a location of 480 pixels is 2 pixels coarse.
-        precise = torch.promote_types(offsets.dtype, torch.float32)
-        offsets = offsets.to(precise).unflatten(-1, (*split, 2))  # (B, Q, M, L, P, 2), in pixels of each level
-        locations = locate(reference_points.to(precise), offsets, shapes)
-        weights = softmax(scores.to(precise).unflatten(-1, (self.num_heads, -1)))  # over levels and points jointly
-        weights = weights.unflatten(-1, split[1:])  # (B, Q, M, L, P)
-        values = recomputed(lambda x: self.value_proj(value_norm(x)), value)
-        values = values.unflatten(-1, (self.num_heads, -1))  # (B, S, M, D)
+        offsets, scores = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (offsets, scores))
+        locations = sampling_locations(reference_points, offsets.unflatten(-1, (M, L, P, 2)), shapes)
+        weights = scores.unflatten(-1, (M, L * P)).softmax(-1).unflatten(-1, (L, P))  # over levels and points jointly
+        values = self.value_proj(value).unflatten(-1, (M, -1))  # (B, S, M, D)
         return self.output_proj(ms_deform_attn(values, shapes, locations, weights))
 
-    def offsets_and_scores(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, Q, C) -> (B, Q, M * L * P * 2) in pixels of each level, and (B, Q, M * L * P) before softmax."""
-        return self.sampling_offsets(query), self.attention_weights(query)
 
-
-def locate(points: Tensor, offsets: Tensor, shapes: Shapes) -> Tensor:
-    """points (Q, 2) in [0, 1] + offsets (B, Q, M, L, P, 2) in pixels / size of each level, in [0, 1] if inside.
-
-    One pass over rows of L * P * 2 numbers: broadcasting over a last axis of 2 takes seven times as long on a CPU.
-    """
+def sampling_locations(points: Tensor, offsets: Tensor, shapes: Shapes) -> Tensor:
+    """points (Q, 2) in [0, 1] + offsets (B, Q, M, L, P, 2) in pixels / (w, h) of each level -> (B, Q, M, L, P, 2)."""
     *_, L, P, _ = offsets.shape
-    sizes = level_sizes(shapes, offsets)[:, None].expand(L, P, 2).flatten()
-    points = points.repeat(1, L * P)[:, None]  # (Q, 1, L * P * 2)
-    return torch.addcdiv(points, offsets.flatten(3), sizes).view_as(offsets)
-
-
-def softmax(scores: Tensor) -> Tensor:
-    """Softmax over the last axis. Without gradient by its definition: PyTorch's is five times as slow on a CPU where
-    the axis is shorter than a vector register, as it is here (4 or 12). With gradient it keeps less in memory."""
-    if torch.is_grad_enabled():
-        return scores.softmax(-1)
-    exponentials = (scores - scores.amax(-1, keepdim=True)).exp_()
-    return exponentials.div_(exponentials.sum(-1, keepdim=True))
-
-
-def level_sizes(shapes: Shapes, like: Tensor) -> Tensor:
-    """(w, h) of each level, (L, 2). Filled on the device: `torch.tensor(shapes)` would copy from the host and wait."""
-    sizes = like.new_empty(len(shapes), 2)
-    for level, (h, w) in enumerate(shapes):
-        sizes[level, 0].fill_(w)
-        sizes[level, 1].fill_(h)
-    return sizes
+    sizes = offsets.new_empty(L, P, 2)
+    for size, (h, w) in zip(sizes, shapes, strict=True):  # on the device: `torch.tensor(shapes)` would copy, and wait
+        size[:, 0], size[:, 1] = w, h
+    # Rows of L * P * 2 numbers, since broadcasting over a last axis of 2 takes seven times as long on a CPU.
+    points = points.to(offsets.dtype).repeat(1, L * P)[:, None]  # (Q, 1, L * P * 2)
+    return (points + offsets.flatten(3) / sizes.flatten()).view_as(offsets)
 
 
 def reference_points(shapes: Shapes, like: Tensor) -> Tensor:

@@ -1,7 +1,11 @@
-"""Shared by all tests: the golden tiny models, filled by the rule of `golden/fill.py`."""
+"""Shared by all tests: the golden tiny models, filled by the rule of `golden/fill.py`, and what makes numbers repeat.
+
+Reading order: noise, load_golden -> golden_config -> golden_model -> randomized -> seed, halton_points.
+"""
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,10 +60,38 @@ def golden_config(head: str) -> ModelConfig:
 
 @pytest.fixture
 def golden_model():
-    """golden_model(head) -> the tiny model in float64 and eval mode, with the golden weights."""
-    def build(head: str) -> Segmenter:
-        model = Segmenter(golden_config(head))
+    """golden_model(head, **changes) -> the tiny model in float64 and eval mode, with the golden weights."""
+    def build(head: str, **changes) -> Segmenter:
+        model = Segmenter(replace(golden_config(head), **changes))
         model.load_state_dict(rename_official(official_state(head)))
         return model.double().eval()
 
     return build
+
+
+def randomized(module: torch.nn.Module) -> torch.nn.Module:
+    """The module in float64 and eval mode; every parameter and batch-norm statistic is away from its start."""
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if tensor.is_floating_point():
+            if tensor.dim() < 2:
+                torch.nn.init.uniform_(tensor, 0.5, 1.5)
+            else:
+                torch.nn.init.normal_(tensor, std=tensor[0].numel() ** -0.5)
+    return module.double().eval()
+
+
+@pytest.fixture
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def halton_points(monkeypatch):
+    """Every draw of random points gives the Halton sequence, as in the golden training steps.
+
+    Code that names no precision (transformers) gets float64.
+    """
+    def rand(*shape, device=None, dtype=torch.double):
+        return torch.from_numpy(fill.halton(shape[-2])).to(device, dtype).expand(shape).clone()
+
+    monkeypatch.setattr(torch, "rand", rand)

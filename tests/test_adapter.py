@@ -1,19 +1,17 @@
 """The adapter against loops and formulas written out plainly, part by part, and a whole model under autocast.
 
-Read: geometry -> SpatialPrior -> Injector -> ConvFFN -> Extractor -> Interaction -> ViTAdapter -> starting values.
+Reading order: token_layout -> SpatialPrior -> Injector -> ConvFFN -> Extractor -> Interaction -> ViTAdapter -> starts.
 """
 
-import itertools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import noise
+from conftest import noise, randomized
 from torch import Tensor, nn
 
-from adapter import ConvFFN, Extractor, Injector, Interaction, SpatialPrior, ViTAdapter, geometry, to_map
-from model import build_model
+from adapter import ConvFFN, Extractor, Injector, Interaction, SpatialPrior, ViTAdapter, to_map, token_layout
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 DIM, HEADS, POINTS, RATIO = 16, 4, 4, 0.5
@@ -22,31 +20,22 @@ LEVELS = [(8, 12), (4, 6), (2, 3)]
 TOKENS, PYRAMID = 24, 96 + 24 + 6
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-def randomized(module: nn.Module) -> nn.Module:
-    """In float64 and eval mode, with every parameter away from its start."""
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, mean=float(parameter.dim() < 2), std=0.3)
-    return module.double().eval()
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 def tokens(count: int) -> Tensor:
     return torch.randn(2, count, DIM, dtype=torch.double)
 
 
-def where():
-    return geometry(*GRID, like=torch.zeros(1).double())
+def layout():
+    return token_layout(*GRID, like=torch.zeros(1).double())
 
 
-# ------------------------------------------------------------------------------------------------------------ geometry
+# ------------------------------------------------------------------------------------------------------------ layout
 
 
 def test_points_are_pixel_centres_as_x_and_y():
-    place = geometry(2, 4, like=torch.zeros(1))
+    place = token_layout(2, 4, like=torch.zeros(1))
     assert place.vit_grid == (2, 4)
     assert place.pyramid_grids == ((4, 8), (2, 4), (1, 2))
     expected = [(x, y) for y in (0.25, 0.75) for x in (0.125, 0.375, 0.625, 0.875)]  # row by row
@@ -60,7 +49,7 @@ def test_points_are_pixel_centres_as_x_and_y():
 def test_points_keep_float32_in_any_model():
     """As in the released code; in bfloat16 two neighbours of a wide grid would be one point."""
     for dtype in (torch.float64, torch.bfloat16):
-        assert geometry(2, 4, like=torch.zeros(1, dtype=dtype)).vit_points.dtype == torch.float32
+        assert token_layout(2, 4, like=torch.zeros(1, dtype=dtype)).vit_points.dtype == torch.float32
 
 
 def test_maps_and_tokens_are_row_by_row():
@@ -71,50 +60,26 @@ def test_maps_and_tokens_are_row_by_row():
 # -------------------------------------------------------------------------------------------------------- SpatialPrior
 
 
-def convolution(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """3x3 with a border of zeros, one output pixel at a time."""
-    x = F.pad(x, (1, 1, 1, 1))
-    h, w = (x.shape[2] - 3) // stride + 1, (x.shape[3] - 3) // stride + 1
-    out = x.new_empty(len(x), len(weight), h, w)
-    for i, j in itertools.product(range(h), range(w)):
-        patch = x[:, :, i * stride:i * stride + 3, j * stride:j * stride + 3]
-        out[:, :, i, j] = torch.einsum("bcij,ocij->bo", patch, weight)
-    return out
-
-
-def normalized(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    """Batch norm in training: the mean and the biased variance of each channel."""
-    mean = x.mean((0, 2, 3), keepdim=True)
-    variance = ((x - mean) ** 2).mean((0, 2, 3), keepdim=True)
-    scale, shift = (p[None, :, None, None] for p in (norm.weight, norm.bias))
-    return (x - mean) / (variance + 1e-5).sqrt() * scale + shift
-
-
-def max_pool(x: Tensor) -> Tensor:
-    """3x3, stride 2, over a border that never wins."""
-    x = F.pad(x, (1, 1, 1, 1), value=-math.inf)
-    h, w = x.shape[2] // 2 - 1, x.shape[3] // 2 - 1
-    return torch.stack([x[:, :, i:i + 2 * h:2, j:j + 2 * w:2] for i in range(3) for j in range(3)]).amax(0)
-
-
-def test_spatial_prior_agrees_with_a_plain_loop():
+def test_spatial_prior_is_a_stem_and_three_convolutions():
     prior = randomized(SpatialPrior(channels=3, dim=DIM)).train()
     images = torch.randn(2, 3, 32, 64, dtype=torch.double)
-    stem, levels = prior(images)
+    c4, levels = prior(images)
 
-    strides = iter([2, 1, 1, 2, 2, 2])
     modules = [m for m in prior.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
     x, maps = images, []
-    for depth, (conv, norm) in enumerate(zip(modules[0:12:2], modules[1:12:2], strict=True)):
-        x = normalized(convolution(x, conv.weight, next(strides)), norm).clamp(min=0)
-        if depth == 2:
-            x = max_pool(x)
-        if depth >= 2:
+    for i, stride in enumerate([2, 1, 1, 2, 2, 2]):
+        conv, norm = modules[2 * i:2 * i + 2]
+        x = F.conv2d(x, conv.weight, stride=stride, padding=1)
+        x = F.batch_norm(x, None, None, norm.weight, norm.bias, training=True).relu()
+        if i == 2:
+            x = F.max_pool2d(x, 3, stride=2, padding=1)
+        if i >= 2:
             maps.append(x)
     assert [m.shape[1:] for m in maps] == [(3, 8, 16), (6, 4, 8), (12, 2, 4), (12, 1, 2)]
-    torch.testing.assert_close(stem, maps[0], **EXACT)
-    expected = [torch.einsum("bchw,oc->bohw", m, fc.weight[:, :, 0, 0]) + fc.bias[:, None, None]
-                for m, fc in zip(maps[1:], (prior.fc2, prior.fc3, prior.fc4), strict=True)]
+    expected_c4, *expected = [
+        torch.einsum("bchw,oc->bohw", m, fc.weight[:, :, 0, 0]) + fc.bias[:, None, None]
+        for m, fc in zip(maps, (prior.fc1, prior.fc2, prior.fc3, prior.fc4), strict=True)]
+    torch.testing.assert_close(c4, expected_c4, **EXACT)
     for level, m in zip(levels, expected, strict=True):
         torch.testing.assert_close(level, m.flatten(2).transpose(1, 2), **EXACT)
 
@@ -122,22 +87,9 @@ def test_spatial_prior_agrees_with_a_plain_loop():
 # -------------------------------------------------------------------------------------------- Injector, Extractor, FFN
 
 
-def test_a_fresh_injector_leaves_the_vit_as_it_was():
-    """gamma starts at 1e-6: the pre-trained ViT sees its own tokens, and gamma still learns."""
-    injector = randomized(Injector(DIM, HEADS, POINTS, RATIO))
-    nn.init.constant_(injector.gamma, 1e-6)  # its start, among other weights that are large
-    x, pyramid = tokens(TOKENS), tokens(PYRAMID)
-    out = injector(x, pyramid, where())
-    torch.testing.assert_close(out, x, rtol=0, atol=1e-5)
-    assert not out.equal(x)
-    assert (Injector(DIM, HEADS, POINTS, RATIO).gamma == 1e-6).all()
-    out.square().sum().backward()
-    assert (injector.gamma.grad.abs() > 1e-3).all()
-
-
 def test_injector_is_scaled_attention_of_normed_tokens():
     injector = randomized(Injector(DIM, HEADS, POINTS, RATIO))
-    x, pyramid, place = tokens(TOKENS), tokens(PYRAMID), where()
+    x, pyramid, place = tokens(TOKENS), tokens(PYRAMID), layout()
     query = F.layer_norm(x, (DIM,), injector.query_norm.weight, injector.query_norm.bias, 1e-6)
     value = F.layer_norm(pyramid, (DIM,), injector.feat_norm.weight, injector.feat_norm.bias, 1e-6)
     attention = injector.attn(query, place.vit_points, value, LEVELS)
@@ -152,45 +104,34 @@ def test_conv_ffn_convolves_each_level_by_itself():
     for h, w in LEVELS:
         level = hidden[:, start:start + h * w].transpose(1, 2).reshape(2, 8, h, w)
         start += h * w
-        channels = [convolution(level[:, [c]], ffn.dwconv.weight[[c]], stride=1) for c in range(8)]
-        convolved = torch.cat(channels, dim=1) + ffn.dwconv.bias[:, None, None]
+        convolved = F.conv2d(level, ffn.dwconv.weight, ffn.dwconv.bias, padding=1, groups=8)
         expected.append(convolved.flatten(2).transpose(1, 2))
     x = torch.cat(expected, dim=1)
-    x = x * (1 + torch.erf(x / math.sqrt(2))) / 2  # GELU
-    torch.testing.assert_close(ffn(ffn.fc1(pyramid), LEVELS), x @ ffn.fc2.weight.T + ffn.fc2.bias, **EXACT)
+    x = x * (1 + torch.erf(x / math.sqrt(2))) / 2  # GELU, not its approximation
+    torch.testing.assert_close(ffn(pyramid, LEVELS), x @ ffn.fc2.weight.T + ffn.fc2.bias, **EXACT)
 
 
 def make_extractor(drop_path: float) -> Extractor:
-    return randomized(Extractor(DIM, HEADS, POINTS, RATIO, 0.25, drop_path))
+    torch.manual_seed(0)
+    return randomized(Extractor(DIM, HEADS, POINTS, RATIO, 0.25, drop_path)).train()
 
 
-@pytest.mark.parametrize("drop_path", [0.0, 1.0])
-def test_extractor_drops_its_feed_forward_path_only(drop_path):
-    extractor = make_extractor(drop_path).train()
-    x, pyramid, place = tokens(TOKENS), tokens(PYRAMID), where()
+def test_extractor_is_attention_then_feed_forward():
+    extractor, x, pyramid, place = make_extractor(0.0), tokens(TOKENS), tokens(PYRAMID), layout()
     query = F.layer_norm(pyramid, (DIM,), extractor.query_norm.weight, extractor.query_norm.bias, 1e-6)
     value = F.layer_norm(x, (DIM,), extractor.feat_norm.weight, extractor.feat_norm.bias, 1e-6)
-    expected = pyramid + extractor.attn(query, place.pyramid_points, value, [GRID])
-    if drop_path == 0:
-        normed = F.layer_norm(expected, (DIM,), extractor.ffn_norm.weight, extractor.ffn_norm.bias, 1e-6)
-        expected = expected + extractor.ffn(extractor.ffn.fc1(normed), LEVELS)
+    attended = pyramid + extractor.attn(query, place.pyramid_points, value, [GRID])
+    normed = F.layer_norm(attended, (DIM,), extractor.ffn_norm.weight, extractor.ffn_norm.bias, 1e-6)
+    expected = attended + extractor.ffn(normed, LEVELS)
     torch.testing.assert_close(extractor(pyramid, x, place), expected, **EXACT)
-
-
-def test_drop_path_is_by_image_and_keeps_the_mean():
-    """At rate 1/2 an image's feed-forward path counts double or not at all."""
-    extractor = make_extractor(0.5)
-    x, pyramid, place = tokens(TOKENS), tokens(PYRAMID), where()
-    kept, factors = extractor(pyramid, x, place), set()
-    attended = make_extractor(1.0)
-    attended.load_state_dict(extractor.state_dict())
-    attended = attended.train()(pyramid, x, place)
-    extractor.train()
+    # Stochastic depth drops the feed-forward path only. At rate 1/2 it counts double or not at all, image by image.
+    torch.testing.assert_close(make_extractor(1.0)(pyramid, x, place), attended, **EXACT)
+    halved, factors = make_extractor(0.5), set()
     for _ in range(8):
-        factor = (extractor(pyramid, x, place) - attended) / (kept - attended)
-        assert ((factor - factor[:, :1, :1]).abs() < 1e-6).all()  # one for all of an image
-        factors |= set(factor[:, 0, 0].round(decimals=6).abs().tolist())
-    assert factors == {0.0, 2.0}
+        factor = (halved(pyramid, x, place) - attended) / (expected - attended)
+        assert ((factor - factor[:, :1, :1]).abs() < 1e-6).all()
+        factors |= {tuple(factor[:, 0, 0].round(decimals=6).abs().tolist())}
+    assert {n for pair in factors for n in pair} == {0.0, 2.0} and factors & {(0.0, 2.0), (2.0, 0.0)}
 
 
 # --------------------------------------------------------------------------------------------- Interaction, ViTAdapter
@@ -199,7 +140,7 @@ def test_drop_path_is_by_image_and_keeps_the_mean():
 def test_the_class_token_takes_part_in_the_vit_only():
     """The blocks get it in front of the injected tokens; injector and extractor never see it."""
     interaction = randomized(Interaction(DIM, HEADS, POINTS, RATIO, 0.25, 0.0, num_extractors=1))
-    x, pyramid, cls_token, place = tokens(TOKENS), tokens(PYRAMID), tokens(1), where()
+    x, pyramid, cls_token, place = tokens(TOKENS), tokens(PYRAMID), tokens(1), layout()
     seen = []
 
     def run_blocks(sequence: Tensor) -> Tensor:
@@ -218,80 +159,53 @@ def make_adapter() -> ViTAdapter:
     return randomized(ViTAdapter(DIM, spm_channels=4, num_heads=HEADS))
 
 
-def test_extra_extractors_in_the_last_interaction_only():
-    adapter = make_adapter()
-    assert [len(interaction.extractors) for interaction in adapter.interactions] == [1, 1, 1, 3]
-    assert {e.attn.num_levels for i in adapter.interactions for e in i.extractors} == {1}
-    assert {i.injector.attn.num_levels for i in adapter.interactions} == {3}
-
-
-def test_the_last_extractors_run_one_after_another():
-    interaction = make_adapter().interactions[-1]
-    x, pyramid, place = tokens(TOKENS), tokens(PYRAMID), where()
-    _, x, actual = interaction(tokens(1), x, pyramid, lambda sequence: sequence, place)
-    for extractor in interaction.extractors:
+def test_the_last_interaction_has_three_extractors_one_after_another():
+    interactions = make_adapter().interactions
+    assert [len(interaction.extractors) for interaction in interactions] == [1, 1, 1, 3]
+    x, pyramid, place = tokens(TOKENS), tokens(PYRAMID), layout()
+    _, x, actual = interactions[-1](tokens(1), x, pyramid, lambda sequence: sequence, place)
+    for extractor in interactions[-1].extractors:
         pyramid = extractor(pyramid, x, place)
     assert actual.equal(pyramid)
 
 
 def test_merge_adds_the_vits_maps_level_by_level():
     """The first interaction's tokens, four times as large, join f4; the last's, half as large, f32."""
-    adapter, place = make_adapter(), where()
-    fc1 = adapter.spatial_prior.fc1
-    stem = torch.randn(2, fc1.in_channels, 16, 24, dtype=torch.double)
+    adapter, place = make_adapter(), layout()
+    c4 = torch.randn(2, DIM, 16, 24, dtype=torch.double)
     pyramid, vit_maps = tokens(PYRAMID), [torch.randn(2, DIM, *GRID, dtype=torch.double) for _ in range(4)]
-    outputs = adapter.merge(stem, pyramid, vit_maps, place)
+    outputs = adapter.merge(c4, pyramid, vit_maps, place)
     assert [f.shape[2:] for f in outputs] == [(16, 24), (8, 12), (4, 6), (2, 3)]
 
     c8, c16, c32 = (pyramid[:, s].transpose(1, 2) for s in (slice(0, 96), slice(96, 120), slice(120, None)))
     c8, c16, c32 = c8.reshape(2, DIM, 8, 12), c16.reshape(2, DIM, 4, 6), c32.reshape(2, DIM, 2, 3)
     up = torch.einsum("bchw,coij->bohiwj", c8, adapter.up.weight).reshape(2, DIM, 16, 24)  # 2x2 blocks side by side
-    c4 = torch.einsum("bchw,oc->bohw", stem, fc1.weight[:, :, 0, 0]) + fc1.bias[:, None, None]
     c4 = c4 + up + adapter.up.bias[:, None, None]
     x4, x8 = (F.interpolate(x, scale_factor=s, mode="bilinear") for x, s in ((vit_maps[0], 4), (vit_maps[1], 2)))
     x32 = F.avg_pool2d(vit_maps[3], 2)  # bilinear at one half: the mean of 2 x 2
     sums = (c4 + x4, c8 + x8, c16 + vit_maps[2], c32 + x32)
     for f, total, norm in zip(outputs, sums, adapter.norms, strict=True):
-        expected = total / math.sqrt(1 + 1e-5) * norm.weight[:, None, None] + norm.bias[:, None, None]
+        mean, variance, scale, shift = (x[:, None, None] for x in (
+            norm.running_mean, norm.running_var, norm.weight, norm.bias))
+        expected = (total - mean) / (variance + 1e-5).sqrt() * scale + shift
         torch.testing.assert_close(f, expected, **EXACT)
-
-
-def test_f4_through_a_lateral_is_the_lateral_of_f4():
-    """In eval mode weights are multiplied first; other levels are none the wiser, and gradients are the same."""
-    adapter, place = make_adapter(), where()
-    adapter.norms[0].running_mean.normal_()
-    adapter.norms[0].running_var.uniform_(0.5, 2)
-    lateral = nn.Conv2d(DIM, 6, 1, bias=False).double()
-    parts = [torch.randn(2, 4, 16, 24, dtype=torch.double), tokens(PYRAMID)]
-    parts += [torch.randn(2, DIM, *GRID, dtype=torch.double) for _ in range(4)]
-    for part in parts:
-        part.requires_grad_()
-    stem, pyramid, *vit_maps = parts
-    plain = adapter.merge(stem, pyramid, vit_maps, place)
-    plain = plain._replace(f4=lateral(plain.f4))
-    fast = adapter.merge(stem, pyramid, vit_maps, place, lateral)
-    torch.testing.assert_close(tuple(fast), tuple(plain), **EXACT)
-    weights = [torch.randn_like(f) for f in plain]
-    wanted = [*parts, adapter.up.weight, adapter.norms[0].weight, adapter.spatial_prior.fc1.bias, lateral.weight]
-    gradients = [torch.autograd.grad(maps, wanted, weights) for maps in (fast, plain)]
-    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
 
 
 def test_forward_joins_the_parts_in_order():
     """Level embeddings on the three levels, four stages in turn, each stage's tokens merged into its own map."""
-    adapter, place = make_adapter(), where()
+    adapter, place = make_adapter(), layout()
     images, cls_token, x = torch.randn(2, 3, 64, 96, dtype=torch.double), tokens(1), tokens(TOKENS)
     stages = [lambda sequence, i=i: sequence * (i + 1) for i in range(4)]
     outputs = adapter(images, cls_token, x, stages)
     assert outputs._fields == ("f4", "f8", "f16", "f32")
 
-    stem, levels = adapter.spatial_prior(images)
+    c4, levels = adapter.spatial_prior(images)
     pyramid = torch.cat([levels[i] + adapter.level_embed[i] for i in range(3)], dim=1)
     vit_maps = []
     for i, interaction in enumerate(adapter.interactions):
         cls_token, x, pyramid = interaction(cls_token, x, pyramid, stages[i], place)
         vit_maps.append(x.transpose(1, 2).reshape(2, DIM, *GRID))
-    for actual, expected in zip(outputs, adapter.merge(stem, pyramid, vit_maps, place), strict=True):
+    for actual, expected in zip(outputs, adapter.merge(c4, pyramid, vit_maps, place), strict=True):
         torch.testing.assert_close(actual, expected, **EXACT)
 
 
@@ -318,13 +232,11 @@ def test_starting_values():
     assert adapter.level_embed.std().item() == pytest.approx(1, rel=0.2)
 
 
-def test_deformable_attention_starts_as_a_ring():
+def test_deformable_attention_starts_by_its_own_rule():
     """Offset and attention weights 0, biases on a ring; the values of half the width are xavier uniform."""
     for interaction in ViTAdapter(64, spm_channels=4, num_heads=4).interactions:
         for attn in (interaction.injector.attn, *(e.attn for e in interaction.extractors)):
-            assert not attn.sampling_offsets.weight.any() and not attn.attention_weights.weight.any()
-            ring = attn.sampling_offsets.bias.view(4, attn.num_levels, 4, 2)
-            assert ring[1].round(decimals=5).tolist() == [[[0, 1], [0, 2], [0, 3], [0, 4]]] * attn.num_levels
+            assert not attn.sampling_offsets.weight.any() and attn.sampling_offsets.bias.abs().max() == 4
             assert attn.value_proj.weight.shape == (32, 64)
             assert attn.value_proj.weight.abs().max().item() == pytest.approx(math.sqrt(6 / 96), rel=0.02)
 
@@ -348,14 +260,3 @@ def test_bfloat16_autocast_is_near_float32(golden_model, head):
         assert torch.isfinite(feature).all()
         assert relative_error(feature, expected) < 0.015
     assert relative_error(scores, exact_scores) < 0.06  # a mask that changes side moves more than rounding
-
-
-@pytest.mark.parametrize("head", ["mask2former", "upernet"])
-def test_training_under_autocast_has_finite_float32_losses_and_gradients(head):
-    model = build_model(head, "tiny", 5, window=64).train()
-    images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 5, (2, 64, 64))
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = model(images, labels)
-    assert {loss.dtype for loss in losses.values()} == {torch.float32}
-    losses["loss"].backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import run
 import train
 from data import Batch
-from heads import loss_units
+from heads import loss_normalizers
 
 CPU = torch.device("cpu")
 HEADS = ("mask2former", "upernet")
@@ -72,9 +72,9 @@ def one_step(head: str, layout: str, ignored: bool, frozen: str, rank: int = 0, 
     losses = torch.zeros((), dtype=torch.float64)
     for i, batch in enumerate(batches):
         first = mine.start + i * share
-        units = loss_units(counts, slice(first, first + share), model.config.num_queries)
+        normalizers = loss_normalizers(counts, slice(first, first + share), model.config.num_queries)
         with train.averaging(parallel, i == accumulation - 1):
-            loss = parallel(batch.images.double() / 128 - 1, batch.labels.long(), units=units)["loss"]
+            loss = parallel(batch.images.double() / 128 - 1, batch.labels.long(), normalizers)["loss"]
             (loss / accumulation).backward()
         losses += loss.detach() / accumulation
     torch.rand = rand

@@ -1,47 +1,41 @@
 """Heads and losses against code written elsewhere (transformers, SciPy) and against formulas written out plainly.
 
-Read: UperNet -> Mask2Former -> points and targets -> matching -> losses -> units -> starting values.
+Reading order: UperNet -> Mask2Former -> points and targets -> matching -> losses -> normalizers -> starting values.
+
+What `heads` and `fast.losses` both compute is tested for both, by the fixture `losses`.
 """
 import math
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import fill
+from conftest import randomized
 from scipy.optimize import linear_sum_assignment
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import heads
+from common import IGNORE
 from heads import (
     FCN,
-    IGNORE,
     Mask2Former,
+    Normalizers,
     PixelDecoder,
     Prediction,
     UperNet,
-    bordered,
-    class_losses,
+    class_loss,
     classes_present,
-    corners,
-    loss_units,
-    mask2former_losses,
-    mask_counts,
+    loss_normalizers,
     match,
-    matching_costs,
     pixel_cross_entropy,
-    sample,
-    sample_class_targets,
-    sample_pixels,
-    sample_targets,
+    point_sample,
     semantic_scores,
     sine_positions,
+    targets_of,
     uncertain_points,
+    upernet_losses,
     where_to_look,
 )
 from model import build_model
@@ -50,26 +44,13 @@ EXACT = {"rtol": 1e-12, "atol": 1e-12}
 DIM, CHANNELS, CLASSES, QUERIES, POINTS = 16, 64, 5, 9, 64
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seed")
 
 
-@pytest.fixture
-def halton_points(monkeypatch):
-    """Every draw of random points gives the Halton sequence; transformers, which names no precision, gets float64."""
-    def rand(*shape, device=None, dtype=torch.double):
-        return torch.from_numpy(fill.halton(shape[-2])).to(dtype).expand(shape).clone()
-
-    monkeypatch.setattr(torch, "rand", rand)
-
-
-def randomized(module: nn.Module) -> nn.Module:
-    """The module in float64; every weight and batch-norm statistic differs from its start."""
-    for tensor in [*module.parameters(), *module.buffers()]:
-        if tensor.is_floating_point():
-            nn.init.uniform_(tensor, 0.5, 1.5) if tensor.dim() < 2 else nn.init.normal_(tensor, std=0.2)
-    return module.double().eval()
+@pytest.fixture(params=["heads", "fast.losses"])
+def losses(request):
+    """losses(prediction, labels, normalizers=None), plain and fast."""
+    return partial(pytest.importorskip(request.param).mask2former_losses, num_points=POINTS)
 
 
 def renamed(state: dict, patterns: list[tuple[str, str]]) -> dict:
@@ -94,9 +75,9 @@ def random_prediction(images: int, outputs: int = 3, queries: int = QUERIES) -> 
                       torch.randn(images, 10, 6, 8, dtype=torch.double))
 
 
-def binary_masks(labels: torch.Tensor) -> torch.Tensor:
-    """(B, H, W) -> float64 (B, K, H, W), the masks that the code under test never builds; ignored pixels are 0."""
-    return torch.stack([labels == k for k in range(CLASSES)], dim=1).double()
+def sampled(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """(N, C, h, w), (N, P, 2) -> (N, C, P), by grid_sample alone."""
+    return F.grid_sample(maps, points[:, None] * 2 - 1, padding_mode="zeros", align_corners=False)[:, :, 0]
 
 
 # ------------------------------------------------------------------------------------------------------------ UperNet
@@ -133,12 +114,12 @@ def test_upernet_agrees_with_transformers(name, training):
 def test_ignored_pixels_count_in_the_denominator_of_upernets_loss():
     logits, labels = torch.randn(2, CLASSES, 6, 8, dtype=torch.double), random_labels(2, ignored=0.5)
     upsampled = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
-    log_probabilities = upsampled.log_softmax(1).movedim(1, -1)
-    valid = labels != IGNORE
-    expected = -log_probabilities[valid].gather(1, labels[valid][:, None]).sum() / (2 * 24 * 32)
-    torch.testing.assert_close(pixel_cross_entropy(logits, labels), expected, **EXACT)
     usual = F.cross_entropy(upsampled, labels, ignore_index=IGNORE)
-    assert (expected / usual).item() == pytest.approx(valid.double().mean().item())
+    expected = usual * (labels != IGNORE).double().mean()
+    torch.testing.assert_close(pixel_cross_entropy(logits, labels), expected, **EXACT)
+    terms = upernet_losses((logits, -logits), labels)
+    assert terms["pixel"] == pixel_cross_entropy(logits, labels)
+    assert terms["auxiliary"] == 0.4 * pixel_cross_entropy(-logits, labels)
 
 
 # -------------------------------------------------------------------------------------------------------- Mask2Former
@@ -206,8 +187,7 @@ def test_pixel_decoder_agrees_with_transformers(library):
     ours = PixelDecoder(DIM, CHANNELS, hidden=96, num_layers=2, num_heads=4).double()
     ours.load_state_dict(renamed(theirs.state_dict(), PIXEL_DECODER_NAMES))
     features = [f.requires_grad_() for f in pyramid()]
-    finest, memory = ours(features)
-    mask_features = ours.mask_features(finest)  # which the decoder multiplies with its queries instead
+    mask_features, memory = ours(features)
     expected = theirs(features)
     torch.testing.assert_close(mask_features, expected.mask_features, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(memory, list(expected.multi_scale_features), rtol=1e-10, atol=1e-10)
@@ -229,9 +209,9 @@ def test_masked_attention_decoder_agrees_with_transformers(library):
     """Classes and masks before the first layer and after each of four (so that level 0 comes round again)."""
     ours, theirs = decoders(library)
     features = [f.requires_grad_() for f in pyramid()]
-    prediction = ours(features, every_layer=True)
-    finest, memory = ours.pixel_decoder(features)
-    expected = theirs(memory, ours.pixel_decoder.mask_features(finest))
+    prediction = ours(features)
+    mask_features, memory = ours.pixel_decoder(features)
+    expected = theirs(memory, mask_features)
     assert len(prediction.mask_logits) == len(expected.masks_queries_logits) == 5
     for i, masks in enumerate(expected.masks_queries_logits):
         classes = ours.class_embed(expected.intermediate_hidden_states[i].transpose(0, 1))
@@ -243,260 +223,99 @@ def test_masked_attention_decoder_agrees_with_transformers(library):
     torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-7)
 
 
-def test_last_prediction_alone_is_the_last_of_all(library):
-    ours, _ = decoders(library)
-    features = pyramid()
-    alone, all_of_them = (ours(features, every_layer=every) for every in (False, True))
-    for name in ("class_logits", "mask_logits"):  # other sizes of matrix products may round otherwise
-        torch.testing.assert_close(getattr(alone, name), getattr(all_of_them, name)[-1:], **EXACT)
-
-
-def test_an_empty_mask_attends_everywhere():
-    features = torch.tensor([[[1.0, -1.0, 2.0], [0.0, 0.0, -1.0]]])  # two channels at three pixels
-    queries = torch.tensor([[[1.0, 0.0], [0.0, 0.5], [-1.0, -3.0], [0.0, 1.0]]])
-    features[0, 1] -= 0.1  # channel 1: -0.1, -0.1, -1.1
-    attend = where_to_look(queries, features)
-    assert attend.tolist() == [[[True, False, True], [True] * 3, [False, True, True], [True] * 3]]
-    assert where_to_look(torch.zeros(1, 1, 2), features).all()  # logit 0, sigmoid 0.5, is inside
-
-
-def test_empty_masks_make_no_nan(library):
-    ours, _ = decoders(library)
-    nn.init.zeros_(ours.mask_embed[-1].weight)
-    nn.init.zeros_(ours.mask_embed[-1].bias)
-    nn.init.zeros_(ours.pixel_decoder.mask_features.weight)
-    ours.pixel_decoder.mask_features.bias.data.fill_(1.0)
-    ours.mask_embed[-1].bias.data.fill_(-1.0)  # every logit is -CHANNELS: all masks are empty
-    features = [f.requires_grad_() for f in pyramid()]
-    prediction = ours(features, every_layer=True)
-    assert (prediction.mask_logits[-1] == -CHANNELS).all()
-    prediction.class_logits.sum().backward()
-    assert torch.isfinite(prediction.class_logits).all()
-    assert all(torch.isfinite(f.grad).all() for f in features if f.grad is not None)
-    assert all(torch.isfinite(p.grad).all() for p in ours.parameters() if p.grad is not None)
+def test_a_query_attends_to_its_mask_or_everywhere_if_that_is_empty():
+    """A logit of 0 (sigmoid 0.5) is inside."""
+    features = torch.tensor([[[1.0, -1.0, 2.0], [0.0, 0.0, -1.0], [1.0, 1.0, 1.0]]])  # three channels at three pixels
+    attend = where_to_look(torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, -1.0]]]), features)
+    assert attend.tolist() == [[[True, False, True], [True, True, False], [True, True, True]]]
 
 
 def test_semantic_scores_by_hand():
-    """Two queries, two classes: class probabilities (1/2, 1/4 | 1/4) and (0, 0 | 1), mask probabilities 0.8 and 0.5."""
+    """Two queries, two classes: class probabilities (1/2, 1/4 | 1/4) and (0, 0 | 1), mask probabilities 0.8 and 0.5.
+    The scores are those of the last output."""
     classes = torch.tensor([[[0.5, 0.25, 0.25], [1e-30, 1e-30, 1.0]]]).log()
     masks = torch.tensor([math.log(4), 0.0]).view(1, 2, 1, 1)
-    scores = semantic_scores(Prediction(classes[None], torch.eye(2)[None, None], masks))
-    torch.testing.assert_close(scores.flatten(), torch.tensor([0.4, 0.2]))
+    embeds = torch.stack([-torch.eye(2), torch.eye(2)])[:, None]
+    prediction = Prediction(torch.stack([-classes, classes]), embeds, masks)
+    torch.testing.assert_close(semantic_scores(prediction).flatten(), torch.tensor([0.4, 0.2]))
 
 
 def test_semantic_scores_stay_in_float32_under_autocast():
     """The matrix product too: in bfloat16 near ties between classes would fall either way."""
     masks = torch.randn(1, QUERIES, 6, 8).bfloat16().float()
     prediction = Prediction(torch.randn(1, 1, QUERIES, CLASSES + 1), torch.eye(QUERIES)[None, None], masks)
-    exact = semantic_scores(prediction)
     with torch.autocast("cpu", torch.bfloat16):
         scores = semantic_scores(prediction)
-    torch.testing.assert_close(scores, exact)
+    torch.testing.assert_close(scores, semantic_scores(prediction))
 
 
 # -------------------------------------------------------------------------------------------------- points and targets
 
-LINE = torch.tensor([0, 1e-9, 1e-3, 1 / 16, 0.25, 0.49, 0.5, 0.77, 15 / 16, 0.999, 1]).double()
-GRID = torch.cartesian_prod(LINE, LINE)  # (P, 2): inside, on pixel centres, nearer to the border than these, on it
+
+def test_points_are_x_and_y_from_the_corner_and_outside_is_0():
+    maps = torch.arange(1.0, 9).view(1, 1, 2, 4)  # pixel centres at x = 1/8, 3/8 ... and y = 1/4, 3/4
+    points = torch.tensor([[[1 / 8, 1 / 4], [7 / 8, 3 / 4], [1 / 4, 1 / 4], [3 / 8, 1 / 2], [1, 1], [0, 1 / 4]]])
+    assert point_sample(maps, points).tolist() == [[[1.0, 8.0, 1.5, 4.0, 2.0, 0.5]]]
 
 
-def sampled(masks: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """(N, C, h, w), (N, P, 2) -> (N, C, P), by grid_sample alone."""
-    return F.grid_sample(masks, points[:, None] * 2 - 1, padding_mode="zeros", align_corners=False)[:, :, 0]
-
-
-@pytest.mark.parametrize("size", [(8, 8), (5, 11), (1, 3)])
-def test_corners_interpolate_as_grid_sample(size):
-    """Two images, whose border holds what grid_sample takes for what is outside: 0."""
-    images, points = torch.randn(2, *size, dtype=torch.double), torch.stack([GRID, GRID.flip(0)])
-    index, weight = corners(points, *size)
-    assert index.shape == weight.shape == (*points.shape[:2], 4)
-    values = bordered(images, 0).flatten()[index]
-    torch.testing.assert_close((values * weight).sum(2), sampled(images[:, None], points)[:, 0], **EXACT)
-
-
-def test_pixels_are_sampled_as_maps_are():
-    maps, points = torch.randn(2, 3, 5, 7, dtype=torch.double), torch.rand(2, 11, 2, dtype=torch.double)
-    values = sample_pixels(bordered(maps, 0).flatten(2).mT, *corners(points, 5, 7))
-    torch.testing.assert_close(values.mT, sample(maps, points), **EXACT)
-    torch.testing.assert_close(values.mT, sampled(maps, points), **EXACT)
-
-
-def test_targets_are_the_binary_masks_sampled():
-    labels = random_labels(3)
-    points = GRID.expand(3, -1, 2) * (1 - torch.rand(3, 1, 2) / 10)  # other points for each image
-    masks = binary_masks(labels)
-    torch.testing.assert_close(class_targets(labels, points).mT, sampled(masks, points), **EXACT)
-    image, category = torch.tensor([2, 0, 0, 1]), torch.tensor([4, 0, 3, 1])
-    points = points[[0, 1, 2, 0]]
-    expected = sampled(masks[image, category][:, None], points)[:, 0]
-    torch.testing.assert_close(sample_class_targets(labels, image, category, points), expected, **EXACT)
-
-
-def class_targets(labels: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """`sample_targets` of labels, (B, P, K)."""
-    classes = bordered(labels.clamp(max=CLASSES), CLASSES)
-    return sample_targets(classes, *corners(points, *labels.shape[1:]), CLASSES)
-
-
-def test_ignored_pixels_are_negatives_of_every_mask():
-    """Half of the image is class 1, half ignored: a point amid the ignored half has target 0, on the seam 1/2."""
-    labels = torch.full((1, 4, 8), IGNORE)
-    labels[:, :, :4] = 1
-    points = torch.tensor([[[0.25, 0.5], [0.75, 0.5], [0.5, 0.5]]], dtype=torch.double)
-    targets = class_targets(labels, points)[0].T
-    assert targets[1].tolist() == [1.0, 0.0, 0.5]
-    assert (targets[[0, 2, 3, 4]] == 0).all()
-    category = torch.tensor([1])
-    assert sample_class_targets(labels, torch.tensor([0]), category, points)[0].tolist() == [1.0, 0.0, 0.5]
-
-
-def test_the_loss_pushes_masks_away_from_ignored_pixels():
-    """From logits of 0, the gradient is negative inside the class and positive in the ignored half."""
-    labels = torch.full((1, 4, 8), IGNORE)
-    labels[:, :, :4] = 1
-    features = torch.zeros(1, 1, 4, 8, requires_grad=True)  # times an embedding of 1: the logits
-    prediction = Prediction(torch.zeros(1, 1, 1, CLASSES + 1), torch.ones(1, 1, 1, 1), features)
-    matches = heads.Matches(*torch.tensor([[0], [0], [0], [1]]), [1])
-    units = loss_units(torch.tensor([1]), slice(None), 1)
-    loss, _ = heads.mask_losses(prediction, labels, matches, units, num_points=512)
-    (gradient,) = torch.autograd.grad(loss, features)
-    assert (gradient[..., :3] < 0).all() and (gradient[..., 5:] > 0).all()
-
-
-def test_classes_present_and_counted():
-    labels = torch.tensor([[[0, 3, 3, IGNORE]], [[IGNORE] * 4], [[1, 2, 4, 0]]])
+def test_targets_are_the_classes_of_each_image():
+    labels = torch.tensor([[[0, 3, 3, IGNORE]], [[IGNORE, CLASSES, IGNORE, IGNORE]], [[1, 2, 4, 0]]])
     present = classes_present(labels, CLASSES)
     assert present.int().tolist() == [[1, 0, 0, 1, 0], [0] * 5, [1, 1, 1, 0, 1]]
-    assert mask_counts(labels, CLASSES).tolist() == [2, 0, 4]
     assert classes_present(labels.to(torch.uint8), CLASSES).equal(present)
+    first, second, third = targets_of(labels, CLASSES)
+    assert (first.classes.tolist(), third.classes.tolist()) == ([0, 3], [0, 1, 2, 4])
+    assert first.masks.tolist() == [[[1, 0, 0, 0]], [[0, 1, 1, 0]]]
+    assert second.classes.shape == (0,) and second.masks.shape == (0, 1, 4)
 
 
 # ----------------------------------------------------------------------------------------------------------- matching
 
 
-def test_matching_costs_agree_with_a_plain_loop(monkeypatch):
-    """Outputs, images, queries and classes one by one; other points for every output and image."""
-    prediction, labels = random_prediction(3, outputs=2, queries=4), random_labels(3)
-    points = torch.rand(2, 3, POINTS, 2, dtype=torch.double)
-    monkeypatch.setattr(torch, "rand", lambda *shape, **_: points.view(shape))
-    classes, masks = prediction.class_logits, prediction.mask_logits
-    costs = matching_costs(prediction, labels, POINTS)
-    assert costs.shape == (2, 3, 4, CLASSES)
-    for output, image, query, k in np.ndindex(*costs.shape):
-        where = points[output, image][None]
-        logit = sampled(masks[output, image, query][None, None], where).flatten()
-        target = sampled((labels[image] == k).double()[None, None], where).flatten()
-        probability = logit.sigmoid()
-        class_cost = -classes[output, image, query].softmax(0)[k]
-        mask_cost = F.binary_cross_entropy_with_logits(logit, target)
-        dice_cost = 1 - (2 * (probability * target).sum() + 1) / (probability.sum() + target.sum() + 1)
-        expected = 2 * class_cost + 5 * mask_cost + 5 * dice_cost
-        torch.testing.assert_close(costs[output, image, query, k], expected, **EXACT)
+def plain_cost(classes: torch.Tensor, logit: torch.Tensor, target: torch.Tensor, k: int) -> torch.Tensor:
+    """The cost of one query (K + 1,), whose mask has these logits (P,), for class k with this target (P,)."""
+    probability = logit.sigmoid()
+    mask_cost = F.binary_cross_entropy_with_logits(logit, target)
+    dice_cost = 1 - (2 * (probability * target).sum() + 1) / (probability.sum() + target.sum() + 1)
+    return 2 * -classes.softmax(0)[k] + 5 * mask_cost + 5 * dice_cost
 
 
-def as_pairs(matches: heads.Matches, output: int, image: int) -> list[tuple[int, int]]:
-    mine = (matches.output == output) & (matches.image == image)
-    return list(zip(matches.query[mine].tolist(), matches.category[mine].tolist(), strict=True))
+@pytest.mark.parametrize("queries", [QUERIES, 3])
+def test_match_minimises_the_papers_cost(monkeypatch, queries):
+    """Each cost is written out; with three queries there are more classes than queries."""
+    prediction, labels, costs = random_prediction(1, 1, queries), random_labels(1), []
+    points = torch.rand(1, POINTS, 2, dtype=torch.double)
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: points)
+    monkeypatch.setattr(heads, "linear_sum_assignment", lambda c: costs.append(c) or linear_sum_assignment(c))
+    classes, masks = prediction.class_logits[0, 0], prediction.mask_logits[0, 0]
+    (target,) = targets_of(labels.masked_fill(labels == 1, IGNORE), CLASSES)
+    assert target.classes.tolist() == [0, 2, 3, 4]
+    chosen_queries, chosen = match(classes, masks, target, POINTS)
+    logits, targets = (sampled(x[None].double(), points)[0] for x in (masks, target.masks))
+    expected = [[plain_cost(*query, targets[t], k) for t, k in enumerate(target.classes)]
+                for query in zip(classes, logits, strict=True)]
+    torch.testing.assert_close(torch.from_numpy(costs[0]), torch.tensor(expected, dtype=torch.double), **EXACT)
+    assert (chosen_queries.tolist(), chosen.tolist()) == tuple(x.tolist() for x in linear_sum_assignment(expected))
+    assert len(chosen) == min(queries, 4)
 
 
-@pytest.mark.parametrize("queries", [12, 3])
-def test_match_agrees_with_scipy(queries):
-    """Image by image; one has no class at all, and three queries are fewer than the classes of another."""
-    costs = torch.randn(4, 3, queries, CLASSES)
-    present = torch.tensor([[1, 0, 1, 1, 1], [0] * 5, [0, 0, 0, 1, 0]]).bool()
-    matches = match(costs, present)
-    for output, image in np.ndindex(4, 3):
-        categories = present[image].nonzero().flatten().numpy()
-        rows, columns = linear_sum_assignment(costs[output, image].numpy()[:, categories])
-        assert as_pairs(matches, output, image) == list(zip(rows, categories[columns], strict=True))
-    assert matches.of_image == [4 * min(queries, 4), 0, 4]
-    assert matches.image.tolist() == [image for image, n in enumerate(matches.of_image) for _ in range(n)]
-
-
-def test_match_without_any_target():
-    matches = match(torch.randn(2, 2, 3, CLASSES), torch.zeros(2, CLASSES, dtype=torch.bool))
-    *fields, of_image = matches
-    assert all(field.shape == (0,) and field.dtype == torch.long for field in fields)
-    assert of_image == [0, 0]
-
-
-def test_non_finite_costs_never_reach_scipy(monkeypatch):
-    """nan and inf lose against every finite cost; SciPy would raise on nan, and find inf infeasible."""
-    def strict(costs):
-        assert np.isfinite(costs).all()
-        return linear_sum_assignment(costs)
-
-    monkeypatch.setattr(heads, "linear_sum_assignment", strict)
-    costs = torch.tensor([[math.nan, 9.0], [math.inf, 1.0], [3.0, 2.0]])[None, None]
-    assert as_pairs(match(costs, torch.ones(1, 2, dtype=torch.bool)), 0, 0) == [(1, 1), (2, 0)]
-    assert len(match(torch.full((1, 1, 3, 2), math.nan), torch.ones(1, 2, dtype=torch.bool)).query) == 2
-
-
-class CallNames(TorchFunctionMode):
-    """Names of all torch functions called, in order."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.names.append(getattr(function, "__name__", ""))
-        return function(*args, **(kwargs or {}))
-
-
-def test_one_copy_to_the_host_and_one_back():
-    """For ten outputs and four images: `cpu` once, nothing that reads a value before it, `to` once after it."""
-    costs, present = torch.randn(10, 4, QUERIES, CLASSES), torch.rand(4, CLASSES) < 0.7
-    with CallNames() as calls:
-        match(costs, present)
-    copy = calls.names.index("cpu")
-    waiting = {"cpu", "item", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"}
-    assert [name for name in calls.names[:copy + 1] if name in waiting] == ["cpu"]
-    assert [name for name in calls.names[copy + 1:] if name in ("cpu", "to", "cuda")] == ["to"]
-
-
-class Copies(TorchDispatchMode):
-    """Operations whose results lie on another device than all of their arguments."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        before, after = ({t.device for t in tree_leaves(x) if isinstance(t, torch.Tensor)} for x in (args, result))
-        if before and after and not before & after:
-            self.names.append(str(function))
-        return result
-
-
-def test_nothing_but_matching_waits_for_the_device(monkeypatch):
-    """All but `match` on fake CUDA tensors: these have no values, so that code which reads one raises."""
-    def empty(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device="cuda")
-
-    with FakeTensorMode():
-        matches = heads.Matches(*empty(4, 7, dtype=torch.long), [3, 4])
-        monkeypatch.setattr(heads, "match", lambda costs, present: matches)
-        prediction = Prediction(empty(2, 2, QUERIES, CLASSES + 1), empty(2, 2, QUERIES, 10), empty(2, 10, 6, 8))
-        labels = empty(2, 24, 32, dtype=torch.long)
-        with Copies() as copies:
-            losses = mask2former_losses(prediction, labels, POINTS)
-        assert copies.names == []
-        with Copies() as copies:  # the mode sees what it looks for
-            losses["mask/0"].cpu()
-        assert copies.names == ["aten._to_copy.default"]
-    assert [loss.shape for loss in losses.values()] == [torch.Size()] * 6
+def test_non_finite_costs_lose_against_finite_ones():
+    """SciPy would raise on nan, and find inf infeasible."""
+    (target,), masks = targets_of(random_labels(1), CLASSES), torch.randn(7, 6, 8)
+    masks[0], masks[1] = math.nan, math.inf
+    queries, targets = match(torch.zeros(7, CLASSES + 1), masks, target, POINTS)
+    assert queries.tolist() == [2, 3, 4, 5, 6] and sorted(targets.tolist()) == list(range(CLASSES))
 
 
 # ------------------------------------------------------------------------------------------------- Mask2Former's losses
 
 
 def library_targets(labels: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Binary masks and classes of each image. Theirs would leave ignored pixels out by lists; here they are zeros."""
-    classes = [torch.tensor([k for k in range(CLASSES) if (image == k).any()], dtype=torch.long) for image in labels]
-    return [m[c] for m, c in zip(binary_masks(labels), classes, strict=True)], classes
+    """Binary masks and classes of each image, by numpy; ignored pixels are zeros."""
+    classes = [np.setdiff1d(image, [IGNORE]) for image in labels.numpy()]
+    masks = [torch.from_numpy(image == c[:, None, None]).double()
+             for image, c in zip(labels.numpy(), classes, strict=True)]
+    return masks, [torch.from_numpy(c) for c in classes]
 
 
 def library_losses(library, prediction: Prediction, labels: torch.Tensor, masks: float | None = None) -> dict:
@@ -519,14 +338,11 @@ def test_matching_agrees_with_transformers(library, halton_points):
     """The same pairs for every output and image (finite costs: theirs takes -inf for the largest, we the smallest)."""
     prediction, labels = random_prediction(4), random_labels(4)
     labels[2] = IGNORE
-    matches = match(matching_costs(prediction, labels, POINTS), classes_present(labels, CLASSES))
     matcher = library.Mask2FormerHungarianMatcher(2.0, 5.0, 5.0, POINTS)
-    targets, target_classes = library_targets(labels)
-    for output, (classes, masks) in enumerate(zip(prediction.class_logits, prediction.mask_logits, strict=True)):
-        expected = matcher(masks, classes, targets, target_classes)
-        for image, (queries, index) in enumerate(expected):
-            pairs = list(zip(queries.tolist(), target_classes[image][index].tolist(), strict=True))
-            assert as_pairs(matches, output, image) == pairs
+    for classes, masks in zip(prediction.class_logits, prediction.mask_logits, strict=True):
+        expected = matcher(masks, classes, *library_targets(labels))
+        for image, target in enumerate(targets_of(labels, CLASSES)):
+            torch.testing.assert_close(match(classes[image], masks[image], target, POINTS), expected[image])
 
 
 def test_uncertain_points_agree_with_transformers(library):
@@ -535,37 +351,35 @@ def test_uncertain_points_agree_with_transformers(library):
     torch.manual_seed(1)
     expected = criterion.sample_points_using_uncertainty(masks, criterion.calculate_uncertainty, POINTS, 3, 0.75)
     torch.manual_seed(1)
-    points = uncertain_points(masks, POINTS)
+    points = uncertain_points(masks[:, 0], POINTS)
     assert points.shape == (7, POINTS, 2)
     for ours, theirs in zip(points.tolist(), expected.tolist(), strict=True):
         assert sorted(ours) == sorted(theirs)  # theirs, sorted by uncertainty, take longer and serve as well
 
 
 @pytest.mark.parametrize("no_target", [False, True])
-def test_losses_agree_with_transformers(library, halton_points, no_target):
+def test_losses_agree_with_transformers(library, halton_points, losses, no_target):
     """Every term of every output, and the gradients, for one pair of images; in one case the second has no target."""
     prediction, labels = random_prediction(2), random_labels(2)
     if no_target:
         labels[1] = IGNORE
     inputs = [t.requires_grad_() for t in prediction]
-    ours = mask2former_losses(prediction, labels, POINTS)
-    theirs = library_losses(library, prediction, labels)
-    assert list(ours) == list(theirs)
-    torch.testing.assert_close(ours, theirs, **EXACT)
-    gradients = [torch.autograd.grad(sum(losses.values()), inputs) for losses in (ours, theirs)]
+    ours, theirs = losses(prediction, labels), library_losses(library, prediction, labels)
+    torch.testing.assert_close(dict(sorted(ours.items())), dict(sorted(theirs.items())), **EXACT)
+    gradients = [torch.autograd.grad(sum(terms.values()), inputs) for terms in (ours, theirs)]
     torch.testing.assert_close(*gradients, **EXACT)
 
 
 def test_no_object_weighs_a_tenth():
-    """One query matched, one not: (loss of class 2 + 0.1 loss of "no object") / 1.1."""
-    logits = torch.randn(1, 1, 2, CLASSES + 1, dtype=torch.double)
-    matches = heads.Matches(*torch.tensor([[0], [0], [1], [2]]), [1])
-    loss = class_losses(logits, matches, loss_units(torch.tensor([1]), slice(None), num_queries=2))
-    surprise = -logits.log_softmax(-1)[0, 0]
-    torch.testing.assert_close(loss[0], (surprise[1, 2] + 0.1 * surprise[0, CLASSES]) / 1.1, **EXACT)
+    """One query matched, one not: (loss of class 2 + 0.1 loss of "no object") / 1.1, or over a given weight."""
+    logits, wanted = torch.randn(1, 2, CLASSES + 1, dtype=torch.double), torch.tensor([[CLASSES, 2]])
+    surprise = -logits.log_softmax(-1)[0]
+    expected = surprise[1, 2] + 0.1 * surprise[0, CLASSES]
+    torch.testing.assert_close(class_loss(logits, wanted), expected / 1.1, **EXACT)
+    torch.testing.assert_close(class_loss(logits, wanted, torch.tensor([4.0])), expected / 4, **EXACT)
 
 
-# -------------------------------------------------------------------------------------------------------------- units
+# -------------------------------------------------------------------------------------------------------- normalizers
 
 
 def part(prediction: Prediction, mine: slice) -> Prediction:
@@ -577,74 +391,72 @@ def official_losses(library, prediction: Prediction, labels: torch.Tensor) -> di
     """Pairs of images, each on its device: class losses over the pair's own weights, masks over their mean per pair."""
     pairs = [slice(i, i + 2) for i in range(0, len(labels), 2)]
     masks = max(sum(min(len(c), QUERIES) for c in library_targets(labels)[1]) / len(pairs), 1)
-    losses = [library_losses(library, part(prediction, pair), labels[pair], masks) for pair in pairs]
-    return {name: sum(loss[name] for loss in losses) / len(pairs) for name in losses[0]}
+    terms = [library_losses(library, part(prediction, pair), labels[pair], masks) for pair in pairs]
+    return {name: sum(term[name] for term in terms) / len(pairs) for name in sorted(terms[0])}
 
 
-def our_losses(prediction: Prediction, labels: torch.Tensor, size: int) -> dict:
+def mean_over_calls(losses, prediction: Prediction, labels: torch.Tensor, size: int) -> dict:
     """The mean over calls of `size` images."""
-    counts = mask_counts(labels, CLASSES)
+    counts = classes_present(labels, CLASSES).sum(1)
     calls = [slice(i, i + size) for i in range(0, len(labels), size)]
-    losses = [mask2former_losses(part(prediction, mine), labels[mine], POINTS, loss_units(counts, mine, QUERIES))
-              for mine in calls]
-    return {name: sum(loss[name] for loss in losses) / len(calls) for name in losses[0]}
+    terms = [losses(part(prediction, mine), labels[mine], loss_normalizers(counts, mine, QUERIES)) for mine in calls]
+    return {name: sum(term[name] for term in terms) / len(calls) for name in sorted(terms[0])}
 
 
-@pytest.mark.parametrize("size", [16, 8, 4, 2, 1])
-def test_any_layout_gives_the_official_losses(library, halton_points, size):
-    """Eight devices with a pair each, or 16 images in calls of any size: the same totals."""
-    prediction, labels = random_prediction(16, outputs=2), random_labels(16)
-    labels[3] = IGNORE
-    labels[8:10] = IGNORE
-    labels[5] = labels[5].clamp(max=1)
-    assert mask_counts(labels, CLASSES).unique().tolist() == [0, 2, 5]
-    torch.testing.assert_close(
-        our_losses(prediction, labels, size), official_losses(library, prediction, labels), **EXACT)
+@pytest.mark.parametrize(("images", "size"), [(16, 16), (16, 8), (16, 4), (16, 2), (16, 1), (3, 1), (3, 3), (1, 1)])
+def test_any_layout_gives_the_official_losses(library, halton_points, losses, images, size):
+    """Eight devices with a pair each, or the same images in calls of any size: the same totals. An odd image is a pair
+    of its own."""
+    prediction, labels = random_prediction(images, outputs=2), random_labels(images)
+    if images == 16:
+        labels[3] = labels[8] = labels[9] = IGNORE
+        labels[5] = labels[5].clamp(max=1)
+        assert classes_present(labels, CLASSES).sum(1).unique().tolist() == [0, 2, 5]
+    torch.testing.assert_close(mean_over_calls(losses, prediction, labels, size),
+                               official_losses(library, prediction, labels), **EXACT)
 
 
-@pytest.mark.parametrize(("images", "size"), [(3, 1), (3, 3), (1, 1)])
-def test_an_odd_image_is_a_pair_of_its_own(library, halton_points, images, size):
-    prediction, labels = random_prediction(images, outputs=1), random_labels(images)
-    torch.testing.assert_close(
-        our_losses(prediction, labels, size), official_losses(library, prediction, labels), **EXACT)
+def test_normalizers_by_hand():
+    """Images with 3, 1, 0, 12 masks and 9 queries: the last can match 9. Pairs weigh 4 + 1.4 and 9 + 0.9; there are 13
+    matches in two pairs. Three of the four images are one and a half pairs."""
+    normalizers = loss_normalizers(torch.tensor([3, 1, 0, 12]), slice(1, 4), num_queries=9)
+    assert normalizers.class_weight.tolist() == pytest.approx([1.5 * 5.4, 1.5 * 9.9, 1.5 * 9.9])
+    assert normalizers.num_masks.item() == 1.5 * 13 / 2
+    assert loss_normalizers(torch.tensor([1, 0, 0, 0]), slice(2), 9).num_masks == 1  # at least 1 a pair
 
 
-def test_units_by_hand():
-    """Images with 3, 1, 0, 12 masks and 9 queries: the last can match 9. Pairs weigh 4 + 1.4 and 9 + 0.9."""
-    units = loss_units(torch.tensor([3, 1, 0, 12]), slice(1, 4), num_queries=9)
-    assert units.class_weight.tolist() == pytest.approx([5.4, 9.9, 9.9])
-    assert units.masks.item() == 13 / 2
-    assert units.pairs == 1.5
-    assert loss_units(torch.tensor([0, 0]), slice(None), 9).masks == 1
-
-
-def test_without_units_a_call_is_its_own_batch(halton_points):
+def test_without_normalizers_a_call_is_its_own_batch(halton_points, losses):
+    """The class loss over the class weights of all images, the mask losses over the number of masks, at least 1."""
     prediction, labels = random_prediction(4, outputs=1), random_labels(4)
-    losses = mask2former_losses(prediction, labels, POINTS)
-    torch.testing.assert_close(losses, our_losses(prediction, labels, 4), **EXACT)
+    labels[0] = IGNORE
+    weight = torch.full((4,), 3 * 5.4 + 0.9, dtype=torch.double)  # of 9 queries five match in three of the images
+    torch.testing.assert_close(losses(prediction, labels),
+                               losses(prediction, labels, Normalizers(weight, torch.tensor(15))), **EXACT)
 
 
-def test_an_all_ignored_batch_reaches_every_parameter():
+def test_an_all_ignored_batch_reaches_every_parameter(losses):
     """Its mask losses are 0 and its class losses are not; no gradient is None, as DistributedDataParallel demands."""
     model = build_model("mask2former", "tiny", CLASSES, window=64).train()
-    losses = model(torch.randn(2, 3, 64, 64), torch.full((2, 64, 64), IGNORE))
-    assert all(value == 0 for name, value in losses.items() if name.startswith(("mask", "dice")))
-    assert all(value > 0 for name, value in losses.items() if name.startswith("class"))
-    losses["loss"].backward()
+    model.criterion = losses
+    terms = model(torch.randn(2, 3, 64, 64), torch.full((2, 64, 64), IGNORE))
+    assert all(value == 0 for name, value in terms.items() if name.startswith(("mask", "dice")))
+    assert all(value > 0 for name, value in terms.items() if name.startswith("class"))
+    terms["loss"].backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_losses_of_half_precision_predictions_are_float32(halton_points, dtype):
+def test_losses_of_half_precision_predictions_are_float32(halton_points, losses, dtype):
     """Only the products that make the masks are in half precision; here these are exact, being with 0 and 1."""
     classes, labels = torch.randn(3, 2, QUERIES, CLASSES + 1), random_labels(2)
     embeds, features = torch.eye(QUERIES).expand(3, 2, -1, -1), torch.randn(2, QUERIES, 6, 8)
     low = Prediction(*(t.to(dtype) for t in (classes, embeds, features)))
-    losses = mask2former_losses(low, labels, POINTS)
-    assert {value.dtype for value in losses.values()} == {torch.float32}
-    exact = mask2former_losses(Prediction(*(t.double() for t in low)), labels, POINTS)
-    torch.testing.assert_close(losses, exact, rtol=1e-4, atol=1e-5, check_dtype=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = losses(low, labels)
+    assert {value.dtype for value in terms.values()} == {torch.float32}
+    exact = losses(Prediction(*(t.double() for t in low)), labels)
+    torch.testing.assert_close(terms, exact, rtol=1e-4, atol=1e-5, check_dtype=False)
 
 
 # ---------------------------------------------------------------------------------------------------- starting values
@@ -660,49 +472,32 @@ def assert_uniform(weight: torch.Tensor, bound: float) -> None:
     assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=5 / math.sqrt(weight.numel()))
 
 
-@pytest.fixture(scope="module")
-def fresh_head():
-    torch.manual_seed(0)
-    return Mask2Former(DIM * 4, CHANNELS, CLASSES, QUERIES * 10, num_heads=4, decoder_layers=2, decoder_ffn=80,
+def test_mask2former_starts_as_released():
+    """Matrices of both transformers Xavier normal, but deformable attention by its own rule; embeddings normal;
+    convolutions Xavier uniform by both fans or by the fan-in; biases 0."""
+    head = Mask2Former(DIM * 4, CHANNELS, CLASSES, QUERIES * 10, num_heads=4, decoder_layers=2, decoder_ffn=80,
                        encoder_layers=2, encoder_ffn=96)
-
-
-def test_both_transformers_start_xavier_normal(fresh_head):
-    decoder = [p for p in fresh_head.layers.parameters() if p.dim() == 2]
-    encoder = [p for n, p in fresh_head.pixel_decoder.layers.named_parameters() if ".ffn." in n and p.dim() == 2]
-    assert (len(decoder), len(encoder)) == (2 * 6, 2 * 2)
-    for weight in decoder + encoder:
+    decoder = head.pixel_decoder
+    matrices = [p for p in head.layers.parameters() if p.dim() == 2]
+    matrices += [p for n, p in decoder.layers.named_parameters() if ".ffn." in n and p.dim() == 2]
+    assert len(matrices) == 2 * 6 + 2 * 2
+    for weight in matrices:
         assert_normal(weight, math.sqrt(2 / sum(weight.shape)))
-
-
-def test_deformable_attention_keeps_its_own_start(fresh_head):
-    for layer in fresh_head.pixel_decoder.layers:
-        attention = layer.attention
-        assert (attention.sampling_offsets.weight == 0).all()
-        assert (attention.attention_weights.weight == 0).all() and (attention.attention_weights.bias == 0).all()
-        ring = attention.sampling_offsets.bias.view(4, 3, 4, 2)  # heads look right, down, left, up; 1 to 4 pixels far
-        for head, direction in enumerate([(1, 0), (0, 1), (-1, 0), (0, -1)]):
-            for point in range(4):
-                expected = torch.tensor(direction).float() * (point + 1)
-                torch.testing.assert_close(ring[head, :, point], expected.expand(3, 2), rtol=0, atol=1e-5)
-        for linear in (attention.value_proj, attention.output_proj):
-            assert_uniform(linear.weight, math.sqrt(6 / (2 * CHANNELS)))
-            assert (linear.bias == 0).all()
-
-
-def test_embeddings_and_convolutions_of_mask2former_start_as_released(fresh_head):
-    decoder = fresh_head.pixel_decoder
-    for embedding in (fresh_head.query_feat, fresh_head.query_embed, fresh_head.level_embed, decoder.level_embed):
+    for layer in decoder.layers:
+        assert not layer.attention.sampling_offsets.weight.any() and not layer.attention.attention_weights.weight.any()
+        ring = layer.attention.sampling_offsets.bias.view(4, 3, 4, 2)
+        assert ring[1].round(decimals=5).tolist() == [[[0, 1], [0, 2], [0, 3], [0, 4]]] * 3
+        assert_uniform(layer.attention.value_proj.weight, math.sqrt(6 / (2 * CHANNELS)))
+    for embedding in (head.query_feat, head.query_embed, head.level_embed, decoder.level_embed):
         assert_normal(embedding, 1.0)
     for conv, _ in decoder.inputs:
         assert_uniform(conv.weight, math.sqrt(6 / (4 * DIM + CHANNELS)))
-        assert (conv.bias == 0).all()
     for conv in (decoder.lateral[0], decoder.output[0], decoder.mask_features):
         assert_uniform(conv.weight, math.sqrt(3 / conv.weight[0].numel()))
-    assert (decoder.mask_features.bias == 0).all()
-    for layer in fresh_head.layers:
-        for attention in (layer.cross_attention, layer.self_attention):
-            assert (attention.in_proj.bias == 0).all() and (attention.out_proj.bias == 0).all()
+    attentions = [a for layer in head.layers for a in (layer.cross_attention, layer.self_attention)]
+    layers = [decoder.mask_features, *(conv for conv, _ in decoder.inputs)]
+    layers += [linear for a in attentions for linear in (a.in_proj, a.out_proj)]
+    assert not any(layer.bias.any() for layer in layers)
 
 
 @pytest.mark.parametrize("head", [UperNet, FCN])

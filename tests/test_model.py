@@ -1,12 +1,14 @@
+"""Whole models against the official code (golden values), BEiT against timm, and what build_model refuses."""
 import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, OFFICIAL, fill, golden_config, load_golden, noise
+from conftest import GOLDEN, OFFICIAL, golden_config, load_golden, noise
 
-from model import SIZES, Attention, Block, ModelConfig, Segmenter, build_model, relative_position_index
+import fast
+from model import SIZES, Attention, ModelConfig, Segmenter, build_model, relative_position_index
 from weights import rename_official
 
 HEADS = ["mask2former", "upernet"]
@@ -22,8 +24,8 @@ def our_loss_name(official: str, last: int) -> str | None:
     if "acc" in official or official in LOSS_NAMES:
         return LOSS_NAMES.get(official)
     *_, layer, term = official.split(".")
-    layer = layer.removeprefix("d") if layer != "decode" else last
-    return f"{ {'loss_cls': 'class', 'loss_mask': 'mask', 'loss_dice': 'dice'}[term] }/{layer}".replace(" ", "")
+    term = {"loss_cls": "class", "loss_mask": "mask", "loss_dice": "dice"}[term]
+    return f"{term}/{last if layer == 'decode' else layer.removeprefix('d')}"
 
 
 def assert_gradients(model: Segmenter, golden: dict, rtol: float) -> None:
@@ -42,18 +44,18 @@ def relative_error(actual: torch.Tensor, expected: np.ndarray) -> float:
 
 @pytest.mark.parametrize("head", HEADS)
 def test_golden_evaluation(golden_model, head):
-    """Features, every head output, scores, and the gradient of each parameter, as the official code computes them."""
+    """Features, every head output, scores of both texts, and the gradient of each parameter, as officially computed."""
     golden, model = load_golden(f"tiny_{OFFICIAL[head]}_eval.npz"), golden_model(head)
     images = noise("image", 2, 3, 96, 96)
     features = model.features(images)
     for i, feature in enumerate(features):
         assert relative_error(feature, golden[f"f{i + 1}"]) < 1e-6
     if head == "mask2former":
-        finest, memory = model.head.pixel_decoder(features)
-        assert relative_error(model.head.pixel_decoder.mask_features(finest), golden["mask_features"]) < 1e-6
+        mask_features, memory = model.head.pixel_decoder(features)
+        assert relative_error(mask_features, golden["mask_features"]) < 1e-6
         for i in range(3):
             assert relative_error(memory[i], golden[f"memory{i}"]) < 1e-6
-        prediction = model.head(features, every_layer=True)
+        prediction = model.head(features)
         classes, masks = prediction.class_logits, prediction.mask_logits
         assert len(classes) == len(masks) == 5
         for i in range(5):
@@ -62,33 +64,28 @@ def test_golden_evaluation(golden_model, head):
     else:
         assert relative_error(model.head(features), golden["logits"]) < 1e-6
         assert relative_error(model.auxiliary_head(features.f16), golden["aux_logits"]) < 1e-6
+    with fast.inference(model):
+        assert relative_error(model(images), golden["seg"]) < 1e-6
     scores = model(images)
     assert relative_error(scores, golden["seg"]) < 1e-6
     (scores * noise("cotangent", *scores.shape)).mean().backward()
     assert_gradients(model, golden, rtol=1e-6)
 
 
-@pytest.fixture
-def halton_points(monkeypatch):
-    """Every draw of random points gives the Halton sequence, as in the golden training steps."""
-    def rand(*shape, device=None, dtype=None):
-        return torch.from_numpy(fill.halton(shape[-2])).to(device, dtype).expand(shape).clone()
-
-    monkeypatch.setattr(torch, "rand", rand)
-
-
+@pytest.mark.parametrize("enabled", [False, True], ids=["plain", "fast"])
 @pytest.mark.parametrize("head", HEADS)
-def test_golden_training_step(golden_model, halton_points, head):
+def test_golden_training_step(golden_model, halton_points, head, enabled):
     """Every loss term, gradient norm and batch-norm statistic of one official training step."""
     golden, model = load_golden(f"tiny_{OFFICIAL[head]}_train.npz"), golden_model(head).train()
-    losses = model(noise("image", 2, 3, 96, 96), torch.from_numpy(golden["labels"]).long())
+    with fast.training(model, enabled):
+        losses = model(noise("image", 2, 3, 96, 96), torch.from_numpy(golden["labels"]).long())
+        losses["loss"].backward()
     named = {our_loss_name(str(n), last=4): v for n, v in zip(golden["loss_names"], golden["loss_values"], strict=True)}
     named.pop(None, None)
     assert set(losses) == {"loss", *named}
     for name, value in named.items():
         assert losses[name].item() == pytest.approx(value, rel=1e-7), name
     assert losses["loss"].item() == pytest.approx(golden["total"].item(), rel=1e-7)
-    losses["loss"].backward()
     assert_gradients(model, golden, rtol=1e-6)
     state = model.state_dict()
     sums = renamed(golden["bn_names"], golden["bn_sums"])
@@ -108,13 +105,13 @@ def test_released_models_have_the_official_tensors(head, size, parameters):
 
 
 def test_blocks_agree_with_timm():
-    """The same random weights in timm's BEiT-B at its own window of 224 give the same tokens after every block."""
+    """The same random weights in four blocks of timm's BEiT-B, at its own window of 224, give the same tokens."""
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
-    theirs = timm.create_model("beit_base_patch16_224", pretrained=False).eval()
+    theirs = timm.create_model("beit_base_patch16_224", pretrained=False, depth=4).eval()
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    ours = build_model("upernet", "base", window=224, head_channels=32).backbone.eval()
+    ours = build_model("upernet", "base", window=224, depth=4, head_channels=32).backbone.eval()
     names = {name.replace("patch_embed.proj", "patch_embed"): value for name, value in theirs.state_dict().items()}
     ours.load_state_dict({name: names[name] for name in ours.state_dict()})
     images = torch.randn(1, 3, 224, 224)
@@ -140,14 +137,8 @@ def test_relative_position_index():
             assert patches[*query, *key] == (query[0] - key[0] + 1) * 5 + (query[1] - key[1] + 2)
 
 
-def test_keys_have_no_bias():
-    attention = Attention(8, 2, (2, 2))
-    assert {n for n, _ in attention.named_parameters()} == {
-        "qkv.weight", "q_bias", "v_bias", "relative_position_bias_table", "proj.weight", "proj.bias"}
-
-
 def test_attention_is_softmax_with_bias():
-    """Written out by matrices: softmax(q k / sqrt(d) + bias) v."""
+    """Written out by matrices: softmax(q k / sqrt(d) + bias) v, where keys have no bias of their own."""
     torch.manual_seed(0)
     attention = Attention(8, 2, (2, 2)).double()
     for parameter in attention.parameters():
@@ -160,7 +151,7 @@ def test_attention_is_softmax_with_bias():
         bias = attention.relative_position_bias_table[index, head]
         heads.append(torch.softmax(q[:, columns] @ k[:, columns].T / 2 + bias, dim=1) @ v[:, columns])
     expected = torch.cat(heads, dim=1) @ attention.proj.weight.T + attention.proj.bias
-    torch.testing.assert_close(attention(x, index, torch.nn.Identity())[0], expected)
+    torch.testing.assert_close(attention(x, index)[0], expected)
 
 
 def test_drop_path_rises_linearly_and_is_full_in_the_extractors():
@@ -173,12 +164,13 @@ def test_drop_path_rises_linearly_and_is_full_in_the_extractors():
 def test_starting_values():
     """As released: truncated normal 0.02 in the ViT, layer scale 1e-6, zero position tables, class token 0.02."""
     torch.manual_seed(0)
-    block = Block(256, 4, (4, 4), 0.0)
     model = build_model("mask2former", "tiny", 5)
-    assert model.backbone.blocks[0].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    block = model.backbone.blocks[0]
+    assert block.mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert (block.gamma_1 == 1e-6).all() and (block.gamma_2 == 1e-6).all()
     assert (block.attn.relative_position_bias_table == 0).all()
-    assert 0 < model.backbone.cls_token.std() < 0.03
+    assert model.backbone.cls_token.std().item() == pytest.approx(0.02, rel=0.2)
+    assert all((module.bias == 0).all() for module in (block.attn.proj, block.mlp.fc1, block.mlp.fc2))
     assert model.adapter.level_embed.std().item() == pytest.approx(1, rel=0.2)
     assert (model.adapter.interactions[0].injector.gamma == 1e-6).all()
 
@@ -189,20 +181,20 @@ def test_other_image_sizes_are_refused():
         model(torch.zeros(1, 3, 64, 96))
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("mask2former", "huge"), "size 'huge' does not exist; choose one of tiny, base, large"),
-    (("fcn", "tiny"), "head 'fcn' does not exist"),
+@pytest.mark.parametrize(("arguments", "changes", "message"), [
+    (("mask2former", "huge"), {}, "size 'huge' does not exist; choose one of tiny, base, large"),
+    (("fcn", "tiny"), {}, "head 'fcn' does not exist; choose mask2former or upernet"),
+    (("upernet", "tiny", 0), {}, "num_classes is 0; at least 1 is needed"),
+    (("upernet", "tiny"), {"window": 100}, "window 100 is not a multiple of 32"),
+    (("upernet", "tiny"), {"window": 0}, "window 0 is not a multiple of 32"),
+    (("upernet", "tiny"), {"depth": 6}, "depth 6 is not a multiple of 4"),
+    (("upernet", "tiny"), {"num_heads": 3}, "embed_dim 128 is not a multiple of num_heads 3"),
+    (("upernet", "tiny"), {"depth": 6, "window": 33}, "window 33 .*; depth 6"),
+    (("upernet", "tiny"), {"queries": 3}, "unknown field among queries; ModelConfig has head, num_classes"),
 ])
-def test_unknown_names_list_what_exists(arguments, message):
+def test_values_that_do_not_fit_are_refused(arguments, changes, message):
     with pytest.raises(ValueError, match=message):
-        build_model(*arguments)
-
-
-def test_values_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="window 100 is not a multiple of 32"):
-        build_model("upernet", "tiny", window=100)
-    with pytest.raises(ValueError, match="ModelConfig has head, num_classes"):
-        build_model("upernet", "tiny", queries=3)
+        build_model(*arguments, **changes)
 
 
 def test_config_round_trips():

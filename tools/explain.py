@@ -62,8 +62,8 @@ def explain(model: Segmenter, image: np.ndarray, classes: Sequence[str], number:
 
 def last_answers(model: Segmenter, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """The last decoder layer's class logits (Q, K + 1) and mask logits (Q, w/4, w/4) for one window (1, 3, w, w)."""
-    prediction = model.head(model.features(pixels), every_layer=False)
-    return prediction.class_logits[-1, 0], prediction.mask_logits[-1, 0]
+    class_logits, mask_embeds, mask_features = model.head(model.features(pixels))
+    return class_logits[-1, 0], torch.einsum("qc,chw->qhw", mask_embeds[-1, 0], mask_features[0])
 
 
 def query_sheet(picture: np.ndarray, masks: np.ndarray, captions: Sequence[str], columns: int = 4) -> Image.Image:

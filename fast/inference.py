@@ -1,0 +1,131 @@
+"""`with fast.inference(model):` around prediction: the same scores with less arithmetic, while weights do not change.
+
+Reading order: inference -> KeptBias (BEiT's position bias is gathered once) -> f4_through_lateral.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adapter import FeatureMaps, TokenLayout, resize, to_map, token_layout
+from fast.allocator import keep_freed_memory
+from fast.operators import FastOperators, reads_position_table
+from fast.swap import Part, agreeing, example_of, swapped
+from fast.training import levels_at_their_resolution
+from heads import Mask2Former, UperNet
+from model import Segmenter
+
+LOCK = threading.Lock()
+OPEN: dict[nn.Module, tuple[int, ExitStack]] = {}  # open contexts of a model; what the last undoes
+HERE = threading.local()  # its `models` have a context in this thread
+
+
+@contextmanager
+def inference(model: nn.Module, enabled: bool = True) -> Iterator[None]:
+    """Around predictions; gradients are off inside, and the weights must not change.
+
+    PyTorch's functions go quicker ways, the position bias is gathered once, and in eval mode f4 goes through the
+    head's first convolution on its way. At the end the model is as it was. To enter again inside is free; threads may
+    share a model.
+    """
+    models = vars(HERE).setdefault("models", set())
+    if not enabled or model in models or not isinstance(model, Segmenter):
+        yield
+        return
+    keep_freed_memory()
+    # A mode costs the host 2 us for each function that the model calls: more than a small model can gain.
+    functions = KeptBias() if model.config.embed_dim >= 256 else nullcontext()
+    models.add(model)
+    try:
+        with torch.no_grad(), parts_of(model), functions:
+            yield
+    finally:
+        models.remove(model)
+
+
+@contextmanager
+def parts_of(model: nn.Module) -> Iterator[None]:
+    """Inside, the parts run by their other text: until the last of several threads has left."""
+    with LOCK:
+        number, undo = OPEN.get(model, (0, ExitStack()))
+        if number == 0:
+            parts = [*levels_at_their_resolution(model), *f4_through_lateral(model)]
+            undo.enter_context(swapped(agreeing(model, parts)))
+        OPEN[model] = number + 1, undo
+    try:
+        yield
+    finally:
+        with LOCK:
+            number, undo = OPEN.pop(model)
+            if number == 1:
+                undo.close()
+            else:
+                OPEN[model] = number - 1, undo
+
+
+class KeptBias(FastOperators):
+    """Quick functions; and BEiT's position bias, the same for every window, is gathered and cast once a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[tuple, tuple[Tensor, Sequence]] = {}  # a result; its arguments keep their addresses
+        self.biases: set[int] = set()  # addresses of results
+
+    def __torch_function__(self, function: Callable, types: Any, args: Sequence = (),
+                           kwargs: dict | None = None) -> Any:
+        gather = function is torch.Tensor.__getitem__ and reads_position_table(*args)
+        cast = function is torch.Tensor.to and args[0].data_ptr() in self.biases
+        if not (gather or cast) or torch.is_grad_enabled():
+            return super().__torch_function__(function, types, args, kwargs)
+        key = args[0].data_ptr(), args[1][1].data_ptr() if gather else args[1]
+        if key not in self.kept:
+            result = super().__torch_function__(function, types, args, kwargs)
+            self.kept[key] = result, args
+            self.biases.add(result.data_ptr())
+        return self.kept[key][0]
+
+
+def f4_through_lateral(model: nn.Module) -> list[Part]:
+    """f4 goes through the head's lateral, a 1x1 convolution, before it is as wide as the ViT.
+
+    In eval mode all between the stem and the lateral is linear: weights are multiplied first, maps once. The lateral's
+    C channels are computed at stride 4, never the D of f4: 5 % of the base model's arithmetic.
+    """
+    adapter, head = model.adapter, model.head
+    if model.training or not isinstance(head, Mask2Former | UperNet):
+        return []
+    lateral = (head.laterals[0] if isinstance(head, UperNet) else head.pixel_decoder.lateral)[0]
+    norm, up, prior = adapter.norms[0], adapter.up, adapter.spatial_prior.fc1
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shift = norm.bias + scale * (prior.bias + up.bias - norm.running_mean)
+    through = lateral.weight.flatten(1) * scale  # (C, D): batch norm, then the lateral
+    of_stem, bias = (through @ prior.weight.flatten(1))[:, :, None, None], lateral.weight.flatten(1) @ shift
+    of_c8 = torch.einsum("dehw,ce->dchw", up.weight, through)
+    of_vit = through[:, :, None, None]
+
+    def merge(stem: Tensor, pyramid: Tensor, vit_maps: Sequence[Tensor], layout: TokenLayout) -> FeatureMaps:
+        levels = pyramid.split([h * w for h, w in layout.pyramid_grids], dim=1)
+        c8, *coarser = (to_map(level, grid) for level, grid in zip(levels, layout.pyramid_grids, strict=True))
+        x4, *vit_maps = vit_maps
+        f4 = F.conv2d(stem, of_stem, bias) + F.conv_transpose2d(c8, of_c8, stride=2)
+        f4 = f4 + resize(F.conv2d(x4, of_vit), f4.shape[2:])
+        sums = [c + resize(x, c.shape[2:]) for c, x in zip((c8, *coarser), vit_maps, strict=True)]
+        return FeatureMaps(f4, *(norm(m) for norm, m in zip(adapter.norms[1:], sums, strict=True)))
+
+    def example() -> tuple[Tensor, ...]:
+        layout, D = token_layout(2, 2, example_of(model, 1)), prior.out_channels
+        maps = [example_of(model, 1, D, 2, 2)] * 4
+        merged = adapter.merge(prior(example_of(model, 1, prior.in_channels, 8, 8)), example_of(model, 1, 21, D), maps,
+                               layout)
+        return lateral(merged.f4), *merged[1:]
+
+    def unchanged(x: Tensor) -> Tensor:
+        return x
+
+    swaps = [(adapter, "merge", merge), (prior, "forward", unchanged), (lateral, "forward", unchanged)]
+    return [Part("ViTAdapter.merge", swaps, example)]

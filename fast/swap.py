@@ -1,0 +1,89 @@
+"""Parts of a model that run by another text inside a context, if both texts agree.
+
+Reading order: Part -> swapped -> agree -> agreeing.
+
+A fork changes the plain text, and then the text that stands beside it must not win in silence. So before a model's
+first use both are run on a small example; where they differ the plain text stays, with one warning.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from unittest.mock import patch
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+
+class Part(NamedTuple):
+    """What runs by another text, and a small example, a function of nothing, whose result must stay the same."""
+
+    name: str
+    swaps: Sequence[tuple[Any, str, Callable]]  # owner, name of its function, the other text
+    example: Callable[[], Any]
+
+
+@contextmanager
+def swapped(parts: Sequence[Part]) -> Iterator[None]:
+    """Inside, the parts run by their other text. It lies in the owner's own dictionary: state dicts never differ."""
+    swaps = [swap for part in parts for swap in part.swaps]
+    before = [vars(owner).get(name) for owner, name, _ in swaps]
+    try:
+        for owner, name, function in swaps:
+            vars(owner)[name] = function
+        yield
+    finally:
+        for (owner, name, _), function in zip(swaps, before, strict=True):
+            if function is None:  # it was the class's
+                del vars(owner)[name]
+            else:
+                vars(owner)[name] = function
+
+
+def same_points(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """In place of `torch.rand`, which makes all random points: the same ones for every mask and image."""
+    points = torch.empty(shape[-2:], dtype=torch.float64).uniform_(generator=torch.Generator().manual_seed(0))
+    return points.to(device, dtype).expand(shape).clone()
+
+
+def agree(model: nn.Module, part: Part) -> bool:
+    """Whether the example gives the same numbers by both texts, to rounding. Nothing of the model changes."""
+    modes = {module: module.training for module in model.modules()}
+    results = []
+    with torch.no_grad(), torch.autocast(model.backbone.cls_token.device.type, enabled=False):
+        model.eval()  # no batch norm may take note of the example
+        for parts in ([], [part]):
+            with swapped(parts), patch.object(torch, "rand", same_points):
+                results.append(tree_leaves(part.example()))
+    for module, mode in modes.items():
+        module.training = mode
+    return len(results[0]) == len(results[1]) and all(map(close, *results))
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Equal to rounding, relative to the largest entry."""
+    return a.shape == b.shape and bool((a - b).abs().max() <= 1e-3 * a.abs().max())
+
+
+VERDICTS: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()  # model -> name of a part -> agrees
+
+
+def agreeing(model: nn.Module, parts: Sequence[Part]) -> list[Part]:
+    """The parts whose two texts agree, found out at their first use for this model; the others are named once."""
+    verdicts = VERDICTS.setdefault(model, {})
+    for part in parts:
+        if part.name not in verdicts:
+            verdicts[part.name] = agree(model, part)
+            if not verdicts[part.name]:
+                warnings.warn(f"the plain text of {part.name} gives other numbers than fast/ (was it changed?): the "
+                              "plain text is used", stacklevel=2)
+    return [part for part in parts if verdicts[part.name]]
+
+
+def example_of(model: nn.Module, *shape: int) -> Tensor:
+    """Normal numbers, the same at every call, of the model's type and on its device; no random state is touched."""
+    like = model.backbone.cls_token
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)

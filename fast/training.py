@@ -1,0 +1,76 @@
+"""`with fast.training(model):` around forward and backward pass: the same losses and gradients, sooner, in less memory.
+
+Reading order: training -> losses_at_once, levels_at_their_resolution (parts of a model that have another text); then
+operators.py and recompute.py (what PyTorch's functions do inside).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import heads
+from fast import losses
+from fast.allocator import keep_freed_memory
+from fast.convolutions import conv3x3_of_enlarged
+from fast.recompute import recompute_cheap
+from fast.swap import Part, agreeing, example_of, swapped
+from heads import Prediction, UperNet
+from model import Segmenter
+
+
+@contextmanager
+def training(model: nn.Module, enabled: bool = True) -> Iterator[None]:
+    """Around forward **and** backward pass of a training step.
+
+    The losses of Mask2Former come all at once, UperNet's fusion at each level's resolution, PyTorch's functions by
+    quicker ways, and cheap results are computed again instead of kept. Under `torch.compile` the last two are the
+    compiler's work. At the end the model is as it was; but the C library goes on keeping freed memory.
+    """
+    if not enabled or not isinstance(model, Segmenter):
+        yield
+        return
+    keep_freed_memory()
+    compiled = model._compiled_call_impl is not None
+    parts = agreeing(model, [*losses_at_once(model), *levels_at_their_resolution(model)])
+    with swapped(parts), nullcontext() if compiled else recompute_cheap():
+        yield
+
+
+def losses_at_once(model: nn.Module) -> list[Part]:
+    """Mask2Former's matching and losses for all images and decoder outputs together (fast/losses.py)."""
+    plain = model.criterion
+    if not (isinstance(plain, partial) and plain.func is heads.mask2former_losses):  # a fork's own
+        return []
+
+    def example() -> dict[str, Tensor]:
+        prediction = Prediction(example_of(model, 2, 2, 12, 6), example_of(model, 2, 2, 12, 8),
+                                example_of(model, 2, 8, 6, 6))
+        labels = torch.arange(2 * 24 * 24, device=prediction.class_logits.device).view(2, 24, 24) // 41 % 6
+        return model.criterion(prediction, labels.masked_fill(labels == 5, heads.IGNORE), num_points=128)
+
+    swaps = [(model, "criterion", partial(losses.mask2former_losses, **plain.keywords))]
+    return [Part("Mask2Former's losses", swaps, example)]
+
+
+def levels_at_their_resolution(model: nn.Module) -> list[Part]:
+    """UperNet's fusion, each level convolved at its own resolution and enlarged: a third of the arithmetic."""
+    head = model.head
+    if not isinstance(head, UperNet):
+        return []
+
+    def fuse_levels(levels: Sequence[Tensor]) -> Tensor:
+        conv, norm, relu = head.fuse
+        finest, *coarser = levels
+        kernel, *kernels = conv.weight.split(finest.shape[1], dim=1)
+        x = F.conv2d(finest, kernel, padding=1)
+        for level, kernel in zip(coarser, kernels, strict=True):
+            x = x + conv3x3_of_enlarged(level, kernel, finest.shape[2:])
+        return relu(norm(x))
+
+    channels = head.classifier.in_channels
+    levels = [example_of(model, 1, channels, side, side) for side in (8, 4, 2, 1)]
+    return [Part("UperNet.fuse_levels", [(head, "fuse_levels", fuse_levels)], lambda: head.fuse_levels(levels))]

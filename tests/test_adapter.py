@@ -40,6 +40,7 @@ def test_points_are_pixel_centres_as_x_and_y():
     assert place.pyramid_grids == ((4, 8), (2, 4), (1, 2))
     expected = [(x, y) for y in (0.25, 0.75) for x in (0.125, 0.375, 0.625, 0.875)]  # row by row
     assert place.vit_points.tolist() == [list(point) for point in expected]
+    assert to_map(place.vit_points[None], (2, 4))[0, 0].tolist() == [[0.125, 0.375, 0.625, 0.875]] * 2
     assert place.pyramid_points.shape == (32 + 8 + 2, 2)
     assert place.pyramid_points[[0, 1, 8]].tolist() == [[1 / 16, 1 / 8], [3 / 16, 1 / 8], [1 / 16, 3 / 8]]
     assert place.pyramid_points[32:40].equal(place.vit_points)
@@ -50,11 +51,6 @@ def test_points_keep_float32_in_any_model():
     """As in the released code; in bfloat16 two neighbours of a wide grid would be one point."""
     for dtype in (torch.float64, torch.bfloat16):
         assert token_layout(2, 4, like=torch.zeros(1, dtype=dtype)).vit_points.dtype == torch.float32
-
-
-def test_maps_and_tokens_are_row_by_row():
-    x = torch.arange(6.0).view(1, 6, 1)
-    assert to_map(x, (2, 3))[0, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 # -------------------------------------------------------------------------------------------------------- SpatialPrior

@@ -8,7 +8,7 @@ import torch
 from conftest import GOLDEN, OFFICIAL, golden_config, load_golden, noise
 
 import fast
-from model import SIZES, Attention, ModelConfig, Segmenter, build_model, relative_position_index
+from model import SIZES, ModelConfig, Segmenter, build_model, relative_position_index
 from weights import rename_official
 
 HEADS = ["mask2former", "upernet"]
@@ -135,23 +135,6 @@ def test_relative_position_index():
     for query in np.ndindex(2, 3):
         for key in np.ndindex(2, 3):
             assert patches[*query, *key] == (query[0] - key[0] + 1) * 5 + (query[1] - key[1] + 2)
-
-
-def test_attention_is_softmax_with_bias():
-    """Written out by matrices: softmax(q k / sqrt(d) + bias) v, where keys have no bias of their own."""
-    torch.manual_seed(0)
-    attention = Attention(8, 2, (2, 2)).double()
-    for parameter in attention.parameters():
-        torch.nn.init.normal_(parameter)
-    x, index = torch.randn(1, 5, 8, dtype=torch.double), relative_position_index(2, 2)
-    q, k, v = (x[0] @ w.T for w in attention.qkv.weight.chunk(3))
-    q, v = q + attention.q_bias, v + attention.v_bias
-    heads = []
-    for head, columns in enumerate((slice(0, 4), slice(4, 8))):
-        bias = attention.relative_position_bias_table[index, head]
-        heads.append(torch.softmax(q[:, columns] @ k[:, columns].T / 2 + bias, dim=1) @ v[:, columns])
-    expected = torch.cat(heads, dim=1) @ attention.proj.weight.T + attention.proj.bias
-    torch.testing.assert_close(attention(x, index)[0], expected)
 
 
 def test_drop_path_rises_linearly_and_is_full_in_the_extractors():

@@ -54,8 +54,7 @@ def parts_of(model: nn.Module) -> Iterator[None]:
     with LOCK:
         number, undo = OPEN.get(model, (0, ExitStack()))
         if number == 0:
-            parts = [*levels_at_their_resolution(model), *f4_through_lateral(model)]
-            undo.enter_context(swapped(agreeing(model, parts)))
+            undo.enter_context(swapped(agreeing(model, [levels_at_their_resolution, f4_through_lateral])))
         OPEN[model] = number + 1, undo
     try:
         yield
@@ -90,15 +89,15 @@ class KeptBias(FastOperators):
         return self.kept[key][0]
 
 
-def f4_through_lateral(model: nn.Module) -> list[Part]:
+def f4_through_lateral(model: nn.Module) -> Part | None:
     """f4 goes through the head's lateral, a 1x1 convolution, before it is as wide as the ViT.
 
     In eval mode all between the stem and the lateral is linear: weights are multiplied first, maps once. The lateral's
     C channels are computed at stride 4, never the D of f4: 5 % of the base model's arithmetic.
     """
     adapter, head = model.adapter, model.head
-    if model.training or not isinstance(head, Mask2Former | UperNet):
-        return []
+    if adapter.norms[0].training or not isinstance(head, Mask2Former | UperNet):
+        return None
     lateral = (head.laterals[0] if isinstance(head, UperNet) else head.pixel_decoder.lateral)[0]
     norm, up, prior = adapter.norms[0], adapter.up, adapter.spatial_prior.fc1
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
@@ -128,4 +127,4 @@ def f4_through_lateral(model: nn.Module) -> list[Part]:
         return x
 
     swaps = [(adapter, "merge", merge), (prior, "forward", unchanged), (lateral, "forward", unchanged)]
-    return [Part("ViTAdapter.merge", swaps, example)]
+    return Part(swaps, example)

@@ -69,7 +69,7 @@ class CheapResults(FastOperators):
             # A sum of sums would be made again from the beginning of the network.
             if held >= result.nbytes or any(isinstance(x, Recipe) and x.has_sum for x in (first, second)):
                 return result
-        if len(self.notes) % 64 == 63:  # what nobody kept is forgotten, and with it what its recipe holds
+        if len(self.notes) % 16 == 15:  # what nobody kept is forgotten, and with it what its recipe holds
             self.notes = {key: note for key, note in self.notes.items() if not note[0].expired()}
         storage = StorageWeakRef(result.untyped_storage())  # held, so that no other storage gets its address
         self.notes[storage.cdata] = storage, recipe

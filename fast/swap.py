@@ -21,9 +21,11 @@ from torch.utils._pytree import tree_leaves
 class Part(NamedTuple):
     """What runs by another text, and a small example, a function of nothing, whose result must stay the same."""
 
-    name: str
     swaps: Sequence[tuple[Any, str, Callable]]  # owner, name of its function, the other text
     example: Callable[[], Any]
+
+
+Builder = Callable[[nn.Module], Part | None]  # None: this model has no such part
 
 
 @contextmanager
@@ -49,18 +51,23 @@ def same_points(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor
     return points.to(device, dtype).expand(shape).clone()
 
 
-def agree(model: nn.Module, part: Part) -> bool:
+def agree(model: nn.Module, build: Builder) -> bool:
     """Whether the example gives the same numbers by both texts, to rounding. Nothing of the model changes."""
     modes = {module: module.training for module in model.modules()}
     results = []
-    with torch.no_grad(), torch.autocast(model.backbone.cls_token.device.type, enabled=False):
-        model.eval()  # no batch norm may take note of the example
-        for parts in ([], [part]):
-            with swapped(parts), patch.object(torch, "rand", same_points):
-                results.append(tree_leaves(part.example()))
-    for module, mode in modes.items():
-        module.training = mode
-    return len(results[0]) == len(results[1]) and all(map(close, *results))
+    try:
+        with torch.no_grad(), torch.autocast(model.backbone.cls_token.device.type, enabled=False):
+            part = build(model)
+            model.eval()  # no batch norm may take note of the example
+            for parts in ([], [part]) if part else ():
+                with swapped(parts), patch.object(torch, "rand", same_points):
+                    results.append(tree_leaves(part.example()))
+        return not results or len(results[0]) == len(results[1]) and all(map(close, *results))
+    except Exception:  # of any kind: a fork may have put anything there
+        return False
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -68,19 +75,22 @@ def close(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool((a - b).abs().max() <= 1e-3 * a.abs().max())
 
 
-VERDICTS: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()  # model -> name of a part -> agrees
+VERDICTS: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()  # model -> name of a builder -> agrees
 
 
-def agreeing(model: nn.Module, parts: Sequence[Part]) -> list[Part]:
-    """The parts whose two texts agree, found out at their first use for this model; the others are named once."""
-    verdicts = VERDICTS.setdefault(model, {})
-    for part in parts:
-        if part.name not in verdicts:
-            verdicts[part.name] = agree(model, part)
-            if not verdicts[part.name]:
-                warnings.warn(f"the plain text of {part.name} gives other numbers than fast/ (was it changed?): the "
-                              "plain text is used", stacklevel=2)
-    return [part for part in parts if verdicts[part.name]]
+def agreeing(model: nn.Module, builders: Sequence[Builder]) -> list[Part]:
+    """The parts of this model whose two texts agree, found out at their first use; the others are named once."""
+    verdicts, parts = VERDICTS.setdefault(model, {}), []
+    for build in builders:
+        name = build.__name__
+        if name not in verdicts:
+            verdicts[name] = agree(model, build)
+            if not verdicts[name]:
+                warnings.warn(f"{name} of fast/ gives other numbers than the plain text (was that changed?): the plain "
+                              "text is used", stacklevel=2)
+        if verdicts[name] and (part := build(model)):
+            parts.append(part)
+    return parts
 
 
 def example_of(model: nn.Module, *shape: int) -> Tensor:

@@ -1,7 +1,7 @@
 """`with fast.training(model):` around forward and backward pass: the same losses and gradients, sooner, in less memory.
 
-Reading order: training -> losses_at_once, levels_at_their_resolution (parts of a model that have another text); then
-operators.py and recompute.py (what PyTorch's functions do inside).
+Reading order: training -> losses_at_once, levels_at_their_resolution, checkpoints_alike (parts of a model that have
+another text); then operators.py and recompute.py (what PyTorch's functions do inside).
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,11 +11,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import heads
 from fast import losses
 from fast.allocator import keep_freed_memory
 from fast.convolutions import conv3x3_of_enlarged
+from fast.operators import FastOperators
 from fast.recompute import recompute_cheap
 from fast.swap import Part, agreeing, example_of, swapped
 from heads import Prediction, UperNet
@@ -35,16 +37,16 @@ def training(model: nn.Module, enabled: bool = True) -> Iterator[None]:
         return
     keep_freed_memory()
     compiled = model._compiled_call_impl is not None
-    parts = agreeing(model, [*losses_at_once(model), *levels_at_their_resolution(model)])
+    parts = agreeing(model, [losses_at_once, levels_at_their_resolution, checkpoints_alike])
     with swapped(parts), nullcontext() if compiled else recompute_cheap():
         yield
 
 
-def losses_at_once(model: nn.Module) -> list[Part]:
+def losses_at_once(model: nn.Module) -> Part | None:
     """Mask2Former's matching and losses for all images and decoder outputs together (fast/losses.py)."""
     plain = model.criterion
     if not (isinstance(plain, partial) and plain.func is heads.mask2former_losses):  # a fork's own
-        return []
+        return None
 
     def example() -> dict[str, Tensor]:
         prediction = Prediction(example_of(model, 2, 2, 12, 6), example_of(model, 2, 2, 12, 8),
@@ -52,15 +54,14 @@ def losses_at_once(model: nn.Module) -> list[Part]:
         labels = torch.arange(2 * 24 * 24, device=prediction.class_logits.device).view(2, 24, 24) // 41 % 6
         return model.criterion(prediction, labels.masked_fill(labels == 5, heads.IGNORE), num_points=128)
 
-    swaps = [(model, "criterion", partial(losses.mask2former_losses, **plain.keywords))]
-    return [Part("Mask2Former's losses", swaps, example)]
+    return Part([(model, "criterion", partial(losses.mask2former_losses, **plain.keywords))], example)
 
 
-def levels_at_their_resolution(model: nn.Module) -> list[Part]:
+def levels_at_their_resolution(model: nn.Module) -> Part | None:
     """UperNet's fusion, each level convolved at its own resolution and enlarged: a third of the arithmetic."""
     head = model.head
     if not isinstance(head, UperNet):
-        return []
+        return None
 
     def fuse_levels(levels: Sequence[Tensor]) -> Tensor:
         conv, norm, relu = head.fuse
@@ -73,4 +74,13 @@ def levels_at_their_resolution(model: nn.Module) -> list[Part]:
 
     channels = head.classifier.in_channels
     levels = [example_of(model, 1, channels, side, side) for side in (8, 4, 2, 1)]
-    return [Part("UperNet.fuse_levels", [(head, "fuse_levels", fuse_levels)], lambda: head.fuse_levels(levels))]
+    return Part([(head, "fuse_levels", fuse_levels)], lambda: head.fuse_levels(levels))
+
+
+def checkpoints_alike(model: nn.Module) -> Part:
+    """A checkpointed module (train.checkpoint_activations) runs again in the backward pass, where no mode is on: there
+    it enters one itself, or autograd would find other tensors than in the forward pass."""
+    forwards = [(module, forward) for module in model.modules()
+                if isinstance(forward := vars(module).get("forward"), partial) and forward.func is checkpoint]
+    again = {"context_fn": lambda: (nullcontext(), FastOperators())}
+    return Part([(module, "forward", partial(forward, **again)) for module, forward in forwards], tuple)

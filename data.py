@@ -553,6 +553,30 @@ def training_loader(dataset: SegmentationDataset, window: int, *, seed: int, pos
         yield batch
 
 
+def spread(dataset: SegmentationDataset, number: int) -> list[int]:
+    """That many indices of the data set, evenly from first to last; all indices if there are fewer images."""
+    return torch.linspace(0, len(dataset) - 1, number, dtype=torch.float64).long().unique().tolist()
+
+
+def preflight(root: str, split: str, sample: int = 32) -> Tensor:
+    """How many pixels of the sampled label images have each label value, (256,).
+
+    Raises UserError for what would train for hours towards an mIoU near 0: a broken file, labels of no or one class.
+    """
+    dataset = open_dataset(root, split)
+    chosen = spread(dataset, sample)
+    for i in chosen:
+        dataset.image(i)  # a file cut off in the middle has a sound header: only reading it tells
+    pixels = sum(torch.bincount(torch.from_numpy(dataset.labels(i).ravel()).long(), minlength=256) for i in chosen)
+    classes = dataset.info.classes
+    present = [name for name, count in zip(classes, pixels.tolist(), strict=False) if count]
+    if len(present) > 1 or present and len(classes) == 1:
+        return pixels
+    fault = f"nothing but '{present[0]}' in them" if present else "every pixel is ignored"
+    raise UserError(f"{dataset.root} ({split}), {len(chosen)} label images: {fault}; are labels class indices from 0 "
+                    f"to {len(classes) - 1}? `python data.py check {dataset.root}` tells more")
+
+
 if __name__ == "__main__":
     from tools.prepare import main
 

@@ -1,10 +1,8 @@
 """Around the training loop: processes, the run's folder, checkpoints, stopping, the log.
 
-A run is a folder: config.json, log.jsonl, TensorBoard events, last.pt, previous.pt, best.pt. All processes of a run use
-the same folder, and process 0 writes it.
+A run is a folder: config.json, log.jsonl, TensorBoard events, last.pt, previous.pt, best.pt. Process 0 writes it.
 
-Reading order: join_processes -> open_run -> save, load_last, restore (checkpoints that survive a crash) -> StopSignal,
-check_finite -> Stopwatch, Log.
+Reading order: join_processes -> open_run -> save, load_last, restore -> StopSignal, check_finite -> Stopwatch, Log.
 """
 
 import argparse
@@ -73,11 +71,10 @@ def join_processes(name: str | None) -> Process:
 
 
 def fresh_store(store: dist.Store, rank: int, world: int) -> dist.Store:
-    """A part of the launcher's store that only the processes of this start know.
+    """A part of torchrun's store that only the processes of this start know.
 
-    torchrun keeps one store over its restarts, and the addresses of dead processes stay in it. A restarted process
-    could take such an address for its neighbour's and wait for ever. Therefore process 0 chooses a new prefix for all
-    keys, and gives it to each process that asks under a name of its own.
+    The store outlives a restart, and a process that finds a dead neighbour's address there waits for ever. Therefore
+    process 0 chooses a new prefix for all keys, and gives it to each process that asks under a name of its own.
     """
     if rank:
         name = uuid.uuid4().hex
@@ -121,35 +118,37 @@ def restarted(process: Process) -> bool:
     return any(gather(process, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0))
 
 
-# ------------------------------------------------------------------------------------------------------------ folders
+# --------------------------------------------------------------------------------- the run's folder and its checkpoints
 
 
-def open_run(options: argparse.Namespace, process: Process) -> tuple[Path, dict, "Progress"]:
-    """The run's folder, what its last checkpoint holds ({} for a run that has none), and how far it has come.
+@dataclass
+class Progress:
+    """How far a run has come; `iteration` counts the finished ones."""
 
-    Args:
-        options: of train.py. `resume` names a run; without it there is a new one. Its `name` must be free; without one
-            it is HEAD-SIZE-DATA, or HEAD-SIZE-DATA-2, -3 ...
+    iteration: int = 0
+    validated: int = 0  # the iteration of the last validation
+    best: float = -1.0  # mIoU
+    best_iteration: int = 0
 
-    Raises:
-        UserError: also for damaged checkpoints, for fewer iterations than are done, and if the processes do not see the
-            same files.
+
+def open_run(options: argparse.Namespace, process: Process) -> tuple[Path, dict, Progress]:
+    """The folder of the run `options.resume` or of a new one; its last checkpoint, or {}; how far it has come.
+
+    Raises UserError, also for damaged checkpoints, too few iterations, and processes that see different files.
     """
     folder = on_first(process, lambda: find_run(options.resume) if options.resume else new_run(options))
     state = load_last(folder) if options.resume else {}
     progress = Progress(**state.get("progress", {}))
     done = gather(process, progress.iteration)
     if len(set(done)) > 1:
-        raise UserError(f"{folder}: process 0 finds iteration {done[0]} there, process {process.rank} finds "
-                        f"{progress.iteration}: runs/ must lie on a file system that all nodes share")
+        raise UserError(f"{folder}: the processes find iterations {done} there: put runs/ where all nodes share it")
     if progress.iteration > options.iterations:
-        raise UserError(f"{folder} has done {progress.iteration} iterations, more than the {options.iterations} asked "
-                        "for: name a larger number with --iterations")
+        raise UserError(f"{folder} has done {progress.iteration} iterations: go on to more than {options.iterations}")
     return folder, state, progress
 
 
 def new_run(options: argparse.Namespace) -> Path:
-    """A free folder for a new run, not yet made. Raises UserError if the name that was asked for is taken."""
+    """A free folder, not yet made: NAME, else HEAD-SIZE-DATA, HEAD-SIZE-DATA-2 ... UserError if NAME is taken."""
     name = options.name or f"{options.head}-{options.size}-{Path(options.data).name}"
     folder, number = RUNS / name, 1
     while (folder / "config.json").exists():
@@ -192,7 +191,7 @@ def read_config(folder: Path) -> dict:
 def environment(device: torch.device, world: int) -> dict:
     """Everything else on which a result may depend, beside the options: code, versions, hardware."""
     return {
-        "command": sys.argv, "commit": git("rev-parse", "HEAD"), "uncommitted": bool(git("status", "--porcelain")),
+        "command": sys.argv, "commit": git("rev-parse HEAD"), "uncommitted": bool(git("status --porcelain")),
         "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
         "deformable_attention": active_path(device.type),
@@ -200,41 +199,23 @@ def environment(device: torch.device, world: int) -> dict:
     }
 
 
-def git(*arguments: str) -> str | None:
-    """What git says about the folder of this file; None where there is no git or no repository."""
-    try:
-        folder = Path(__file__).parent
-        return subprocess.check_output(["git", *arguments], cwd=folder, stderr=subprocess.DEVNULL, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-# -------------------------------------------------------------------------------------------------------- checkpoints
-
-
-@dataclass
-class Progress:
-    """How far a run has come; `iteration` counts the finished ones."""
-
-    iteration: int = 0
-    validated: int = 0  # the iteration of the last validation
-    best: float = -1.0  # mIoU
-    best_iteration: int = 0
+def git(command: str) -> str | None:
+    """What git answers in the folder of this file; None where there is no git or no repository."""
+    status, answer = subprocess.getstatusoutput(f"git -C {shlex.quote(str(Path(__file__).parent))} {command}")
+    return None if status else answer
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
     """Torch's random state, from which drop path, dropout and the losses' sampling points come."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
+    cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state(), **cuda}
 
 
 def save(path: Path, process: Process, model: Segmenter, info: DatasetInfo, progress: Progress,
          optimizer: torch.optim.Optimizer | None = None, scaler: torch.amp.GradScaler | None = None) -> None:
     """Write a checkpoint: the model for use, or with `optimizer` and `scaler` all that a run needs to go on.
 
-    Every process must call it, because each has random numbers of its own; process 0 writes.
+    Process 0 writes; every process must call it, for its random numbers.
     """
     state = {
         "format": FORMAT, "model": model.state_dict(), "config": asdict(model.config), "classes": list(info.classes),
@@ -248,10 +229,7 @@ def save(path: Path, process: Process, model: Segmenter, info: DatasetInfo, prog
 
 
 def write_checkpoint(path: Path, state: dict) -> None:
-    """Write a checkpoint so that a crash, a kill or a full disk leaves a whole one; last.pt becomes previous.pt.
-
-    Raises UserError if the disk is full.
-    """
+    """Write a checkpoint; a crash, a kill, a full disk (UserError) leave a whole one. last.pt becomes previous.pt."""
     def write(file: BinaryIO) -> None:
         torch.save(state, file)
         if path.name == "last.pt" and path.exists():
@@ -261,10 +239,7 @@ def write_checkpoint(path: Path, state: dict) -> None:
 
 
 def load_last(folder: Path) -> dict:
-    """The newest whole checkpoint: last.pt, or previous.pt where that is torn or missing. {} if there is neither.
-
-    Raises UserError if all that exist are damaged.
-    """
+    """last.pt, or previous.pt where that is torn or missing; {} if there is neither, UserError if none is whole."""
     paths = [path for path in (folder / "last.pt", folder / "previous.pt") if path.exists()]
     for path in paths:
         try:
@@ -294,39 +269,35 @@ def restore(state: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.Gra
         print(f"the checkpoint is from {len(state['rng'])} processes, not {process.world}: new random numbers begin")
 
 
-# ----------------------------------------------------------------------------------------------------------- stopping
+# ------------------------------------------------------------------------------------------------- stopping and the log
 
 
 class StopSignal:
     """SIGTERM and Ctrl-C set `wanted` and nothing else, so that the loop can finish its iteration; a second one kills.
 
-    Both mostly go to a whole process group, but no iteration can be finished without the data loader's workers: these
-    must run by now, and are taken out of the group.
+    Both mostly go to a whole process group. The data loader's workers, without whom no iteration can be finished, must
+    run by now and are taken out of the group.
     """
 
     def __init__(self) -> None:
         for worker in multiprocessing.active_children():
             os.setpgid(worker.pid, 0)
         self.wanted = False
-        self.before = {number: signal.signal(number, self.want) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {n: signal.signal(n, self.want) or signal.SIG_DFL for n in (signal.SIGTERM, signal.SIGINT)}
 
     def want(self, number: int, _) -> None:
         self.wanted = True
-        signal.signal(number, self.before[number] or signal.SIG_DFL)
+        signal.signal(number, self.before[number])
 
     def release(self) -> None:
         """Put the signals back as they were."""
         for number, handler in self.before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-
-
-class NonFiniteLoss(RuntimeError):
-    """Training has gone wrong; the message says where, and which file replays it."""
+            signal.signal(number, handler)
 
 
 def check_finite(losses: dict[str, float], scaler: torch.amp.GradScaler, folder: Path, process: Process,
                  model: Segmenter, progress: Progress, batches: Sequence[Batch], rng: dict[str, Tensor]) -> None:
-    """Raises NonFiniteLoss before a step that would spoil the weights, if "loss" or "gradient_norm" is not finite.
+    """End this process with status 1 before a step that would spoil the weights: loss or gradient norm is not finite.
 
     A file then holds what led there: weights before the step, crops, the random state `rng` before the forward pass.
     """
@@ -341,31 +312,22 @@ def check_finite(losses: dict[str, float], scaler: torch.amp.GradScaler, folder:
         "losses": losses, "names": names, "rng": rng, **crops,
     })
     bad = ", ".join(f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value))
-    raise NonFiniteLoss(f"iteration {progress.iteration}: {bad}; images {', '.join(names)}; {path} has weights, crops "
-                        "and random state to replay it; a lower --lr, or --amp bf16 instead of fp16, may help")
-
-
-# ---------------------------------------------------------------------------------------------------------------- log
+    sys.exit(f"error: iteration {progress.iteration}: {bad}; images {', '.join(names)}; {path} has weights, crops and "
+             "random state to replay it; a lower --lr, or --amp bf16 instead of fp16, may help")
 
 
 class Stopwatch:
     """Measures the parts of an iteration. On a GPU it puts events into the stream, so that measuring never waits."""
 
     def __init__(self, device: torch.device, running: bool = True) -> None:
-        self.cuda, self.running = device.type == "cuda", running
-        self.marks = [("", self._now())]
-
-    def _now(self) -> "float | torch.cuda.Event":
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        self.cuda, self.running, self.marks = device.type == "cuda", running, []
 
     def lap(self, name: str) -> None:
         """Give the time since the last lap to `name`."""
         if self.running:
-            self.marks.append((name, self._now()))
+            self.marks.append((name, torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter()))
+            if self.cuda:
+                self.marks[-1][1].record()
 
     def seconds(self) -> dict[str, float]:
         """Seconds by name since the last call; waits for the device."""
@@ -379,19 +341,15 @@ class Stopwatch:
 
 
 class Log:
-    """The log of a run: console, log.jsonl, TensorBoard. Process 0 alone has it; nothing here waits for the others.
+    """The log of a run, on process 0: console, log.jsonl, TensorBoard. `images` of an iteration are on this device.
 
-    Args:
-        folder: of the run. Its log.jsonl loses what it holds after iteration `start`, which is done again.
-        start, total: iterations done and to do.
-        images: images in an iteration on this device.
+    What the run's log.jsonl holds after iteration `start` of `total` is dropped, for it will be done again.
     """
 
     def __init__(self, folder: Path, start: int, total: int, device: torch.device, images: int) -> None:
         self.path, self.total, self.device, self.images = folder / "log.jsonl", total, device, images
-        kept = [line for line in read_log(self.path) if line["iteration"] <= start]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        common.write_whole(self.path, lambda file: file.write(text.encode()))
+        kept = [json.dumps(line) + "\n" for line in read_log(self.path) if line["iteration"] <= start]
+        common.write_whole(self.path, lambda file: file.write("".join(kept).encode()))
         self.tensorboard = SummaryWriter(folder, purge_step=start + 1)
         self.bar = tqdm(total=total, initial=start, unit="it", smoothing=0.05, disable=not sys.stderr.isatty())
         self.sums, self.iterations = Counter(), 0
@@ -406,19 +364,18 @@ class Log:
     def report(self, iteration: int, seconds: dict[str, float], lr: float, gradient_norm: float,
                loss_scale: float = 1.0) -> None:
         """Write the losses' means and the parts of the time since the last report, and the other values as they are."""
-        losses = {name: value / self.iterations for name, value in self.sums.items()}
-        split = {name: value / self.iterations for name, value in seconds.items()}
-        elapsed = sum(split.values()) - split.get("pause", 0)
-        speed = {
-            "seconds": elapsed, "images_per_second": self.images / elapsed, "memory_gb": peak_memory(self.device),
-            "eta_seconds": elapsed * (self.total - iteration),
-            **{f"seconds/{name}": value for name, value in split.items()},
-        }
+        losses, terms = {name: value / self.iterations for name, value in self.sums.items()}, Counter()
+        for name, value in losses.items():
+            terms[name.split("/")[0]] += value  # of all decoder layers: "mask/0", "mask/1" ...
+        text = ", ".join(f"{name} {value:.3f}" for name, value in terms.items() if name != "loss")
+        split = {f"seconds/{name}": value / self.iterations for name, value in seconds.items()}
+        elapsed = sum(split.values()) - split.get("seconds/pause", 0)
+        memory, left = peak_memory(self.device), elapsed * (self.total - iteration)
         self.write(iteration, "train", {**losses, "lr": lr, "gradient_norm": gradient_norm, "loss_scale": loss_scale})
-        self.write(iteration, "speed", speed)
-        self.say(f"{iteration}/{self.total}  loss {losses['loss']:.4f} ({grouped(losses)})  lr {lr:.2e}  "
-                 f"gradient {gradient_norm:.2f}  {elapsed:.2f} s/it  {speed['memory_gb']:.1f} GB  "
-                 f"ETA {tqdm.format_interval(speed['eta_seconds'])}")
+        self.write(iteration, "speed", {"seconds": elapsed, "images_per_second": self.images / elapsed,
+                                        "memory_gb": memory, "eta_seconds": left, **split})
+        self.say(f"{iteration}/{self.total}  loss {losses['loss']:.4f} ({text})  lr {lr:.2e}  "
+                 f"gradient {gradient_norm:.2f}  {elapsed:.2f} s/it  {memory:.1f} GB  ETA {tqdm.format_interval(left)}")
         self.sums, self.iterations = Counter(), 0
 
     def write(self, iteration: int, kind: str, values: dict) -> None:
@@ -449,12 +406,9 @@ class Log:
 
     def end(self, progress: Progress) -> None:
         """Say how the run ended and what comes next; nothing is written after it."""
-        folder = self.path.parent
-        if progress.iteration == self.total:
-            best = shlex.quote(f"{folder}/best.pt")
-            self.say(f"done: best mIoU {progress.best:.4f}; python evaluate.py --checkpoint {best}")
-        else:
-            self.say(f"stopped: go on with --resume {shlex.quote(folder.name)}")
+        best, name = shlex.quote(f"{self.path.parent}/best.pt"), shlex.quote(self.path.parent.name)
+        done = f"done: best mIoU {progress.best:.4f}; python evaluate.py --checkpoint {best}"
+        self.say(done if progress.iteration == self.total else f"stopped: go on with --resume {name}")
         self.bar.close()
         self.tensorboard.close()
 
@@ -466,21 +420,7 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def grouped(losses: dict[str, float]) -> str:
-    """Loss terms summed over decoder layers ("mask/0", "mask/1" ...), as text."""
-    sums = Counter()
-    for name, value in losses.items():
-        if name != "loss":
-            sums[name.split("/")[0]] += value
-    return ", ".join(f"{name} {value:.3f}" for name, value in sums.items())
-
-
 def read_log(path: Path) -> list[dict]:
     """The lines of a log.jsonl; a last line that a kill left unfinished is dropped."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines
+    whole = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in whole]

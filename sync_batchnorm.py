@@ -2,9 +2,8 @@
 
 Reading order: global_moments -> SyncBatchNorm2d -> convert_sync_batchnorm.
 
-`torch.nn.SyncBatchNorm` is for GPUs only, and looks for empty inputs by boolean indexing, which makes the host wait for
-the device three times a layer. Here a forward pass is one exchange of 2C + 1 numbers and a backward pass one of 2C; the
-host never waits, and gloo on a CPU serves as well as NCCL.
+`torch.nn.SyncBatchNorm` is for GPUs only, and its search for empty inputs makes the host wait three times a layer. Here
+a forward pass is one exchange of 2C + 1 numbers and a backward pass one of 2C: the host never waits, on any backend.
 
 Shapes: B images of this process, C channels, h x w pixels, P processes.
 """
@@ -25,10 +24,7 @@ def global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     sum of squares would lose the variance of a channel whose mean is large (Chan, Golub and LeVeque, 1983).
     """
     count = x.numel() // x.shape[1]
-    if count:
-        variance, mean = torch.var_mean(x, _OVER, correction=0)
-    else:
-        variance = mean = x.new_zeros(x.shape[1])
+    variance, mean = torch.var_mean(x, _OVER, correction=0) if count else x.new_zeros(2, x.shape[1])
     row = torch.cat([mean, variance, mean.new_full((1,), count)])
     rows = row.new_empty(dist.get_world_size(), len(row))
     dist.all_gather(list(rows), row)  # into the rows of one tensor
@@ -77,12 +73,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
-    """Turn every `nn.BatchNorm2d` inside `module` into a `SyncBatchNorm2d`, in place; returns `module`.
-
-    Only the forward pass differs, so each layer keeps its tensors and merely changes its class: names, optimizer and
-    state dict notice nothing.
-    """
+    """Turn every `nn.BatchNorm2d` inside `module` into a `SyncBatchNorm2d`, in place; returns `module`."""
     for layer in module.modules():
         if type(layer) is nn.BatchNorm2d:
-            layer.__class__ = SyncBatchNorm2d
+            layer.__class__ = SyncBatchNorm2d  # same tensors: names, optimizer and state dict notice nothing
     return module

@@ -9,10 +9,9 @@
 Reading order: Recipe -> parameter_groups, lr_factor -> train, which ends in the loop -> what the loop calls -> what
 the preparation calls -> the command line. Processes, folders, checkpoint files and logs are in run.py.
 
-The global batch is 16 images = devices x per-device batch x accumulation, always. Losses are divided by what the whole
-global batch holds, so every layout makes the same step; only batch norm differs with accumulation, because it sees the
-images that are on the devices at once. Data parallelism is DDP: weights, gradients and optimizer state of the largest
-model are 9 GB and fit one device, so nothing is sharded.
+The global batch is 16 images = devices x per-device batch x accumulation, and every layout makes the same step. Only
+batch norm differs with accumulation: it sees the images that are on the devices at once. Data parallelism is DDP;
+weights, gradients and optimizer state of the largest model are 9 GB and fit one device, so nothing is sharded.
 
 Shapes: B images in a micro-batch, N in the global batch, w the window's side in pixels, K classes.
 """
@@ -21,14 +20,14 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,7 +42,7 @@ import fast
 import run
 from adapter import Extractor, Injector
 from common import UserError
-from data import Batch, SegmentationDataset, normalize, open_dataset, positions, training_loader
+from data import Batch, SegmentationDataset, normalize, open_dataset, positions, preflight, spread, training_loader
 from evaluate import evaluate, metrics, predictions, table
 from heads import Normalizers, classes_present, loss_normalizers
 from model import Block, ModelConfig, Segmenter, build_model
@@ -60,51 +59,38 @@ PICTURES = 4  # validation images that TensorBoard shows
 # ------------------------------------------------------------------------------------------------------------ recipes
 
 
-def option(help_text: str, **default: Any) -> Any:
-    """A field of a recipe that is also an option of the command line; the option replaces the recipe's value."""
-    return field(metadata={"help": help_text}, **default)
-
-
 @dataclass(frozen=True)
 class Recipe:
     """How one model is trained. The command that uses a recipe is above it."""
 
-    official: tuple[float, float] | None  # published mIoU on Pascal Context, single-scale and multi-scale
+    iterations: int
+    lr: float
     layer_decay: float
-    iterations: int = option("steps of the optimizer")
-    lr: float = option("highest learning rate, of adapter and head")
-    validate_every: int = option("iterations between validations")
-    save_every: int = option("iterations between checkpoints", default=1000)
-    batch: int = option("images on a device at once", default=2)
-    checkpoint_activations: bool = option("compute activations again in the backward pass: less memory, a third more "
-                                          "work", default=False)
+    validate_every: int  # iterations
+    save_every: int = 1000
+    batch: int = 2  # images on a device at once
+    checkpoint_activations: bool = False
     warmup: int = 1500  # iterations; in proportion when another number of iterations is asked for
     weight_decay: float = 0.05
-    cost: str = "not measured"  # time and device
+    official: tuple[float, float] | None = None  # published mIoU on Pascal Context, single-scale and multi-scale
 
 
-# torchrun --nproc_per_node=8 train.py --head HEAD --size SIZE
-MASK2FORMER_BASE = Recipe(official=(64.0, 64.4), iterations=40_000, lr=3e-5, layer_decay=0.95, validate_every=4000)
-MASK2FORMER_LARGE = replace(
-    MASK2FORMER_BASE, official=(67.8, 68.2), lr=2e-5, layer_decay=0.90, checkpoint_activations=True,
-)
+# torchrun --nproc_per_node=8 train.py --head HEAD --size SIZE        cost: not measured
+BASE = Recipe(iterations=40_000, lr=3e-5, layer_decay=0.95, validate_every=4000, official=(64.0, 64.4))
+LARGE = replace(BASE, lr=2e-5, layer_decay=0.90, checkpoint_activations=True, official=(67.8, 68.2))
 UPERNET = {"iterations": 80_000, "validate_every": 8000}
 # python train.py --data toy --head HEAD
 # From random weights on a CPU: no pre-training to preserve, hence a high rate and no layer decay.
-MASK2FORMER_TINY = Recipe(
-    official=None, iterations=300, lr=1e-3, layer_decay=1.0, warmup=15, validate_every=150, save_every=100, batch=8,
-    cost="300 iterations of 0.65 s as 2 processes on 2 CPU cores",
-)
+# Cost: 300 iterations of 0.65 s (UperNet: 0.80 s) as 2 processes on 2 CPU cores.
+TINY = Recipe(iterations=300, lr=1e-3, layer_decay=1.0, validate_every=150, save_every=100, batch=8, warmup=15)
 RECIPES = {
-    ("mask2former", "tiny"): MASK2FORMER_TINY,
-    ("upernet", "tiny"): replace(MASK2FORMER_TINY, cost="300 iterations of 0.80 s as 2 processes on 2 CPU cores"),
-    ("mask2former", "base"): MASK2FORMER_BASE,
-    ("upernet", "base"): replace(MASK2FORMER_BASE, **UPERNET, official=None),  # not among the released models
-    ("mask2former", "large"): MASK2FORMER_LARGE,
-    ("upernet", "large"): replace(MASK2FORMER_LARGE, **UPERNET, official=(67.0, 67.5)),
+    ("mask2former", "tiny"): TINY,
+    ("upernet", "tiny"): TINY,
+    ("mask2former", "base"): BASE,
+    ("upernet", "base"): replace(BASE, **UPERNET, official=None),  # not among the released models
+    ("mask2former", "large"): LARGE,
+    ("upernet", "large"): replace(LARGE, **UPERNET, official=(67.0, 67.5)),
 }
-
-# ---------------------------------------------------------------------------------------------------------- optimiser
 
 # The released code names these five in its list for layer 0, beside the patch embedding: 0.9^25 = 0.072 of the rate at
 # size large. Surely meant for a ViT's position embedding, but the published scores were made with it.
@@ -129,13 +115,11 @@ def parameter_groups(model: Segmenter, lr: float, weight_decay: float, layer_dec
     depth, groups = len(model.backbone.blocks), {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = layer_of(name, depth), weight_decay if parameter.dim() > 1 else 0.0
-            groups.setdefault(key, []).append(parameter)
-    scales = {layer: layer_decay ** (depth + 1 - layer) for layer, _ in groups}
-    return [
-        {"params": parameters, "lr": lr * scales[layer], "scale": scales[layer], "weight_decay": decay}
-        for (layer, decay), parameters in groups.items()
-    ]
+            layer, decay = layer_of(name, depth), weight_decay if parameter.dim() > 1 else 0.0
+            scale = layer_decay ** (depth + 1 - layer)
+            new = {"params": [], "lr": lr * scale, "scale": scale, "weight_decay": decay}
+            groups.setdefault((layer, decay), new)["params"].append(parameter)
+    return list(groups.values())
 
 
 def lr_factor(iteration: int, iterations: int, warmup: int = 1500) -> float:
@@ -150,7 +134,8 @@ def lr_factor(iteration: int, iterations: int, warmup: int = 1500) -> float:
 def train(options: argparse.Namespace, process: Process) -> None:
     """One run, from its options to its last checkpoint: the preparation, then the loop."""
     device, accumulation = process.device, share_batch(options.global_batch, process.world, options.batch)
-    training, validation, pixels = open_datasets(options.data, process)
+    pixels, _ = run.on_first(process, lambda: [preflight(options.data, split) for split in ("train", "val")])
+    training, validation = (open_dataset(options.data, split) for split in ("train", "val"))
     folder, state, progress = run.open_run(options, process)
     model = make_model(options, state, training.info.classes, process)
     optimizer = AdamW(parameter_groups(model, options.lr, options.weight_decay, options.layer_decay), fused=True)
@@ -162,7 +147,6 @@ def train(options: argparse.Namespace, process: Process) -> None:
     del state  # gigabytes of host memory
     save = partial(run.save, process=process, model=model, info=training.info, progress=progress)
     stop, watch = run.StopSignal(), run.Stopwatch(device, running=log is not None)
-
     while True:
         if validation_due(progress, options) and validate(model, validation, progress, options, device, log):
             save(folder / "best.pt")
@@ -174,7 +158,6 @@ def train(options: argparse.Namespace, process: Process) -> None:
         if stopping:
             break
         watch.lap("data")
-
         lr = set_rates(optimizer, options, progress.iteration)
         rng, sums = run.rng_state(device), Counter()  # whose update() adds
         for i, batch in enumerate(batches):
@@ -188,7 +171,8 @@ def train(options: argparse.Namespace, process: Process) -> None:
                 watch.lap("backward")
             sums.update({name: value.detach() / accumulation for name, value in terms.items()})
         scaler.unscale_(optimizer)  # for the norm; gradients are not clipped
-        *values, norm = torch.stack([*sums.values(), gradient_norm(model)]).tolist()  # waits for the device
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        *values, norm = torch.stack([*sums.values(), norm]).tolist()  # waits for the device
         losses = dict(zip(sums, values, strict=True))
         run.check_finite(losses | {"gradient_norm": norm}, scaler, folder, process, model, progress, batches, rng)
         scaler.step(optimizer)
@@ -217,29 +201,22 @@ def share_batch(global_batch: int, world: int, batch: int) -> int:
     unit = world * batch
     if global_batch % unit == 0:
         return global_batch // unit
-    lower = max(global_batch // unit, 1) * unit
-    choices = f"--global-batch {lower} or {lower + unit}" if lower < global_batch else f"--global-batch {lower}"
-    if divisors := [b for b in range(1, global_batch // world + 1) if global_batch % (world * b) == 0]:
-        choices = f"--batch {min(divisors, key=lambda b: abs(b - batch))}, {choices}"
+    fitting = [f"--batch {b} or " for b in range(batch, 0, -1) if global_batch % (world * b) == 0][:1]
     raise UserError(f"the global batch {global_batch} is no multiple of {world} devices x {batch} images: "
-                    f"use {choices}")
+                    f"use {''.join(fitting)}--global-batch {math.ceil(global_batch / unit) * unit}")
 
 
 def validation_due(progress: run.Progress, options: argparse.Namespace) -> bool:
-    """Whether the model must be validated before it learns on. Once an iteration; a resumed run that was cut in a
-    validation makes up for it."""
+    """Whether the model must be validated before it learns on; also in a resumed run that was cut in a validation."""
     due = progress.iteration == options.iterations or progress.iteration % options.validate_every == 0
     return due and progress.validated < progress.iteration
 
 
 def exchange(batches: Sequence[Batch], num_classes: int, stop: bool, process: Process) -> tuple[Tensor, bool]:
-    """The number of target masks (N,) of each image of the global batch, in the order of the stream, and whether one of
-    the processes wants to stop.
-
-    Both are known on the host, and travel between hosts: nobody waits for a device.
-    """
-    shown = [classes_present(batch.labels, num_classes).sum(dim=1) for batch in batches]
-    mine = torch.cat([*shown, torch.tensor([int(stop)])])
+    """The numbers of target masks (N,) of the global batch's images, in the order of the stream, and whether a process
+    wants to stop. Both travel between hosts: nobody waits for a device."""
+    present = [classes_present(batch.labels, num_classes).sum(dim=1) for batch in batches]
+    mine = torch.cat([*present, torch.tensor([int(stop)])])
     everyone = mine.repeat(process.world, 1)  # (processes, N / processes + 1)
     if process.world > 1:
         dist.all_gather(list(everyone), mine)  # into the rows
@@ -276,20 +253,14 @@ def to_device(batch: Batch, divisors: Normalizers, device: torch.device) -> tupl
     return images, batch.labels.to(device, non_blocking=True).long(), divisors
 
 
-def gradient_norm(model: nn.Module) -> Tensor:
-    """L2 norm of all gradients, ()."""
-    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-
-
 def validate(model: Segmenter, dataset: SegmentationDataset, progress: run.Progress, options: argparse.Namespace,
              device: torch.device, log: run.Log | None) -> bool:
-    """Single-scale scores on the validation set, shared out over the processes, and a few pictures.
+    """Log single-scale scores on the validation set and a few pictures; note the scores in `progress`.
 
-    Notes the scores in `progress`; returns whether they are the best so far.
+    The processes share the images. Returns whether the scores are the best so far.
     """
     amp, bar = AMP[options.amp], log is not None and sys.stderr.isatty()
-    matrix = evaluate(model, dataset, device=device, amp=amp, progress=bar, fast=options.fast)
-    result = metrics(matrix)
+    result = metrics(evaluate(model, dataset, device=device, amp=amp, progress=bar, fast=options.fast))
     progress.validated = progress.iteration
     if result.mean_iou > progress.best:
         progress.best, progress.best_iteration = float(result.mean_iou), progress.iteration
@@ -317,40 +288,7 @@ def draw_predictions(model: Segmenter, dataset: SegmentationDataset, device: tor
     return draw.contact_sheet(rows)
 
 
-def spread(dataset: SegmentationDataset, number: int) -> list[int]:
-    """That many indices of the data set, evenly from first to last; all indices if there are fewer images."""
-    return torch.linspace(0, len(dataset) - 1, number, dtype=torch.float64).long().unique().tolist()
-
-
 # ------------------------------------------------------------------------------------------ what the preparation calls
-
-
-def open_datasets(root: str, process: Process) -> tuple[SegmentationDataset, SegmentationDataset, Tensor]:
-    """Training split, validation split, and the pixel counts of `preflight` for the first.
-
-    Process 0 goes first: it makes the toy data if they are asked for, and looks for mistakes in the labels.
-    """
-    pixels, _ = run.on_first(process, lambda: [preflight(open_dataset(root, split)) for split in ("train", "val")])
-    return open_dataset(root, "train"), open_dataset(root, "val"), pixels
-
-
-def preflight(dataset: SegmentationDataset, sample: int = 32) -> Tensor:
-    """How many of the sampled pixels have each label value, (256,).
-
-    Raises UserError for what would train for hours towards an mIoU near 0: an unreadable file, a label outside the
-    classes, no labelled pixel, one class alone.
-    """
-    chosen = spread(dataset, sample)
-    for i in chosen:
-        dataset.image(i)  # a file cut off in the middle has a sound header: only reading it tells
-    pixels = sum(torch.bincount(torch.from_numpy(dataset.labels(i).ravel()).long(), minlength=256) for i in chosen)
-    classes = dataset.info.classes
-    present = [name for name, count in zip(classes, pixels.tolist(), strict=False) if count]
-    if len(present) > 1 or present and len(classes) == 1:
-        return pixels
-    fault = f"nothing but '{present[0]}' in them" if present else "every pixel is ignored"
-    raise UserError(f"{dataset.root} ({dataset.split}), {len(chosen)} label images looked at: {fault}; are labels "
-                    f"class indices from 0 to {len(classes) - 1}? `python data.py check {dataset.root}` tells more")
 
 
 def make_model(options: argparse.Namespace, state: dict, classes: Sequence[str], process: Process) -> Segmenter:
@@ -383,8 +321,8 @@ def make_model(options: argparse.Namespace, state: dict, classes: Sequence[str],
 
 
 def checkpoint_activations(model: Segmenter) -> None:
-    """Keep only the inputs of ViT blocks, injectors and extractors, as the official runs do, and compute what is inside
-    again in the backward pass: less memory, a third more work in the backbone, the same gradients."""
+    """Keep only the inputs of ViT blocks, injectors and extractors, as the official runs do, and compute the rest again
+    in the backward pass: less memory, a third more work in the backbone, the same gradients."""
     for module in model.modules():
         if isinstance(module, Block | Injector | Extractor):
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
@@ -402,8 +340,7 @@ def find_pretrained(name: str | None, size: str) -> Path | None:
     if name:
         raise UserError(f"--pretrained {name}: no such file; 'none' starts from random weights")
     raise UserError(f"no pre-trained BEiT weights at {' or '.join(usual)}: put there https://huggingface.co/timm/{timm}/"
-                   f"resolve/main/model.safetensors as {usual[1]}, name a file with --pretrained FILE, or start from "
-                   "random weights with --pretrained none")
+                    f"resolve/main/model.safetensors as {usual[1]}, or use --pretrained FILE or --pretrained none")
 
 
 def start_stream(options: argparse.Namespace, dataset: SegmentationDataset, window: int, iteration: int,
@@ -417,25 +354,22 @@ def start_stream(options: argparse.Namespace, dataset: SegmentationDataset, wind
 
 def start_log(options: argparse.Namespace, process: Process, folder: Path, model: Segmenter,
               dataset: SegmentationDataset, pixels: Tensor, iteration: int) -> run.Log | None:
-    """Make the folder, write config.json, say what is about to run. From here on there is something on the disk.
-
-    Process 0 alone does so; the others have no log.
-    """
+    """On process 0: make the folder, write config.json, say what is about to run. The other processes have no log."""
     if process.rank:
         return None
     folder.mkdir(parents=True, exist_ok=True)
     info, images = dataset.info, options.global_batch // process.world
-    environment = run.environment(process.device, process.world)
+    facts = run.environment(process.device, process.world)
     if not (folder / "config.json").exists():
-        config = {**vars(options), "name": folder.name, "model": asdict(model.config), "classes": info.classes,
-                  "environment": environment}
+        config = vars(options) | {"name": folder.name, "model": asdict(model.config), "classes": info.classes,
+                                  "environment": facts}
         common.write_whole(folder / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode()))
     log = run.Log(folder, iteration, options.iterations, process.device, images)
     log.say(f"{folder}: {options.head} {options.size}, {sum(p.numel() for p in model.parameters()):,} parameters, "
             f"window {model.config.window}, {len(dataset):,} images of {len(info.classes)} classes")
     log.say(f"global batch {options.global_batch} = {process.world} device(s) x {options.batch} images x "
             f"{images // options.batch} accumulated; iterations {iteration} to {options.iterations}")
-    log.write(iteration, "start", environment)
+    log.write(iteration, "start", facts)
     shares = (pixels / pixels.sum()).tolist()  # the histogram of the labels, beside the picture of one of them
     log.write(iteration, "labels", dict(zip(info.classes, shares, strict=False)) | {"ignored": shares[255]})
     picture, labels = dataset.image(0), dataset.labels(0)
@@ -446,47 +380,38 @@ def start_log(options: argparse.Namespace, process: Process, folder: Path, model
 
 # --------------------------------------------------------------------------------------------------------- command line
 
-# In config.json or a recipe, but not for the command line to take over.
-NOT_OPTIONS = ("resume", "official", "cost", "model", "classes", "environment")
-
 
 def parser() -> common.Parser:
-    """The options. Those of a recipe's fields are None unless they are given."""
+    """The options. None stands for the recipe's value."""
     p = common.Parser(prog="train.py", description="\n\n".join(__doc__.split("\n\n")[:2]),
                       formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = p.add_argument_group("what to train")
-    what.add_argument("--head", choices=["mask2former", "upernet"], default="mask2former", help="default: mask2former")
-    what.add_argument("--size", choices=["tiny", "base", "large"], help="default: tiny for toy data, else large")
-    what.add_argument("--data", default=str(CONTEXT), metavar="DIR",
-                      help=f"a plain folder, a VOC2010 tree, or 'toy'; default: {CONTEXT}")
-    what.add_argument("--pretrained", metavar="FILE",
-                      help="weights of BEiT or ViT-Adapter, or 'none'; default: BEiT's in pretrained/")
-    what.add_argument("--window", type=common.positive, metavar="PIXELS",
-                      help="side of crops and sliding window; default: the size's")
-    what.add_argument("--freeze-backbone", action="store_true", help="train adapter and head only")
-    how = p.add_argument_group("how (other defaults: the recipe's, which head and size choose)")
-    how.add_argument("--global-batch", type=common.positive, default=16, metavar="N",
-                     help="images in a step, over all devices; default: 16")
-    how.add_argument("--seed", type=common.natural, default=0, metavar="N", help="default: 0")
-    kinds = {int: {"type": common.positive, "metavar": "N"}, float: {"type": common.rate, "metavar": "RATE"},
-             bool: {"action": argparse.BooleanOptionalAction}}
-    for f in fields(Recipe):
-        if f.metadata:
-            how.add_argument("--" + f.name.replace("_", "-"), default=None, **f.metadata, **kinds[f.type])
-    where = p.add_argument_group("on what")
-    where.add_argument("--device", metavar="NAME", help="cpu, cuda or mps; default: cuda if there is one")
-    where.add_argument("--workers", type=common.natural, default=2, metavar="N",
-                       help="processes that load data for a device; default: 2")
-    where.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision; default: off")
-    where.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True,
-                       help="TF32 matrix products in float32 on a GPU; on by default, as in the official runs")
-    where.add_argument("--fast", action=argparse.BooleanOptionalAction, default=True,
-                       help="the fast text beside the plain one; the numbers are the same to rounding")
-    where.add_argument("--compile", action="store_true", help="torch.compile the model")
-    folder = p.add_argument_group("the run")
-    folder.add_argument("--name", help="of the folder in runs/; default: HEAD-SIZE-DATA")
-    folder.add_argument("--resume", nargs="?", const="", metavar="RUN",
-                        help="go on with this run and its options; without RUN: with the newest")
+    number, switch = {"type": common.positive, "metavar": "N"}, {"action": argparse.BooleanOptionalAction}
+    add = p.add_argument_group("what to train").add_argument
+    add("--head", choices=["mask2former", "upernet"], default="mask2former", help="default: mask2former")
+    add("--size", choices=["tiny", "base", "large"], help="default: tiny for toy data, else large")
+    add("--data", default=str(CONTEXT), metavar="DIR", help=f"plain folder, VOC2010 tree or 'toy'; default: {CONTEXT}")
+    add("--pretrained", metavar="FILE", help="BEiT or ViT-Adapter weights, or 'none'; default: BEiT's in pretrained/")
+    add("--window", **number, help="side of crops and sliding window in pixels; default: the size's")
+    add("--freeze-backbone", action="store_true", help="train adapter and head only")
+    add = p.add_argument_group("how (other defaults: the recipe's, which head and size choose)").add_argument
+    add("--global-batch", **number, default=16, help="images in a step, over all devices; default: 16")
+    add("--seed", type=common.natural, default=0, metavar="N", help="default: 0")
+    add("--iterations", **number, help="steps of the optimizer")
+    add("--lr", type=common.rate, metavar="RATE", help="highest learning rate, of adapter and head")
+    add("--validate-every", **number, help="iterations between validations")
+    add("--save-every", **number, help="iterations between checkpoints")
+    add("--batch", **number, help="images on a device at once")
+    add("--checkpoint-activations", **switch, help="compute activations twice: less memory, a third more work")
+    add = p.add_argument_group("on what").add_argument
+    add("--device", metavar="NAME", help="cpu, cuda or mps; default: cuda if there is one")
+    add("--workers", type=common.natural, default=2, metavar="N", help="data loading processes a device; default: 2")
+    add("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision; default: off")
+    add("--tf32", **switch, default=True, help="TF32 matrix products on a GPU; on by default, as in the official runs")
+    add("--fast", **switch, default=True, help="the fast text beside the plain one: the same numbers to rounding")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add = p.add_argument_group("the run").add_argument
+    add("--name", help="of the folder in runs/; default: HEAD-SIZE-DATA")
+    add("--resume", nargs="?", const="", metavar="RUN", help="go on with this run and its options; default: the newest")
     return p
 
 
@@ -496,10 +421,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = p.parse_args(arguments)
     if options.resume is not None:
         folder = run.find_run(options.resume)
-        earlier = {key: value for key, value in run.read_config(folder).items() if key not in NOT_OPTIONS}
+        earlier = run.read_config(folder)
         p.set_defaults(**earlier)
-        options = p.parse_args(arguments)
-        options.resume = str(folder)
+        options = p.parse_args([*arguments, "--resume", str(folder)])
         for name in ("head", "size", "window", "freeze_backbone"):
             if getattr(options, name) != earlier.get(name):
                 raise UserError(f"{folder} was begun with another --{name.replace('_', '-')}: leave the option out, "
@@ -508,14 +432,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     recipe = RECIPES[options.head, options.size]
     length = (options.iterations or recipe.iterations) / recipe.iterations
     for name, value in {**asdict(recipe), "warmup": round(recipe.warmup * length)}.items():
-        if getattr(options, name, None) is None and name not in NOT_OPTIONS:
+        if name != "official" and getattr(options, name, None) is None:
             setattr(options, name, value)
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command. Ends the process with status 2 for a user's fault, 1 for a loss that is not finite, 130 for Ctrl-C
-    before the loop; in it, StopSignal finishes the iteration and saves."""
+    """The command. Exit status 2 for a user's fault, 1 for a loss that is not finite, 130 for an early Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         options = parse(arguments)
@@ -525,8 +448,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train(options, process)
     except (UserError, OSError) as error:
         sys.exit(common.complain(str(error)))
-    except run.NonFiniteLoss as error:
-        sys.exit(f"error: {error}")  # every process has its own to say
     except KeyboardInterrupt:
         sys.exit(common.complain("interrupted; what was saved is whole, and --resume goes on from there", 130))
     if dist.is_initialized():

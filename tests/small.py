@@ -5,7 +5,6 @@ such a run: at its first start process 1 sends itself SIGKILL before step 3, at 
 process 0 sends itself SIGTERM before step 2, counted from that start.
 """
 
-import functools
 import json
 import os
 import signal
@@ -20,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import model  # noqa: E402
+import run  # noqa: E402
 import train  # noqa: E402
 
 CLASSES = ["ground", "disk", "bar"]
@@ -61,11 +61,15 @@ def write_data(root: Path, images: int = 8, validation: int = 3) -> Path:
     return root
 
 
+def log(name: str, kind: str) -> list[dict]:
+    """The lines of that kind in the log of a run."""
+    return [line for line in run.read_log(run.RUNS / name / "log.jsonl") if line["kind"] == kind]
+
+
 def cut_before(step: int, number: int, process: int = 0) -> None:
     """Have `process` send itself the signal before that step, counted from now."""
     exchange, steps = train.exchange, count()
 
-    @functools.wraps(exchange)
     def cutting(batches, num_classes, stop, where):
         if next(steps) == step and where.rank == process:
             os.kill(os.getpid(), number)

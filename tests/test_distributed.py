@@ -19,6 +19,7 @@ from data import Batch
 from heads import loss_normalizers
 
 CPU = torch.device("cpu")
+RUN = (*small.OPTIONS, "--iterations", "4", "--validate-every", "2", "--save-every", "1")
 HEADS = ("mask2former", "upernet")
 LAYOUTS = {  # processes, images in each at once, accumulation
     "one process": (1, 4, 1), "one process, accumulated": (1, 2, 2),
@@ -96,15 +97,27 @@ CASES += [("mask2former", "two, one image each, accumulated", ignored, "norms") 
 CASES += [("mask2former", "two processes", False, "backbone")]
 
 
-def pair_worker(rank: int) -> dict:
-    """What one of two processes finds out: by case, a step; how often gradients were averaged; whether it restarted."""
+def pair_worker(rank: int, folder: Path) -> dict:
+    """What one of two processes finds out: by case, a step; how often gradients were averaged; whether it restarted.
+
+    Together they also train the run "uncut" from beginning to end.
+    """
     result = {case: one_step(*case, rank=rank) for case in CASES}
     result["averages"] = count_averages()
     starts = []
     for count in (0, rank):  # in the second place, process 0 is on a node that did not fail
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(count)
         starts.append(run.restarted(train.Process(rank, 2, CPU)))
+    train_here(rank, folder, *RUN, "--name", "uncut")
     return result | {"restarted": starts}
+
+
+def train_here(rank: int, folder: Path, *options: str) -> None:
+    """In one of two processes that are joined already: train in that folder."""
+    os.chdir(folder)
+    for name, value in small.REPLACED.items():
+        setattr(train, name, value)
+    train.train(train.parse(options), train.Process(rank, 2, CPU))
 
 
 def count_averages() -> list[int]:
@@ -124,9 +137,17 @@ def count_averages() -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
+def folder(tmp_path_factory):
+    """A small data set to train on; the run "uncut", once `pair` is done."""
+    folder = tmp_path_factory.mktemp("pair")
+    small.write_data(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(folder):
     """What two processes found out together."""
-    return two_processes(tmp_path_factory.mktemp("pair"), pair_worker)
+    return two_processes(folder, pair_worker, folder)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -175,28 +196,17 @@ def test_compiled_model_makes_the_same_step_in_two_processes(tmp_path, head):
 # ------------------------------------------------------------------------------------------------------- whole runs
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    small.write_data(tmp_path / "data")
-    return tmp_path
-
-
-RUN = (*small.OPTIONS, "--iterations", "4", "--validate-every", "2", "--save-every", "1")
-
-
 def torchrun(*options: str, launcher: Sequence[str] = ("--nproc_per_node=2",), cut: str = "") -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", *launcher, small.__file__, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "SMALL_CUT": cut}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(*processes: subprocess.Popen, seconds: float = 240) -> list[str]:
-    """Wait for exit status 0; what they printed."""
-    outputs = [process.communicate(timeout=seconds) for process in processes]
-    for process, (output, errors) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output + errors
-    return [output for output, _ in outputs]
+def finish(*processes: subprocess.Popen) -> str:
+    """Wait for exit status 0; what the first printed."""
+    outputs = [process.communicate(timeout=240) for process in processes]
+    assert not any(process.returncode for process in processes), outputs
+    return outputs[0][0]
 
 
 def weights(name: str) -> dict[str, torch.Tensor]:
@@ -206,32 +216,27 @@ def weights(name: str) -> dict[str, torch.Tensor]:
     return state["model"]
 
 
-def same_weights(first: str, second: str) -> bool:
-    a, b = weights(first), weights(second)
-    return all(torch.equal(a[name], b[name]) for name in a)
-
-
 def iterations(name: str, kind: str) -> list[int]:
-    return [line["iteration"] for line in run.read_log(Path(f"runs/{name}/log.jsonl")) if line["kind"] == kind]
+    return [line["iteration"] for line in small.log(name, kind)]
 
 
 @pytest.fixture
-def uncut(place):
-    """A run of two processes from beginning to end."""
-    output, = finish(torchrun(*RUN, "--name", "uncut"))
-    assert output.count("global batch 4 = 2 device(s) x 2 images x 1 accumulated") == 1  # process 0 alone speaks
-    return "uncut"
+def uncut(pair, folder, monkeypatch):
+    """The weights of a run of two processes from beginning to end."""
+    monkeypatch.chdir(folder)
+    return weights("uncut")
 
 
-def test_a_run_of_two_processes_restarts_stops_and_goes_on(uncut):
+def test_a_run_of_two_processes_restarts_stops_and_goes_on(uncut, folder):
     """kill -9 of one process: torchrun starts both again, and they go on from the last checkpoint. Then a signal to one
     process stops both after the iteration, with exit status 0; --resume goes on."""
-    finish(torchrun(*RUN, "--name", "cut", launcher=("--nproc_per_node=2", "--max-restarts=1"),
-                    cut="1:SIGKILL:1 1:SIGTERM:1"))
+    output = finish(torchrun(*RUN, "--name", "cut", launcher=("--nproc_per_node=2", "--max-restarts=1"),
+                             cut="1:SIGKILL:1 1:SIGTERM:1"))
+    assert output.count("global batch 4 = 2 device(s) x 2 images x 1 accumulated") == 2  # process 0 alone, each start
     assert iterations("cut", "start") == [0, 1] and iterations("cut", "train") == [1, 2]
-    finish(torchrun("--resume", "cut"))
+    two_processes(folder, train_here, folder, "--resume", "cut")
     assert iterations("cut", "start") == [0, 1, 2] and iterations("cut", "train") == [1, 2, 3, 4]
-    assert same_weights(uncut, "cut")
+    torch.testing.assert_close(weights("cut"), uncut, rtol=0, atol=0)
 
 
 @pytest.mark.slow
@@ -243,13 +248,15 @@ def test_two_nodes_are_one_run(uncut, cut):
         port = probe.getsockname()[1]
     launcher = ("--nnodes=2", "--nproc_per_node=1", "--max-restarts=1", "--rdzv_backend=c10d",
                 f"--rdzv_endpoint=127.0.0.1:{port}")
-    finish(*(torchrun(*RUN, "--name", "nodes", launcher=launcher, cut=cut) for _ in range(2)))
-    assert same_weights(uncut, "nodes")
-    assert iterations("nodes", "start") == ([0, 3] if cut else [0])
+    name = f"nodes{cut}".replace(":", "-")
+    finish(*(torchrun(*RUN, "--name", name, launcher=launcher, cut=cut) for _ in range(2)))
+    torch.testing.assert_close(weights(name), uncut, rtol=0, atol=0)
+    assert iterations(name, "start") == ([0, 3] if cut else [0])
 
 
 @pytest.mark.slow
-def test_a_fault_is_printed_once(place):
+def test_a_fault_is_printed_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     process = torchrun(*small.OPTIONS, "--data", "nowhere")
     errors = process.communicate(timeout=120)[1]
     assert process.returncode != 0 and errors.count("error: no data at nowhere") == 1

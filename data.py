@@ -188,6 +188,7 @@ def check_size(image: Path, labels: Path | str, shape: tuple[int, int]) -> None:
                         "an image and its labels must be of one size")
 
 
+# ------------------------------------------------------------------------------------------------- text and image files
 def read_lines(path: Path, remedy: str) -> list[str]:
     """The lines of a UTF-8 text file, stripped, without empty ones. Raises UserError if there are none."""
     try:
@@ -240,6 +241,7 @@ def save_labels(labels: np.ndarray, path: Path, palette: np.ndarray | None = Non
     common.write_whole(path, lambda file: picture.save(file, "PNG"))
 
 
+# ---------------------------------------------------------------------------------------------- resizes and test images
 def base_size(window: int) -> int:
     """The side that ratio 1 stands for: 520 for the released models' window of 480, in proportion for others."""
     return round(window * 520 / 480)
@@ -289,6 +291,7 @@ def multi_scale_images(image: np.ndarray, window: int) -> list[np.ndarray]:
     return [images[side] for side in sides]
 
 
+# --------------------------------------------------------------------------------------------------- training transform
 def train_transform(image: np.ndarray, labels: np.ndarray, window: int,
                     rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
     """Resize, crop, mirror, distort, pad to (w, w) with 0 / 255: image, labels, (height, width) before padding."""
@@ -328,8 +331,7 @@ class Distortion(NamedTuple):
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "Distortion":
         """Each step with probability 1/2."""
-        brightness, contrast, saturation = rng.uniform(-32, 32), *rng.uniform(0.5, 1.5, 2)
-        values = (brightness, contrast, saturation, int(rng.integers(-18, 18)))
+        values = (rng.uniform(-32, 32), *rng.uniform(0.5, 1.5, 2), int(rng.integers(-18, 18)))
         return cls(*(value if rng.random() < 0.5 else None for value in values), contrast_first=rng.random() < 0.5)
 
 
@@ -397,6 +399,7 @@ def hsv_to_rgb(hsv: np.ndarray) -> np.ndarray:
     return image.astype(np.uint8).transpose(1, 2, 0)  # (H, W, 3)
 
 
+# -------------------------------------------------------------------------------------------------- the training stream
 class Batch(NamedTuple):
     """What the loader yields; labels become long and images float on the device (`normalize`)."""
     images: Tensor  # uint8 (B, 3, w, w)

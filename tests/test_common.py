@@ -4,6 +4,7 @@ import importlib
 import os
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -11,21 +12,13 @@ import common
 from common import UserError
 
 
-def fail(error: BaseException):
-    """A function that ends in this exception."""
-    def work(*_):
-        raise error
-
-    return work
-
-
 @pytest.mark.parametrize(("work", "status", "line"), [
     (lambda: None, 0, ""),
     (lambda: 1, 1, ""),
-    (fail(ValueError("a fault\n  of two lines")), 2, "error: a fault of two lines\n"),
+    (Mock(side_effect=ValueError("a fault\n  of two lines")), 2, "error: a fault of two lines\n"),
     (lambda: Path("/no/such").read_text(), 2, "error: /no/such: No such file or directory\n"),
-    (fail(OSError("the device is gone")), 2, "error: the device is gone\n"),
-    (fail(KeyboardInterrupt()), 130, "error: interrupted\n"),
+    (Mock(side_effect=OSError("the device is gone")), 2, "error: the device is gone\n"),
+    (Mock(side_effect=KeyboardInterrupt), 130, "error: interrupted\n"),
 ])
 def test_a_command_ends_in_a_status_and_at_most_one_line(capsys, work, status, line):
     assert common.run(work) == status
@@ -34,7 +27,7 @@ def test_a_command_ends_in_a_status_and_at_most_one_line(capsys, work, status, l
 
 def test_faults_of_the_program_are_no_users_faults():
     with pytest.raises(KeyError):
-        common.run(fail(KeyError("x")))
+        common.run(Mock(side_effect=KeyError("x")))
 
 
 def test_a_users_fault_is_printable():
@@ -42,12 +35,11 @@ def test_a_users_fault_is_printable():
 
 
 def test_other_processes_complain_after_the_first(monkeypatch, capsys):
-    waits = []
-    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setattr(time, "sleep", sleep := Mock())
     for rank in ("0", "1"):
         monkeypatch.setenv("LOCAL_RANK", rank)
-        assert common.complain("a fault", 1) == 1
-    assert waits == [3] and capsys.readouterr().err == "error: a fault\n" * 2
+        assert common.complain("a fault", 1) == 1 and capsys.readouterr().err == "error: a fault\n"
+    sleep.assert_called_once_with(3)
 
 
 @pytest.mark.parametrize(("name", "good", "wrong", "meaning"), [
@@ -77,7 +69,7 @@ def test_a_file_is_written_whole_or_the_old_one_stays(tmp_path, error, raised):
     common.write_whole(path, lambda file: file.write(b"old"))
     message = r"x cannot be written \((No space|Pytorch)[^\n]*: make room" if raised is UserError else None
     with pytest.raises(raised, match=message):
-        common.write_whole(path, lambda file: (file.write(b"new"), fail(error)()))
+        common.write_whole(path, lambda file: (file.write(b"new"), Mock(side_effect=error)()))
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["x"]
     common.write_whole(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["x"]

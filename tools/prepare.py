@@ -8,7 +8,6 @@ Shapes: H, W height and width, K classes.
 
 import argparse
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -33,6 +32,7 @@ MOST_FAULTS = 20  # printed by `check`
 EXPECTED_COUNTS = {"json": {"train": 4996, "val": 5104}, "mat": {"train": 4998, "val": 5105}}
 
 
+# ------------------------------------------------------------------------------------------------------- Pascal Context
 class Annotated(NamedTuple):
     """An image; from the JSON file also its size (H, W) and its annotations in the order of the file."""
     name: str
@@ -165,6 +165,7 @@ def labels_from_mat(folder: Path, image: Annotated) -> np.ndarray:
         raise UserError(f"{path} holds no LabelMap ({reason(error)}): unpack trainval.tar.gz again") from None
 
 
+# ------------------------------------------------------------------------------------------- your own images and labels
 class ClassList(NamedTuple):
     """The classes of the user's list, and the colours of a colour-coded label image, as 24-bit numbers -> label."""
     names: list[str]
@@ -257,11 +258,8 @@ def _add_pair(draft: Path, classes: ClassList, link: bool, pair: tuple[Path, Pat
     values = convert_labels(label, classes)
     data.check_size(image, label, values.shape)
     data.save_labels(values, draft / "labels" / f"{label.stem}.png", classes.palette)
-    target = draft / "images" / image.name
-    if link:
-        target.symlink_to(image.resolve())
-    else:
-        shutil.copyfile(image, target)
+    bring = os.symlink if link else shutil.copyfile
+    bring(image.resolve(), draft / "images" / image.name)
 
 
 def convert_labels(path: Path, classes: ClassList) -> np.ndarray:
@@ -283,6 +281,7 @@ def convert_labels(path: Path, classes: ClassList) -> np.ndarray:
     return np.array([known[value] for value in present.tolist()], np.uint8)[places].reshape(values.shape)
 
 
+# ---------------------------------------------------------------------------------------------------------------- check
 class Finding(NamedTuple):
     """The result of reading one pair of a data set."""
     name: str  # SPLIT/NAME
@@ -371,10 +370,9 @@ def frequency_table(info: data.DatasetInfo, findings: list[Finding]) -> str:
 def draw_sheet(pairs: list[tuple[SegmentationDataset, int]], info: data.DatasetInfo, path: Path) -> None:
     """A contact sheet: six of the sound pairs of each split, the image and its labels over it; then the legend."""
     cells = []
-    for _, group in itertools.groupby(pairs, lambda pair: pair[0].split):
-        group = list(group)
-        for k in sorted({*np.linspace(0, len(group) - 1, 6).astype(int)}):
-            dataset, i = group[k]
+    for split in ("train", "val"):
+        group = [pair for pair in pairs if pair[0].split == split]
+        for dataset, i in group[::max(1, len(group) // 6)][:6]:
             image, labels = dataset.image(i), dataset.labels(i)
             size = data.scaled_size(labels.shape, min(1, 360 / max(labels.shape)))
             image, labels = data.resize(image, size), data.resize_labels(labels, size)
@@ -387,6 +385,7 @@ def draw_sheet(pairs: list[tuple[SegmentationDataset, int]], info: data.DatasetI
     print(f"contact sheet: {path}")
 
 
+# --------------------------------------------------------------------------------------------------------- command line
 def build_parser() -> argparse.ArgumentParser:
     """The commands of `python data.py`. An option has the name of its function's argument."""
     parser = common.Parser(prog="data.py", description="Make data sets ready for training, and check them.")

@@ -15,7 +15,7 @@ import math
 import struct
 from collections import namedtuple
 from collections.abc import Iterable, Iterator
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import common
-from common import UserError
+from common import UserError, reason
 
 IGNORE = 255
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, in grey levels, RGB
@@ -119,7 +119,7 @@ def read_info(path: Path) -> DatasetInfo:
     try:
         fields = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no readable JSON ({common.reason(error)}): mend it") from None
+        raise UserError(f"{path} is no readable JSON ({reason(error)}): mend it") from None
     classes = fields.get("classes") if isinstance(fields, dict) else None
     if not isinstance(classes, list) or not all(isinstance(name, str) and name for name in classes):
         raise UserError(f'{path}: "classes" must be a list of class names')
@@ -184,8 +184,7 @@ def check_size(image: Path, labels: Path | str, shape: tuple[int, int]) -> None:
         if picture.getexif().get(0x0112, 1) >= 5:  # the EXIF orientations 5..8 swap the sides
             width, height = height, width
     if shape != (height, width):
-        raise UserError(f"{image} is {width}x{height} pixels but {labels} is {shape[1]}x{shape[0]}: "
-                        "an image and its labels must be of one size")
+        raise UserError(f"{image} is {width}x{height} pixels but {labels} is {shape[1]}x{shape[0]}: make them one size")
 
 
 # ------------------------------------------------------------------------------------------------- text and image files
@@ -194,7 +193,7 @@ def read_lines(path: Path, remedy: str) -> list[str]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({common.reason(error)}): {remedy}") from None
+        raise UserError(f"{path}: cannot be read ({reason(error)}): {remedy}") from None
     if not any(lines):
         raise UserError(f"{path} is empty: {remedy}")
     return [line for line in lines if line]
@@ -202,14 +201,12 @@ def read_lines(path: Path, remedy: str) -> list[str]:
 
 @contextlib.contextmanager
 def open_picture(path: Path) -> Iterator[Image.Image]:
-    """The Pillow image of a file. Raises UserError if the file, or later its pixels, cannot be read."""
+    """The Pillow image of a file. Raises UserError if the file, or later its pixels, cannot be read or are too many."""
     try:
         with Image.open(path) as picture:
             yield picture
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        # the bomb is a picture beyond Pillow's limit of 179 million pixels
-        raise UserError(f"{path}: not a readable image ({common.reason(error)}): "
-                        "replace it or take its name out of the split") from None
+        raise UserError(f"{path}: not a readable image ({reason(error)}): replace it or take its name out") from None
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -227,8 +224,7 @@ def read_labels(path: Path) -> np.ndarray:
         mode = picture.mode
         if mode in ("L", "P", "1") or mode.startswith("I"):
             return np.array(picture).astype(np.int32)
-    raise UserError(f"{path} has mode {mode}, but labels must be one value a pixel (modes L, P or I): "
-                    "convert colour-coded labels with `python data.py from-folders`")
+    raise UserError(f"{path} has mode {mode}, not one value a pixel: convert it with `python data.py from-folders`")
 
 
 def save_labels(labels: np.ndarray, path: Path, palette: np.ndarray | None = None) -> None:
@@ -363,18 +359,13 @@ def _linear(values: np.ndarray, factor: float, offset: float) -> np.ndarray:
 # OpenCV's fixed-point tables (12 bits) for uint8 RGB -> HSV: 255 / value and 30 / chroma. Chroma 0 makes 0 of any.
 SATURATION_TABLE, HUE_TABLE = np.rint(np.array([[255 << 12], [30 << 12]]) / np.arange(256).clip(1)).astype(np.int32)
 
-
-@cache
-def _rgb_share_table() -> np.ndarray:
-    """float32 (3, 180 * 256): the share of the value that R, G, B keep at (hue, saturation): 1 - saturation * weight.
-
-    The weight is 0, 1 or linear in the hue, by sectors of 60 degrees. float32 where OpenCV has it, for the last bit.
-    """
-    sectors = np.arange(180, dtype=np.float32) * np.float32(6 / 180)
-    place = (np.array([[5], [3], [1]]) + sectors) % 6  # (3, 180), exact because it is float64
-    weights = np.minimum(place, 4 - place).clip(0, 1).astype(np.float32)
-    saturation = np.arange(256, dtype=np.float32) * np.float32(1 / 255)
-    return (1 - weights[..., None].astype(np.float64) * saturation).astype(np.float32).reshape(3, -1)
+# The share of the value that R, G, B keep at (hue, saturation), float32 (3, 180 * 256): 1 - saturation * weight. The
+# weight is 0, 1 or linear in the hue, by sectors of 60 degrees. Rounded to float32 where OpenCV rounds: the result is
+# truncated to uint8, so the last bit here may change a grey level.
+_sectors = (np.array([[5], [3], [1]]) + np.arange(180, dtype=np.float32) * np.float32(6 / 180)) % 6  # (3, 180) float64
+_weights = np.minimum(_sectors, 4 - _sectors).clip(0, 1).astype(np.float32).astype(np.float64)[..., None]
+_saturation = np.arange(256, dtype=np.float32) * np.float32(1 / 255)
+RGB_SHARE_TABLE = (1 - _weights * _saturation).astype(np.float32).reshape(3, -1)
 
 
 def rgb_to_hsv(image: np.ndarray) -> np.ndarray:
@@ -393,7 +384,7 @@ def hsv_to_rgb(hsv: np.ndarray) -> np.ndarray:
     """The way back, uint8 (H, W, 3), as OpenCV's COLOR_HSV2RGB."""
     place = hsv[..., 0].astype(np.int64) * 256 + hsv[..., 1]
     value = hsv[..., 2] * np.float32(1 / 255)
-    image = value * _rgb_share_table().take(place, axis=1) * 255  # (3, H, W)
+    image = value * RGB_SHARE_TABLE.take(place, axis=1) * 255  # (3, H, W)
     rest = hsv.shape[1] // 32 * 32  # OpenCV's vector code truncates 32 pixels at a time; it rounds the rest of a row
     image[..., rest:] = np.rint(image[..., rest:])
     return image.astype(np.uint8).transpose(1, 2, 0)  # (H, W, 3)

@@ -84,13 +84,6 @@ def architectures(ahead: bool) -> str:
     return os.environ.get("TORCH_CUDA_ARCH_LIST") or default
 
 
-def cache_folders() -> list[Path]:
-    """Where libraries lie: PyTorch's extension cache, and a private folder in case the cache is read-only."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or home)
-    return [root / "msda", Path(tempfile.gettempdir()) / f"msda-{os.getuid()}"]
-
-
 def library(ahead: bool = False, verbose: bool = False) -> Path:
     """The compiled library; if there is none yet, one process compiles it while others wait. Raises BuildError.
 
@@ -98,20 +91,26 @@ def library(ahead: bool = False, verbose: bool = False) -> Path:
     """
     if sys.platform == "win32":
         raise BuildError("the native operator is not supported on Windows; MSDA=torch silences this")
-    here, archs, folders = plan(), architectures(ahead), cache_folders()
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or home / "torch_extensions")
+    folders = root / "msda", Path(tempfile.gettempdir()) / f"msda-{os.getuid()}"  # where the first is read-only
+    here, archs = plan(), architectures(ahead)
     name = here.name
     if here.cuda_home and not ahead:  # compiled for the GPUs here: a machine with others must not find this library
         name += "_" + archs.replace(".", "").replace(";", "_")
-    # A library compiled ahead of time comes first: it serves all GPUs. Other users' code is not trusted.
+
+    def is_usable(path: Path) -> bool:
+        return not ahead and path.exists() and path.stat().st_uid in (0, os.getuid())  # others are not trusted
+
     for path in (folder / f"{stem}.so" for folder in folders for stem in (here.name, name)):
-        if path.exists() and path.stat().st_uid in (0, os.getuid()) and not ahead:
+        if is_usable(path):  # one compiled ahead of time comes first: it serves all GPUs
             return path
     for path in (folder / f"{name}.so" for folder in folders):
         with contextlib.suppress(OSError):  # a folder that takes no file
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             if path.parent.stat().st_uid == os.getuid():
                 with lock(path.with_suffix(".lock"), LOCK_SECONDS):
-                    if ahead or not path.exists():  # else another process compiled it meanwhile
+                    if not is_usable(path):  # else another process compiled it meanwhile
                         compile_library(here, path, archs, verbose)
                     return path
     raise BuildError(f"no writable cache in {' or '.join(map(str, folders))}; set TORCH_EXTENSIONS_DIR")
@@ -134,7 +133,8 @@ def compile_library(here: Plan, path: Path, archs: str, verbose: bool) -> None:
                 cpp_extension.load(
                     path.stem, [str(SOURCES / name) for name in sources], extra_cflags=flags, extra_ldflags=OPENMP,
                     extra_cuda_cflags=["-O3", "--threads=2"], build_directory=folder, is_python_module=False,
-                    verbose=verbose)
+                    verbose=verbose,
+                )
                 os.replace(Path(folder) / path.name, path)
         except Exception as error:
             # The compiler's first complaint, else the first line that PyTorch writes.

@@ -281,7 +281,7 @@ def test_command_takes_the_newest_run_and_writes_table_json_and_labels(command, 
     result = json.loads(Path("out/result.json").read_text())
     assert result["mean_iou"] == pytest.approx(metrics(confusion).mean_iou)
     assert [c["class"] for c in result["classes"]] == list("abcde")
-    assert sorted(p.name for p in Path("labels").iterdir()) == ["0.png", "1.png", "2.png"]
+    assert sorted(os.listdir("labels")) == ["0.png", "1.png", "2.png"]
     total = torch.zeros(5, 5, dtype=torch.int64)
     for i in range(3):
         with Image.open(f"labels/{i}.png") as picture:

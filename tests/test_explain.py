@@ -33,8 +33,8 @@ def test_explain_shows_the_queries_with_the_highest_score(model, monkeypatch):
     outputs = record_outputs(model.head)
     explain.explain(model, photograph(64, 64), CLASSES, number=4)
     prediction = outputs[model.head]
-    classes, masks = (x[-1, 0].double() for x in (prediction.class_logits, prediction.mask_logits))
-    chances, masks, found = classes.exp() / classes.exp().sum(1, keepdim=True), 1 / (1 + (-masks).exp()), []
+    chances, found = prediction.class_logits[-1, 0].double().softmax(1), []
+    masks = prediction.mask_logits[-1, 0].double().sigmoid()
     for q in range(6):
         inside = masks[q][masks[q] > 0.5]
         certainty = inside.mean().item() if len(inside) else 0.0

@@ -38,14 +38,11 @@ def titles(text):
 def test_a_curve_shows_its_points_the_larger_the_higher():
     text = report.curve([(0, 4.0), (50, 1.0), (100, 2.0)], "loss")
     assert titles(text) == ["iteration 0: 4", "iteration 50: 1", "iteration 100: 2"]
-    (x0, y0), (x1, y1), (x2, y2) = (
-        [float(v) for v in point.split(",")] for point in svg(text).find("polyline").get("points").split())
-    assert x2 - x1 == x1 - x0 > 0 and y1 - y2 == pytest.approx((y1 - y0) / 3)  # downwards on the screen
-
-
-def test_a_long_curve_is_averaged_to_400_points():
-    names = titles(report.curve([(i, i % 2) for i in range(4000)], "loss"))
-    assert len(names) == 400 and {name.split(": ")[1] for name in names} == {"0.5"}
+    points = svg(text).find("polyline").get("points").split()
+    x, y = np.array([point.split(",") for point in points], float).T
+    assert x[2] - x[1] == x[1] - x[0] > 0 and y[1] - y[2] == pytest.approx((y[1] - y[0]) / 3)  # y grows downwards
+    averages = titles(report.curve([(i, i % 2) for i in range(4000)], "loss"))
+    assert len(averages) == 400 and {title.split(": ")[1] for title in averages} == {"0.5"}
 
 
 def test_curves_take_their_values_from_the_log():
@@ -137,12 +134,15 @@ def test_the_page_is_complete_self_contained_and_escaped(run_folder, capsys):
     text = path.read_text()
     assert text.count("<img") == len(pictures(text)) == 4 * 5  # the 5 worst
     assert all(source.startswith("data:image/jpeg;base64,") for _, source in pictures(text))
-    assert "color-scheme: light dark" in text and not re.search("<script|<link rel=.stylesheet|http|<b>road", text)
+    assert "color-scheme: light dark" in text and not re.search("<script|<link rel=.stylesheet|http|<b>road|[$]", text)
     assert "train.py \\\n    --name '<x>'" in html.unescape(text)
     dataset, model = data.open_dataset("set", "val"), weights.load_model(run_folder / "best.pt")[0]
     expected = evaluate.metrics(evaluate.evaluate(model, dataset, progress=False))
     assert f"<b>{100 * expected.mean_iou:.2f}</b>mIoU" in text
     assert f"<b>{100 * expected.all_accuracy:.2f}</b>pixel accuracy" in text
+    assert report.main(["first try", "--device", "cpu", "--limit", "2"]) == 0
+    text = path.read_text()
+    assert text.count("<figure>") == 2 and "2 validation images" in text
 
 
 def test_an_example_shows_image_labels_prediction_and_errors_in_this_order(run_folder):
@@ -157,12 +157,6 @@ def test_an_example_shows_image_labels_prediction_and_errors_in_this_order(run_f
     for (_, source), picture in zip(pictures(figure), expected, strict=True):
         with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as shown:
             assert abs(np.asarray(shown).astype(int) - picture).mean() < 10  # JPEG blurs edges; others differ by > 50
-
-
-def test_limit_and_run_by_name(run_folder):
-    assert report.main(["first try", "--device", "cpu", "--limit", "2"]) == 0
-    text = (run_folder / "report" / "index.html").read_text()
-    assert text.count("<figure>") == 2 and "2 validation images" in text
 
 
 @pytest.mark.parametrize(("damage", "arguments", "message"), [

@@ -82,7 +82,8 @@ def sampling_picture(image: np.ndarray, places: np.ndarray, points: np.ndarray, 
     picture = draw.to_image((image * 0.6).astype(np.uint8))
     pen = ImageDraw.Draw(picture, "RGBA")
     for column, row in (places * grid).astype(int):
-        x, y, query = (column + 0.5) / grid * side, (row + 0.5) / grid * side, row * grid + column
+        x, y = (column + 0.5) / grid * side, (row + 0.5) / grid * side
+        query = row * grid + column
         for (head, level, point), share in np.ndenumerate(weights[query]):
             a, b = points[query, head, level, point] * side
             radius = 1.5 + 14 * share**0.5  # an area in proportion to the weight, and never invisible

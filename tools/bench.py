@@ -19,10 +19,8 @@ import ctypes
 import gc
 import importlib.util
 import json
-import math
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -96,7 +94,7 @@ def interleaved(turns: dict[str, Callable[[], float]], rounds: int, title: str) 
     """Median of the seconds that each candidate returns; they take turns. The first round does not count."""
     taken = [{name: turn() for name, turn in turns.items()}
              for _ in tqdm(range(1 + rounds), desc=title, unit="round", disable=None, leave=False)]
-    return {name: statistics.median(each[name] for each in taken[1:]) for name in turns}
+    return {name: float(np.median([each[name] for each in taken[1:]])) for name in turns}
 
 
 def matmul_rate(device: str) -> float:
@@ -154,7 +152,7 @@ def peak_of(work: Callable[[], object], device: str = "cpu") -> float:
     work()
     with suppress(OSError):
         return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
-    return math.nan
+    return float("nan")
 
 
 def config_of(system: str, changes: dict):
@@ -339,7 +337,7 @@ class Process(subprocess.Popen):
 
 
 def systems(system: str, options: argparse.Namespace) -> tuple[str, list[Row]]:
-    """The two texts of a model, which share a process, and what --old and --against name: who computes sooner?"""
+    """Speed and memory of a model's two texts, which share a process, and of what --old and --against name."""
     if options.old and not (options.old / "model.py").is_file():
         raise common.UserError(f"--old {options.old} has no model.py: name another checkout of this project")
     if options.against and not importlib.util.find_spec(options.against):
@@ -378,10 +376,9 @@ def measure(system: str, work: str, batch: int, candidates: dict[str, Process],
     turns = {name: partial(candidates[name].ask, "seconds", work, name) for name in memory}
     taken = interleaved(turns, options.rounds, f"{system}, {work}")
     after = matmul_rate(options.device)
-    title, images = (f"{work}, batch {batch}", batch) if work == TRAINING else (work, 1)
-    known = system in OFFICIAL and not options.changes
+    images, known = batch if work == TRAINING else 1, system in OFFICIAL and not options.changes
     gflop = images * OFFICIAL[system][work == TRAINING] if known else ""
-    return [{"work": title, "candidate": name, "s": taken[name],
+    return [{"work": f"{work}, batch {images}", "candidate": name, "s": taken[name],
              **{f"x {other}": taken[other] / taken[name] if other in taken else ""
                 for other in candidates if other != "fast"},
              "GFLOP": gflop, "GFLOP/s before": before, "after": after,
@@ -416,18 +413,16 @@ def operator(_: str, options: argparse.Namespace) -> tuple[str, list[Row]]:
     rows: list[Row] = []
     for call, (levels, Q, M) in OP_CALLS.items():
         inputs = value, *points = op_case(levels, Q, M, options.device)
-        functions = {"torch": partial(ms_deform_attn_torch, value, levels, *points),
-                     "native": partial(ms_deform_attn, value, levels, *points)}
-        rows.append({"call": call})
-        for title in ("forward", "training"):
-            works = {name: torch.no_grad()(function) if title == "forward" else partial(train, function, inputs)
-                     for name, function in functions.items()}
-            turns = {name: partial(seconds, work) for name, work in works.items()}
-            taken = interleaved(turns, options.rounds, f"{call}, {title}")
-            rows[-1] |= {f"{title}: {name} ms": 1e3 * each for name, each in taken.items()}
-            rows[-1][f"{title}: ratio"] = taken["torch"] / taken["native"]
-        rows[-1] |= {f"kept: {name} MB": (sum(x.nbytes for x in inputs) + kept_for_backward(function)) / 1e6
-                     for name, function in functions.items()}
+        turns, kept = {}, {}
+        for name, function in (("torch", ms_deform_attn_torch), ("native", ms_deform_attn)):
+            work = partial(function, value, levels, *points)
+            turns |= {f"forward: {name} ms": partial(seconds, torch.no_grad()(work)),
+                      f"training: {name} ms": partial(seconds, partial(train, work, inputs))}
+            kept[f"kept: {name} MB"] = (sum(x.nbytes for x in inputs) + kept_for_backward(work)) / 1e6
+        taken = {column: 1e3 * each for column, each in interleaved(turns, options.rounds, call).items()}
+        ratios = {f"{title}: ratio": taken[f"{title}: torch ms"] / taken[f"{title}: native ms"]
+                  for title in ("forward", "training")}
+        rows.append({"call": call, **taken, **ratios, **kept})
     return "Deformable attention of the large models, float32, batch 1", rows
 
 

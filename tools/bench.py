@@ -360,9 +360,8 @@ def systems(system: str, options: argparse.Namespace) -> tuple[str, list[Row]]:
     return f"{system}, float32", rows
 
 
-def measure(system: str, work: str, batch: int, candidates: dict[str, Process],
-            options: argparse.Namespace) -> list[Row]:
-    """A row for each candidate. Prints who is left out, and the profiles."""
+def measure(system: str, work: str, batch: int, candidates: dict, options: argparse.Namespace) -> list[Row]:
+    """A row for each of the candidates {name: Process}. Prints who is left out, and the profiles."""
     memory: dict[str, Row] = {}
     for name, process in candidates.items():
         if (process is not candidates["plain"] and options.device == "cpu"

@@ -21,6 +21,8 @@ from torchvision.ops import StochasticDepth
 from msda_cuda import MSDeformAttn, reference_points
 
 NUM_INTERACTIONS = 4
+NUM_POINTS = 4  # that each head of a deformable attention samples in a level
+VALUE_RATIO, FFN_RATIO = 0.5, 0.25  # widths of sampled values and of the ConvFFN's hidden layer, over the ViT's
 
 
 class FeatureMaps(NamedTuple):
@@ -99,11 +101,11 @@ class Injector(nn.Module):
     """ViT tokens look into the pyramid: x + gamma * attention(norm(x), norm(pyramid)) (section 3.3, equation 1).
     Official: adapter_modules.py, Injector."""
 
-    def __init__(self, dim: int, num_heads: int, num_points: int, value_ratio: float):
+    def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.query_norm = nn.LayerNorm(dim, eps=1e-6)
         self.feat_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = MSDeformAttn(dim, num_heads, num_levels=3, num_points=num_points, value_ratio=value_ratio)
+        self.attn = MSDeformAttn(dim, num_heads, 3, NUM_POINTS, VALUE_RATIO)
         # The released code starts gamma at 1e-6, the paper says 0: either way the ViT starts as it was pre-trained.
         self.gamma = nn.Parameter(torch.full((dim,), 1e-6))
 
@@ -134,14 +136,13 @@ class Extractor(nn.Module):
     """Pyramid tokens look into the ViT, then pass a ConvFFN (section 3.3, equations 2 and 3).
     Official: adapter_modules.py, Extractor."""
 
-    def __init__(self, dim: int, num_heads: int, num_points: int, value_ratio: float, ffn_ratio: float,
-                 drop_path: float):
+    def __init__(self, dim: int, num_heads: int, drop_path: float):
         super().__init__()
         self.query_norm = nn.LayerNorm(dim, eps=1e-6)
         self.feat_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = MSDeformAttn(dim, num_heads, num_levels=1, num_points=num_points, value_ratio=value_ratio)
+        self.attn = MSDeformAttn(dim, num_heads, 1, NUM_POINTS, VALUE_RATIO)
         self.ffn_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.ffn = ConvFFN(dim, int(dim * ffn_ratio))
+        self.ffn = ConvFFN(dim, int(dim * FFN_RATIO))
         # The released code drops only the feed-forward path, and at the ViT's highest rate in every extractor.
         self.drop_path = StochasticDepth(drop_path, "row")
 
@@ -155,13 +156,10 @@ class Interaction(nn.Module):
     """Inject, run a quarter of the ViT, extract; the last interaction extracts three times (figure 4).
     Official: adapter_modules.py, InteractionBlockWithCls."""
 
-    def __init__(self, dim: int, num_heads: int, num_points: int, value_ratio: float, ffn_ratio: float,
-                 drop_path: float, num_extractors: int):
+    def __init__(self, dim: int, num_heads: int, drop_path: float, num_extractors: int):
         super().__init__()
-        self.injector = Injector(dim, num_heads, num_points, value_ratio)
-        self.extractors = nn.ModuleList(
-            Extractor(dim, num_heads, num_points, value_ratio, ffn_ratio, drop_path) for _ in range(num_extractors)
-        )
+        self.injector = Injector(dim, num_heads)
+        self.extractors = nn.ModuleList(Extractor(dim, num_heads, drop_path) for _ in range(num_extractors))
 
     def forward(self, cls_token: Tensor, tokens: Tensor, pyramid: Tensor, run_blocks: Callable[[Tensor], Tensor],
                 layout: TokenLayout) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,19 +177,16 @@ class ViTAdapter(nn.Module):
     Args:
         dim: width D of the ViT, and of the four maps that come out.
         spm_channels: width of the convolutional stem (64 in the released models).
-        num_heads, num_points, value_ratio: of the deformable attentions; values have `value_ratio * dim` channels.
-        ffn_ratio: hidden width of the ConvFFN over `dim`.
+        num_heads: of the deformable attentions.
         drop_path: rate of stochastic depth in the extractors.
     """
 
-    def __init__(self, dim: int, spm_channels: int, num_heads: int, num_points: int = 4, value_ratio: float = 0.5,
-                 ffn_ratio: float = 0.25, drop_path: float = 0.0):
+    def __init__(self, dim: int, spm_channels: int, num_heads: int, drop_path: float = 0.0):
         super().__init__()
         self.spatial_prior = SpatialPrior(spm_channels, dim)
         self.level_embed = nn.Parameter(torch.empty(3, dim))
         self.interactions = nn.ModuleList(
-            Interaction(dim, num_heads, num_points, value_ratio, ffn_ratio, drop_path,
-                        num_extractors=3 if i == NUM_INTERACTIONS - 1 else 1)
+            Interaction(dim, num_heads, drop_path, num_extractors=3 if i == NUM_INTERACTIONS - 1 else 1)
             for i in range(NUM_INTERACTIONS)
         )
         self.up = nn.ConvTranspose2d(dim, dim, kernel_size=2, stride=2)

@@ -1,14 +1,12 @@
-"""What all command lines share: one line for a user's fault, types of numbers, whole files, processes, devices.
+"""The common parts of the command lines: one line for a user's fault, whole files, worker processes, devices.
 
-Reading order: run -> complain -> Parser and its types of numbers; make_folder and check_file look at a destination
-before the work begins, write_whole and new_folder fill it; in_parallel; choose_device.
+Reading order: UserError -> run -> complain -> Parser; make_folder, check_file -> write_whole, new_folder; in_parallel.
 """
 
 import argparse
 import contextlib
 import math
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -36,14 +34,18 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
+def reason(error: BaseException) -> str:
+    """The first line of an exception's message, without the system's "[Errno 17]"."""
+    return getattr(error, "strerror", None) or str(error).partition("\n")[0]
+
+
 def run(work: Callable[[], int | None]) -> int:
     """The exit status of a command: what `work` returns (None: 0), 2 for a user's fault, 130 for Ctrl-C."""
     try:
         return work() or 0
-    except OSError as error:  # without its "[Errno 17]"
-        return complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except ValueError as error:
-        return complain(str(error))
+    except (OSError, ValueError) as error:
+        file = getattr(error, "filename", None)
+        return complain(f"{file}: {reason(error)}" if file else str(error))
     except KeyboardInterrupt:
         return complain("interrupted", 130)
 
@@ -84,10 +86,9 @@ def make_folder(path: Path, option: str) -> None:
     """Make the folder that an option names, unless it is there; raises UserError if no file can be put there."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        why = f"cannot be used as a folder ({error.strerror})"
+        why = f"cannot be used as a folder ({reason(error)})"
         raise UserError(f"{option} {path} {why}: mend it or name another") from None
 
 
@@ -99,11 +100,7 @@ def check_file(path: Path, option: str) -> None:
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file beside its place and rename it: a kill or a full disk leaves the old one or the new one, whole.
-
-    Raises:
-        UserError: no such folder, no permission, no room.
-    """
+    """Write a file beside its place and rename it: a kill or a full disk leaves the old or the new one. UserError."""
     draft = path.with_name(f".{path.name}.partial")  # one name: what a kill leaves is written over, not added to
     try:
         with draft.open("wb") as file:
@@ -112,8 +109,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())  # the bytes must be on the disk before the name points to them
         draft.replace(path)
     except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as the latter
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be written ({reason}): make room or name another place") from None
+        raise UserError(f"{path} cannot be written ({reason(error)}): make room or name another place") from None
     finally:
         with contextlib.suppress(OSError):  # gone if all went well; where its folder is absent it never was
             draft.unlink()
@@ -121,24 +117,13 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A draft to fill beside `path`, renamed to it at the end; a fault or a kill leaves nothing at `path`.
-
-    Raises OSError if another process was quicker to make `path`.
-    """
-    draft = path.with_name(f"{path.name}.draft{os.getpid()}")
-    shutil.rmtree(draft, ignore_errors=True)  # of a process of the same number that was killed
-    try:
-        draft.mkdir(parents=True)
+    """A draft to fill beside `path`, which becomes `path` at the end. OSError if another process made it first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{path.name}.draft", dir=path.parent) as private:
+        draft = Path(private) / path.name  # a folder of the usual permissions in one for this user alone
+        draft.mkdir()
         yield draft
         draft.rename(path)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def leave_interrupt_to_parent(_: int = 0) -> None:
-    """Start of a worker process: Ctrl-C is for the main process, which ends its workers without their tracebacks."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
 
 
 def in_parallel(function: Callable, jobs: Sequence, workers: int, title: str) -> Iterator:
@@ -146,6 +131,12 @@ def in_parallel(function: Callable, jobs: Sequence, workers: int, title: str) ->
     with ProcessPoolExecutor(workers, initializer=leave_interrupt_to_parent) as pool:
         results = pool.map(function, jobs, chunksize=max(1, min(32, len(jobs) // (4 * workers))))
         yield from tqdm(results, desc=title, total=len(jobs), unit="image", disable=None)  # None: on a terminal only
+
+
+def leave_interrupt_to_parent(_: int = 0) -> None:
+    """Start of a worker process: Ctrl-C is for the main process, which ends its workers without their tracebacks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -1,8 +1,8 @@
 """From files on disk to batches of crops: data sets, paired transforms, the training stream, test-time images.
 
 Reading order: open_dataset -> SegmentationDataset -> train_transform -> positions -> training_loader -> normalize for
-training; single_scale_image and multi_scale_images for the test. The command line (`python data.py --help`) makes and
-checks data sets; its code is in tools/prepare.py and tools/toy.py.
+training; single_scale_image and multi_scale_images for the test. `python data.py --help` makes and checks data sets;
+its code is in tools/prepare.py and tools/toy.py.
 
 Shapes: H, W height and width of an image, w side of the training window, B batch, K classes.
 Images are RGB uint8 (H, W, 3); labels are uint8 (H, W) with the class index 0..K-1, or 255 where there is none.
@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import struct
+from collections import namedtuple
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import common
-from common import IGNORE, UserError
+from common import IGNORE, UserError, reason
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, in grey levels, RGB
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -34,48 +35,29 @@ TEST_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 CONTEXT_CLASSES = Path(__file__).with_name("pascal_context.json")
 
 
-# ---------------------------------------------------------------------------------------------------- data sets
-
-
 class DatasetInfo(NamedTuple):
     """Names and colours of the classes. `ignore_index` is the value of "no class" in the files."""
-
     name: str
     classes: tuple[str, ...]
     palette: np.ndarray  # uint8 (K, 3)
     ignore_index: int = IGNORE
 
 
-class Layout(NamedTuple):
-    """The folders of a data set, below its root."""
-
-    images: str
-    labels: str
-    splits: str
-    first_class: int  # value of class 0 in the label files; smaller values mean "no class"
-
-
+# The folders of a data set, below its root, and the value of class 0 in its label files; smaller values are no class.
+Layout = namedtuple("Layout", "images labels splits first_class")
 PLAIN_FOLDER = Layout("images", "labels", ".", first_class=0)
 PASCAL_CONTEXT = Layout("JPEGImages", "SegmentationClassContext", "ImageSets/SegmentationContext", first_class=1)
 
 
 class SegmentationDataset:
-    """Pairs of an image and its labels, read from disk and checked when they are asked for.
-
-    Raises UserError for a split that is absent, empty, or names files that do not exist.
-    """
+    """Pairs of an image and its labels. Raises UserError for a split that is absent, empty, or names absent files."""
 
     def __init__(self, root: Path, split: str, info: DatasetInfo, layout: Layout) -> None:
         self.root, self.split, self.info, self.layout = root, split, info, layout
         split_file = root / layout.splits / f"{split}.txt"
         self.names = read_split(split_file)
-        self.image_paths = [find_image(root / layout.images, name, split_file) for name in self.names]
-        self.label_paths = [root / layout.labels / f"{name}.png" for name in self.names]
-        absent = [i for i, path in enumerate(self.label_paths) if not path.is_file()]
-        if absent:
-            more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
-            raise UserError(f"{split_file} names '{self.names[absent[0]]}'{more}, but {self.label_paths[absent[0]]} "
-                            "is no file: add the label image or remove the name")
+        self.image_paths = [find_file(root / layout.images, name, EXTENSIONS, split_file) for name in self.names]
+        self.label_paths = [find_file(root / layout.labels, name, (".png",), split_file) for name in self.names]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -86,22 +68,21 @@ class SegmentationDataset:
 
     def labels(self, i: int) -> np.ndarray:
         """Class index or 255, uint8 (H, W). Raises UserError for an unreadable file, a foreign value, a wrong size."""
-        path, first = self.label_paths[i], self.layout.first_class
-        end = first + len(self.info.classes)
+        path, first, ignore = self.label_paths[i], self.layout.first_class, self.info.ignore_index
+        last = first + len(self.info.classes) - 1
         values = read_labels(path)
         check_size(self.image_paths[i], path, values.shape)
-        ignored = (values < first) | (values == self.info.ignore_index)
-        foreign = values[~ignored & (values >= end)]
+        ignored = (values < first) | (values == ignore)
+        foreign = values[~ignored & (values > last)]
         if foreign.size:
-            raise UserError(f"{path}: label value {foreign[0]} is no class; the {end - first} classes are "
-                            f"{first}..{end - 1} and {self.info.ignore_index} is ignored")
+            raise UserError(f"{path}: label value {foreign[0]} is no class: use {first}..{last}, or {ignore} for none")
         return np.where(ignored, IGNORE, values - first).astype(np.uint8)
 
 
 def open_dataset(root: str | Path, split: str) -> SegmentationDataset:
     """Open the "train" or "val" split of a plain folder (dataset.json) or a VOC2010 tree with Pascal Context labels.
 
-    The root "toy" is the built-in toy data set, drawn on first use into data/toy. Raises UserError with the remedy.
+    The root "toy" is the toy data set, drawn on first use into data/toy. Raises UserError with the remedy.
     """
     if str(root) == "toy":
         from tools.toy import make_toy
@@ -112,14 +93,13 @@ def open_dataset(root: str | Path, split: str) -> SegmentationDataset:
         return SegmentationDataset(root, split, read_info(root / "dataset.json"), PLAIN_FOLDER)
     if (root / PASCAL_CONTEXT.labels).is_dir():
         return SegmentationDataset(root, split, context_info(), PASCAL_CONTEXT)
+    prepare = f"get trainval_merged.json, run `python data.py prepare-context --voc {root} --json trainval_merged.json`"
     if (root / PASCAL_CONTEXT.images).is_dir():
-        raise UserError(f"{root} holds VOC images but no Pascal Context labels: get trainval_merged.json and run "
-                        f"`python data.py prepare-context --voc {root} --json trainval_merged.json`")
+        raise UserError(f"{root} holds VOC images but no Pascal Context labels: {prepare}")
     if root.is_dir():
         raise UserError(f"{root} is no plain folder (no dataset.json) and no VOC2010 tree (no JPEGImages/): "
                         "make one of your images and labels, see `python data.py from-folders --help`")
-    raise UserError(f"no data at {root}: for Pascal Context unpack VOC2010 there, get trainval_merged.json and run "
-                    f"`python data.py prepare-context --voc {root} --json trainval_merged.json`; "
+    raise UserError(f"no data at {root}: for Pascal Context unpack VOC2010 there, {prepare}; "
                     "for a first try without downloads use `--data toy`")
 
 
@@ -131,14 +111,14 @@ def context_info() -> DatasetInfo:
 
 
 def read_info(path: Path) -> DatasetInfo:
-    """Read and check dataset.json: {"classes": [...], "palette": [[r, g, b], ...], "ignore_index": 255, "name": ...}.
+    """Read dataset.json: {"classes": [...], "palette": [[r, g, b], ...], "ignore_index": 255, "name": ...}.
 
     Only the classes must be there. Raises UserError with the line or the field that is wrong.
     """
     try:
-        fields = json.loads(read_text(path, "save it as UTF-8 text"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}: mend the JSON") from None
+        fields = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no readable JSON ({reason(error)}): mend it") from None
     classes = fields.get("classes") if isinstance(fields, dict) else None
     if not isinstance(classes, list) or not all(isinstance(name, str) and name for name in classes):
         raise UserError(f'{path}: "classes" must be a list of class names')
@@ -151,8 +131,7 @@ def read_info(path: Path) -> DatasetInfo:
     except (TypeError, ValueError, OverflowError):
         palette = np.empty(0)
     if palette.shape != (len(classes), 3) or palette.min() < 0 or palette.max() > 255:
-        raise UserError(f'{path}: "palette" must hold a [red, green, blue] of 0..255 for each of the {len(classes)} '
-                        "classes")
+        raise UserError(f'{path}: "palette" must hold {len(classes)} colours [red, green, blue] of 0..255')
     name = str(fields.get("name", path.parent.name))
     return DatasetInfo(name, tuple(classes), palette.astype(np.uint8), ignore_index)
 
@@ -161,8 +140,7 @@ def check_names(names: list[str], source: str) -> None:
     """Raises UserError unless there are 1 to 255 class names, all different."""
     repeated = len(names) - len(set(names))
     if repeated or not 1 <= len(names) <= IGNORE:
-        raise UserError(f"{source}: 1 to {IGNORE} different names are needed, "
-                        f"not {len(names)} with {repeated} repeated")
+        raise UserError(f"{source}: {len(names)} names, {repeated} repeated: give 1 to {IGNORE} different ones")
 
 
 def default_palette(num_classes: int) -> np.ndarray:
@@ -174,32 +152,12 @@ def default_palette(num_classes: int) -> np.ndarray:
 
 def read_split(path: Path) -> list[str]:
     """The names in a split file, one a line, extension or not. Raises UserError if absent, empty or leading outside."""
-    names = read_lines(path, "put the image names there, one a line")
+    names = read_lines(path, "write the names of the images there, one a line")
     names = [str(Path(name).with_suffix("")) if name.lower().endswith(EXTENSIONS) else name for name in names]
-    if not names:
-        raise UserError(f"{path} is empty: write the names of the images there, one a line, or choose another split")
     for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"{path} names '{name}', which leads out of the data folder: use names below images/")
     return names
-
-
-def find_image(folder: Path, name: str, split_file: Path) -> Path:
-    """The image file of that name, whatever its extension. Raises UserError if there is none."""
-    for extension in (*EXTENSIONS, *map(str.upper, EXTENSIONS)):
-        path = folder / f"{name}{extension}"
-        if path.is_file():
-            return path
-    raise UserError(f"{split_file} names '{name}', but {folder} has no {name}.jpg (nor {', '.join(EXTENSIONS[1:])}): "
-                    "add the image or remove the name")
-
-
-def check_size(image: Path, labels: Path | str, shape: tuple[int, int]) -> None:
-    """Raises UserError unless the labels' shape (H, W) is that of the upright image."""
-    size = image_size(image)
-    if shape != size:
-        raise UserError(f"{image} is {size[1]}x{size[0]} pixels but {labels} is {shape[1]}x{shape[0]}: "
-                        "an image and its labels must be of one size")
 
 
 def write_split(path: Path, names: Iterable[str]) -> None:
@@ -208,39 +166,46 @@ def write_split(path: Path, names: Iterable[str]) -> None:
     common.write_whole(path, lambda file: file.write(text))
 
 
-# ---------------------------------------------------------------------------------------- reading and writing files
-
-# What Pillow raises for a broken file. The bomb is a picture beyond Pillow's limit of 179 million pixels, which stays.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message without line breaks."""
-    return " ".join(str(getattr(error, "strerror", None) or error).split())
-
-
-def read_text(path: Path, remedy: str) -> str:
-    """A text file in UTF-8. Raises UserError, which ends with the remedy."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}): {remedy}") from None
+def find_file(folder: Path, name: str, extensions: Iterable[str], split_file: Path) -> Path:
+    """The file of that name with one of the extensions. Raises UserError if there is none."""
+    for extension in (*extensions, *map(str.upper, extensions)):
+        path = folder / f"{name}{extension}"
+        if path.is_file():
+            return path
+    raise UserError(f"{split_file} names '{name}', but {folder} has no {name} ending in {' or '.join(extensions)}: "
+                    "add the file or remove the name")
 
 
+def check_size(image: Path, labels: Path | str, shape: tuple[int, int]) -> None:
+    """Raises UserError unless the labels' shape (H, W) is that of the upright image; reads only the image's header."""
+    with open_picture(image) as picture:
+        width, height = picture.size
+        if picture.getexif().get(0x0112, 1) >= 5:  # the EXIF orientations 5..8 swap the sides
+            width, height = height, width
+    if shape != (height, width):
+        raise UserError(f"{image} is {width}x{height} pixels but {labels} is {shape[1]}x{shape[0]}: make them one size")
+
+
+# ------------------------------------------------------------------------------------------------- text and image files
 def read_lines(path: Path, remedy: str) -> list[str]:
-    """The lines of a text file, without spaces around them and without empty ones. Raises UserError."""
-    return [line.strip() for line in read_text(path, remedy).splitlines() if line.strip()]
+    """The lines of a UTF-8 text file, stripped, without empty ones. Raises UserError if there are none."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)}): {remedy}") from None
+    if not any(lines):
+        raise UserError(f"{path} is empty: {remedy}")
+    return [line for line in lines if line]
 
 
 @contextlib.contextmanager
 def open_picture(path: Path) -> Iterator[Image.Image]:
-    """The Pillow image of a file. Raises UserError if the file, or later its pixels, cannot be read."""
+    """The Pillow image of a file. Raises UserError if the file, or later its pixels, cannot be read or are too many."""
     try:
         with Image.open(path) as picture:
             yield picture
-    except UNREADABLE as error:
-        raise UserError(f"{path}: not a readable image ({one_line(error)}): "
-                        "replace it or take its name out of the split") from None
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable image ({reason(error)}): replace it or take its name out") from None
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -258,37 +223,20 @@ def read_labels(path: Path) -> np.ndarray:
         mode = picture.mode
         if mode in ("L", "P", "1") or mode.startswith("I"):
             return np.array(picture).astype(np.int32)
-    raise UserError(f"{path} has mode {mode}, but labels must be one value a pixel (modes L, P or I): "
-                    "convert colour-coded labels with `python data.py from-folders`")
+    raise UserError(f"{path} has mode {mode}, not one value a pixel: convert it with `python data.py from-folders`")
 
 
 def save_labels(labels: np.ndarray, path: Path, palette: np.ndarray | None = None) -> None:
-    """Write labels (H, W) as a PNG whose values are the labels, the counterpart of read_labels.
-
-    uint8 with a palette (K, 3) that shows them in colour; without one plain gray, uint8 or uint16. The file appears
-    whole or not at all; its folder is made.
-    """
+    """Write labels, uint8 or uint16 (H, W), as a PNG of these values; uint8 may have a palette (K, 3) for viewers."""
     picture = Image.fromarray(labels)
     if palette is not None:
         # All 256 colours: with 16 or fewer Pillow writes 4 bits a pixel, and 255 becomes 15.
-        colours = np.full((256, 3), (205, 205, 208), np.uint8)
-        colours[:len(palette)] = palette
-        picture.putpalette(colours.tobytes())
+        picture.putpalette([*np.ravel(palette)] + [205, 205, 208] * (256 - len(palette)))
     path.parent.mkdir(parents=True, exist_ok=True)
     common.write_whole(path, lambda file: picture.save(file, "PNG"))
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) of the upright image, from the file's header alone."""
-    with open_picture(path) as picture:
-        width, height = picture.size
-        rotated = picture.getexif().get(0x0112, 1) >= 5  # orientations 5..8 swap the sides
-    return (width, height) if rotated else (height, width)
-
-
-# ------------------------------------------------------------------------------------------------------- resize
-
-
+# ---------------------------------------------------------------------------------------------- resizes and test images
 def base_size(window: int) -> int:
     """The side that ratio 1 stands for: 520 for the released models' window of 480, in proportion for others."""
     return round(window * 520 / 480)
@@ -296,8 +244,7 @@ def base_size(window: int) -> int:
 
 def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
     """(height, width) times scale, rounded half up, at least 1."""
-    height, width = (max(1, int(side * scale + 0.5)) for side in size)
-    return height, width
+    return tuple(max(1, int(side * scale + 0.5)) for side in size)
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -319,12 +266,10 @@ def resize_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def single_scale_image(image: np.ndarray, window: int) -> np.ndarray:
     """The single-scale test image: short side to 520 (long at most 4096), then both sides up to a multiple of 32.
 
-    The numbers are for a window of 480. Two resizes in a row, as in the official test. The short side never falls under
-    the window (only beyond 1:8 would it), because the model sees windows of exactly that size.
+    The numbers are for a window of 480. Two resizes in a row, as in the official test. No side is below the window.
     """
     short, long = sorted(image.shape[:2])
-    scale = min(base_size(window) / short, int(4096 * window / 480) / long)
-    scale = max(scale, window / short)
+    scale = max(window / short, min(base_size(window) / short, int(4096 * window / 480) / long))
     height, width = scaled_size(image.shape[:2], scale)
     image = resize(image, (height, width))
     return resize(image, (math.ceil(height / 32) * 32, math.ceil(width / 32) * 32))
@@ -333,7 +278,7 @@ def single_scale_image(image: np.ndarray, window: int) -> np.ndarray:
 def multi_scale_images(image: np.ndarray, window: int) -> list[np.ndarray]:
     """The six multi-scale test images: short side to max(480, 520 r) for a window of 480, in no multiple of 32.
 
-    The first two are one size, hence one object twice: the official average counts that view twice.
+    The first two are one object, for they are of one size: the official average counts that view twice.
     """
     sides = [max(window, int(base_size(window) * ratio)) for ratio in TEST_RATIOS]
     size = image.shape[:2]
@@ -341,16 +286,10 @@ def multi_scale_images(image: np.ndarray, window: int) -> list[np.ndarray]:
     return [images[side] for side in sides]
 
 
-# --------------------------------------------------------------------------------------------- training transform
-
-
+# --------------------------------------------------------------------------------------------------- training transform
 def train_transform(image: np.ndarray, labels: np.ndarray, window: int,
                     rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """Resize, crop, mirror, distort the colours; then pad to (w, w) with 0 / 255.
-
-    Returns image, labels and the (height, width) before padding, with which `normalize` makes the padding 0 *after*
-    normalisation.
-    """
+    """Resize, crop, mirror, distort, pad to (w, w) with 0 / 255: image, labels, (height, width) before padding."""
     long_side = int(base_size(window) * rng.uniform(0.5, 2.0))
     size = scaled_size(labels.shape, long_side / max(labels.shape))
     image, labels = resize(image, size), resize_labels(labels, size)
@@ -378,7 +317,6 @@ def choose_crop(labels: np.ndarray, window: int, rng: np.random.Generator) -> tu
 
 class Distortion(NamedTuple):
     """Parameters of the photometric distortion; None leaves a step out."""
-
     brightness: float | None  # added, in grey levels
     contrast: float | None  # factor
     saturation: float | None  # factor
@@ -388,8 +326,7 @@ class Distortion(NamedTuple):
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "Distortion":
         """Each step with probability 1/2."""
-        brightness, contrast, saturation = rng.uniform(-32, 32), *rng.uniform(0.5, 1.5, 2)
-        values = (brightness, contrast, saturation, int(rng.integers(-18, 18)))
+        values = (rng.uniform(-32, 32), *rng.uniform(0.5, 1.5, 2), int(rng.integers(-18, 18)))
         return cls(*(value if rng.random() < 0.5 else None for value in values), contrast_first=rng.random() < 0.5)
 
 
@@ -421,60 +358,40 @@ def _linear(values: np.ndarray, factor: float, offset: float) -> np.ndarray:
 # OpenCV's fixed-point tables (12 bits) for uint8 RGB -> HSV: 255 / value and 30 / chroma. Chroma 0 makes 0 of any.
 SATURATION_TABLE, HUE_TABLE = np.rint(np.array([[255 << 12], [30 << 12]]) / np.arange(256).clip(1)).astype(np.int32)
 
-
-def _rgb_share_table() -> np.ndarray:
-    """float32 (3, 180 * 256): the share of the value that R, G, B keep at (hue, saturation): 1 - saturation * weight.
-
-    The weight is 0, 1 or linear in the hue, by sectors of 60 degrees. Rounded to float32 where OpenCV rounds: the
-    result is truncated to uint8, so the last bit here may change a grey level.
-    """
-    sectors = np.arange(180, dtype=np.float32) * np.float32(6 / 180)
-    place = (np.array([[5], [3], [1]]) + sectors) % 6  # (3, 180), exact because it is float64
-    weights = np.minimum(place, 4 - place).clip(0, 1).astype(np.float32)
-    saturation = np.arange(256, dtype=np.float32) * np.float32(1 / 255)
-    return (1 - weights[..., None].astype(np.float64) * saturation).astype(np.float32).reshape(3, -1)
-
-
-RGB_SHARE_TABLE = _rgb_share_table()
+# The share of the value that R, G, B keep at (hue, saturation), float32 (3, 180 * 256): 1 - saturation * weight. The
+# weight is 0, 1 or linear in the hue, by sectors of 60 degrees. Rounded to float32 where OpenCV rounds: the result is
+# truncated to uint8, so the last bit here may change a grey level.
+_sectors = (np.array([[5], [3], [1]]) + np.arange(180, dtype=np.float32) * np.float32(6 / 180)) % 6  # (3, 180) float64
+_weights = np.minimum(_sectors, 4 - _sectors).clip(0, 1).astype(np.float32).astype(np.float64)[..., None]
+_saturation = np.arange(256, dtype=np.float32) * np.float32(1 / 255)
+RGB_SHARE_TABLE = (1 - _weights * _saturation).astype(np.float32).reshape(3, -1)
 
 
 def rgb_to_hsv(image: np.ndarray) -> np.ndarray:
     """uint8 (H, W, 3): hue 0..179 (2 degrees a step), saturation, value 0..255; bit for bit OpenCV's COLOR_RGB2HSV."""
-    planes = np.ascontiguousarray(image.transpose(2, 0, 1))  # (H, W, 3) -> (3, H, W)
+    red, green, blue = planes = np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.int16)  # (3, H, W)
     value = planes.max(0)
     chroma = value - planes.min(0)
-    red_is_value, green_is_value = planes[:2] == value
-    red, green, blue = planes.astype(np.int16)
-    twice = 2 * chroma.astype(np.int16)
-    sixth = np.where(green_is_value, blue - red + twice, red - green + 2 * twice)
-    sixth = np.where(red_is_value, green - blue, sixth)  # the hue in 60 degrees, times chroma
-    hsv = np.empty_like(image)
+    sixth = np.where(green == value, blue - red + 2 * chroma, red - green + 4 * chroma)
+    sixth = np.where(red == value, green - blue, sixth)  # the hue in 60 degrees, times chroma
     hue = (sixth * HUE_TABLE.take(chroma) + (1 << 11)) >> 12
-    hsv[..., 0] = hue + 180 * (hue < 0)
-    hsv[..., 1] = (chroma * SATURATION_TABLE.take(value) + (1 << 11)) >> 12
-    hsv[..., 2] = value
-    return hsv
+    saturation = (chroma * SATURATION_TABLE.take(value) + (1 << 11)) >> 12
+    return np.stack([hue + 180 * (hue < 0), saturation, value]).astype(np.uint8).transpose(1, 2, 0)  # (H, W, 3)
 
 
 def hsv_to_rgb(hsv: np.ndarray) -> np.ndarray:
     """The way back, uint8 (H, W, 3), as OpenCV's COLOR_HSV2RGB."""
     place = hsv[..., 0].astype(np.int64) * 256 + hsv[..., 1]
     value = hsv[..., 2] * np.float32(1 / 255)
+    image = value * RGB_SHARE_TABLE.take(place, axis=1) * 255  # (3, H, W)
     rest = hsv.shape[1] // 32 * 32  # OpenCV's vector code truncates 32 pixels at a time; it rounds the rest of a row
-    image = np.empty_like(hsv)
-    for c, share in enumerate(RGB_SHARE_TABLE):
-        channel = value * share.take(place) * 255
-        channel[:, rest:] = np.rint(channel[:, rest:])
-        image[..., c] = channel
-    return image
+    image[..., rest:] = np.rint(image[..., rest:])
+    return image.astype(np.uint8).transpose(1, 2, 0)  # (H, W, 3)
 
 
-# ------------------------------------------------------------------------------------ the stream and the loader
-
-
+# -------------------------------------------------------------------------------------------------- the training stream
 class Batch(NamedTuple):
     """What the loader yields; labels become long and images float on the device (`normalize`)."""
-
     images: Tensor  # uint8 (B, 3, w, w)
     labels: Tensor  # uint8 (B, w, w), 255 = ignore
     extents: Tensor  # int64 (B, 2), (height, width) before padding
@@ -484,7 +401,7 @@ class Batch(NamedTuple):
 def normalize(images: Tensor, extents: Tensor | None = None) -> Tensor:
     """uint8 (B, 3, H, W) -> float32 with ImageNet's mean and std, on the images' device and without waiting for it.
 
-    With extents (B, 2), what lies outside (height, width) becomes 0: the official order is normalise, *then* pad.
+    With extents (B, 2) pixels outside (height, width) become 0: the official order is normalise, *then* pad.
     """
     result = images.float()
     for channel, mean, std in zip(result.unbind(1), MEAN, STD, strict=True):  # Python numbers: no copy to the device
@@ -500,8 +417,8 @@ def normalize(images: Tensor, extents: Tensor | None = None) -> Tensor:
 def positions(start_iteration: int, rank: int, world: int, batch: int, accumulation: int) -> Iterator[list[int]]:
     """This rank's micro-batches of global stream positions, without end, from an iteration on.
 
-    Iteration i takes the positions i*G .. (i+1)*G - 1, G = world * batch * accumulation. Each rank has a contiguous
-    slice, cut into `accumulation` lists of `batch`: the global batch is the same whatever the layout.
+    Iteration i takes the positions i*G .. (i+1)*G - 1, G = world * batch * accumulation, whatever the layout: each rank
+    has a contiguous slice, cut into `accumulation` lists of `batch`.
     """
     share = batch * accumulation
     for iteration in itertools.count(start_iteration):
@@ -522,7 +439,6 @@ class _Crops(Dataset):
         self.dataset, self.window, self.seed = dataset, window, seed
 
     def sample(self, position: int) -> tuple[np.ndarray, np.ndarray, tuple[int, int], str]:
-        """The training sample at a position of the stream: a function of (seed, position) alone."""
         epoch, place = divmod(position, len(self.dataset))
         i = int(_permutation(self.seed, epoch, len(self.dataset))[place])
         rng = np.random.default_rng((self.seed, position))
@@ -539,11 +455,10 @@ class _Crops(Dataset):
 
 def training_loader(dataset: SegmentationDataset, window: int, *, seed: int, positions: Iterable[list[int]],
                     workers: int) -> Iterator[Batch]:
-    """Batches of training crops, one for each list of stream positions.
+    """Batches of training crops, one for each list of stream positions. Raises UserError, also for faults in workers.
 
     The sample at a position depends on (seed, position) alone: the same for any number of workers (0: in this process)
     and ranks, and after a resume. Position p is item p mod N of the permutation of epoch p div N, N = len(dataset).
-    A fault in a worker is raised here, as its UserError.
     """
     loader = DataLoader(_Crops(dataset, window, seed), sampler=positions, batch_size=None, num_workers=workers,
                         worker_init_fn=common.leave_interrupt_to_parent, pin_memory=torch.cuda.is_available())

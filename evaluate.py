@@ -4,18 +4,16 @@
     python evaluate.py --ms --checkpoint FILE --data DIR
     torchrun --nproc_per_node=8 evaluate.py --ms       the same numbers, shared out over 8 devices
 
-Reading order, three steps: slide (window_starts -> Canvas -> sliding_scores), vote (make_views -> vote -> predictions),
-metrics (confusion_matrix -> metrics -> evaluate). `slide` and `predict` are the short forms for one picture.
+Reading order: window_places -> sliding_scores -> make_views -> vote -> predictions -> metrics -> evaluate.
 
-A *view* is one resized, perhaps mirrored copy of a picture. Every view is cut into windows; the scores of a window are
-added to its view's canvas; a finished canvas is resized to the picture, soft-maxed, and votes with the other views.
+A *view* is one resized, perhaps mirrored copy of a picture. The scores of its windows are averaged where they overlap,
+resized to the picture, soft-maxed, and vote with those of the other views.
 
 Shapes: B images, K classes, (h, w) size of a view, (H, W) size of the original picture. Images are normalised float
 (3, h, w), scores float (K, h, w), labels and predictions integer (H, W) with 255 for ignored pixels.
 """
 
 import argparse
-import contextlib
 import json
 import math
 import sys
@@ -45,9 +43,6 @@ REMEDY = "evaluate it on the data that it was trained on (--data DIR)"
 STRIP = 2**27  # numbers in a slab of probabilities (512 MiB of float32): larger pictures are voted on in strips
 
 
-# ------------------------------------------------------------------------------------------- 1. sliding windows
-
-
 class View(NamedTuple):
     """A normalised image (1, 3, h, w), whether it was mirrored, and how many equal views it stands for."""
 
@@ -56,80 +51,57 @@ class View(NamedTuple):
     weight: float = 1.0
 
 
-def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """First pixels of the windows that cover `length` pixels; the last window is moved back to end at the border."""
-    steps = math.ceil((length - window) / stride) + 1
-    return [min(i * stride, length - window) for i in range(steps)]
-
-
-class Canvas:
-    """A view on its way through the model: the sum of its windows' scores, and how many windows are missing."""
-
-    def __init__(self, view: View, window: int, stride: int):
-        self.image = view.image[0]
-        height, width = self.image.shape[1:]
-        if min(height, width) < window:
-            raise UserError(f"a {height}x{width} image is smaller than the {window}x{window} window: enlarge it")
-        tops, lefts = window_starts(height, window, stride), window_starts(width, window, stride)
-        self.places = [np.s_[:, top : top + window, left : left + window] for top in tops for left in lefts]
-        self.missing = len(self.places)
-        self.total: Tensor | None = None  # the number of classes is known when the first scores come
-
-    def add(self, place: tuple[slice, ...], scores: Tensor) -> None:
-        """Add the scores (K, window, window) of a window at the place where it was cut."""
-        if self.total is None:
-            self.total = scores.new_zeros(len(scores), *self.image.shape[1:])
-            self.count = scores.new_zeros(1, *self.image.shape[1:])
-        self.total[place] += scores
-        self.count[place] += 1
-        self.missing -= 1
-
-    def mean(self) -> Tensor:
-        """Scores (K, h, w): at every pixel the mean over the windows that cover it."""
-        return self.total.div_(self.count)
+def window_places(size: Sequence[int], window: int, stride: int) -> list[tuple[slice, ...]]:
+    """Slices of a view (3, h, w) of that size (h, w), one for each window. Raises UserError for a smaller view."""
+    if min(size) < window:
+        raise UserError(f"a {size[0]}x{size[1]} image is smaller than the {window}x{window} window: enlarge it")
+    # The last window is moved back to end at the border.
+    tops, lefts = ([min(start, side - window) for start in range(0, side - window + stride, stride)] for side in size)
+    return [np.s_[:, top : top + window, left : left + window] for top in tops for left in lefts]
 
 
 @torch.no_grad()
-def sliding_scores(model: nn.Module, views: Iterable[View], window_batch: int,
+def sliding_scores(model: nn.Module, views: Iterable[View], window_batch: int | None = None,
                    stride: int | None = None) -> Iterator[Tensor]:
-    """Send the windows of all views through the model in batches of `window_batch`; yield each view's scores, in order.
+    """The scores (K, h, w) of each view, in order: at every pixel the mean over the windows that cover it.
 
-    All windows have one size, so a batch may hold windows of several views and pictures; only the very last batch is
-    smaller. Overlapping windows average **scores**, before any softmax (as in the official inference code). The
-    default stride is two thirds of the window: the official 320 of 480 pixels.
+    A batch may hold windows of several views and pictures, for all have one size; only the very last is smaller. The
+    mean is taken before any softmax, as in the official inference code. The default stride is two thirds of the window:
+    the official 320 of 480 pixels.
     """
     window = model.config.window
     stride = stride or window * 2 // 3
-    canvases: deque[Canvas] = deque()
+    window_batch = window_batch or automatic_window_batch(model, next(model.parameters()).device)
+    cut = ((view.image[0], window_places(view.image.shape[2:], window, stride)) for view in views)
+    ahead, current = tee(cut)  # the model is ahead of the sums: its batch may hold windows of the next views
+    windows = (image[place] for image, places in ahead for place in places)
 
-    def all_windows() -> Iterator[tuple[Canvas, tuple[slice, ...]]]:
-        for view in views:
-            canvases.append(canvas := Canvas(view, window, stride))
-            for place in canvas.places:
-                yield canvas, place
+    def all_scores() -> Iterator[Tensor]:
+        while batch := list(islice(windows, window_batch)):
+            yield from model(torch.stack(batch))
 
-    windows = all_windows()
-    while batch := list(islice(windows, window_batch)):
-        scores = model(torch.stack([canvas.image[place] for canvas, place in batch]))
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # sums and softmax never in half precision
-        for (canvas, place), window_scores in zip(batch, scores, strict=True):
-            canvas.add(place, window_scores)
-        while canvases and canvases[0].missing == 0:
-            yield canvases.popleft().mean()
+    scores = all_scores()
+    for image, places in current:
+        dtype = torch.promote_types(image.dtype, torch.float32)  # sums and softmax never in half precision
+        count = torch.zeros(image.shape[1:], dtype=dtype, device=image.device)
+        total = count.new_zeros(model.config.num_classes, *count.shape)
+        for place, window_scores in zip(places, scores, strict=False):  # the scores go on with the next view
+            total[place] += window_scores
+            count[place[1:]] += 1
+        yield total.div_(count)
 
 
 def slide(model: nn.Module, image: Tensor, window: int, stride: int, window_batch: int | None = None) -> Tensor:
     """Scores (B, K, H, W) of images (B, 3, H, W): the mean of the scores of overlapping windows, before softmax."""
     if window != model.config.window:
         raise UserError(f"the model sees windows of {model.config.window} pixels, not of {window}")
-    window_batch = window_batch or automatic_window_batch(model, image.device)
     return torch.stack(list(sliding_scores(model, [View(one[None]) for one in image], window_batch, stride)))
 
 
 def automatic_window_batch(model: nn.Module, device: torch.device | str) -> int:
     """How many windows go through the model at once.
 
-    On CUDA one window is run and its peak memory measured; the batch may fill 60 % of what is then free, 64 at most.
+    On CUDA the memory of one window is measured; the batch may fill 60 % of what is then free, 64 windows at most.
     On a CPU a batch saves only the overhead of the calls: 4 windows of 480 pixels, or as many pixels in smaller ones.
     """
     window = model.config.window
@@ -144,9 +116,6 @@ def automatic_window_batch(model: nn.Module, device: torch.device | str) -> int:
     used = max(1, torch.cuda.max_memory_allocated(device) - before)
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's, but free to use
     return max(1, min(64, int(0.6 * (torch.cuda.mem_get_info(device)[0] + idle) / used)))
-
-
-# --------------------------------------------------------------------------------------- 2. views and their vote
 
 
 def make_views(image: np.ndarray, window: int, multi_scale: bool, device: torch.device | str = "cpu") -> list[View]:
@@ -171,8 +140,8 @@ def vote(results: Iterable[tuple[View, Tensor]], size: tuple[int, int], num_clas
     Each view's scores are resized, soft-maxed and un-mirrored; then views are averaged by weight. Mask2Former's scores
     are probabilities already and are soft-maxed again: the official code does, and multi-scale results depend on it.
 
-    A picture of up to STRIP numbers (K H W) is one strip, and every view is forgotten once added. A larger one
-    keeps its views' scores, which are smaller than the picture then, and is put together strip by strip.
+    A picture of up to STRIP numbers (K H W) is one strip, and every view is forgotten once added. A larger one keeps
+    its views' scores, which are smaller than the picture then.
     """
     height, width = size
     rows = max(1, min(height, STRIP // (num_classes * width)))
@@ -190,21 +159,17 @@ def vote(results: Iterable[tuple[View, Tensor]], size: tuple[int, int], num_clas
 
 def resize_rows(scores: Tensor, size: tuple[int, int], top: int, bottom: int) -> Tensor:
     """Rows top ... bottom - 1 of `scores` (K, h, w) resized bilinearly to `size`, as F.interpolate would give them."""
-    height, width = size
-    if (top, bottom) != (0, height):
+    if bottom - top < size[0]:
         # Bilinear resizing is separable: blend the two source rows of each wanted row, then resize the width alone.
         rows = torch.arange(top, bottom, device=scores.device, dtype=scores.dtype)
-        source = ((rows + 0.5) * (scores.shape[1] / height) - 0.5).clamp(min=0)
-        upper = source.long().clamp(max=scores.shape[1] - 1)
-        lower = (upper + 1).clamp(max=scores.shape[1] - 1)
+        source = ((rows + 0.5) * (scores.shape[1] / size[0]) - 0.5).clamp(0, scores.shape[1] - 1)
+        upper, lower = source.floor().long(), source.ceil().long()
         scores = torch.lerp(scores[:, upper], scores[:, lower], (source - upper)[:, None])
-    return F.interpolate(scores[None], (bottom - top, width), mode="bilinear", align_corners=False)[0]
+    return F.interpolate(scores[None], (bottom - top, size[1]), mode="bilinear", align_corners=False)[0]
 
 
 def predict(model: nn.Module, views: Sequence[View], size: tuple[int, int], window_batch: int | None = None) -> Tensor:
-    """Probabilities (K, H, W) of one picture from its views: (image (1, 3, h, w), flipped, weight) each."""
-    views = [View(*view) for view in views]
-    window_batch = window_batch or automatic_window_batch(model, views[0].image.device)
+    """Probabilities (K, H, W) of one picture of that size (H, W) from its views."""
     scores = sliding_scores(model, views, window_batch)
     return torch.cat(list(vote(zip(views, scores, strict=True), size, model.config.num_classes)), dim=1)
 
@@ -213,18 +178,14 @@ def predictions(model: nn.Module, images: Iterable[np.ndarray], *, multi_scale: 
                 device: torch.device | str = "cpu", window_batch: int | None = None) -> Iterator[Tensor]:
     """Class indices, uint8 (H, W), of each image, uint8 (H, W, 3), in order.
 
-    Images are read and resized in a thread while the model works on those before, and windows of consecutive images
-    share batches.
+    Images are read and resized in a thread while the model works, and consecutive images share batches of windows.
     """
-    window = model.config.window
-    prepared = prefetch((image.shape[:2], make_views(image, window, multi_scale, device)) for image in images)
-    ahead, current = tee(prepared)  # the model is ahead: a batch may hold windows of the next pictures
-    views_ahead = (view for _, views in ahead for view in views)
-    window_batch = window_batch or automatic_window_batch(model, device)
-    scores = sliding_scores(model, views_ahead, window_batch)
+    prepared = prefetch((image.shape[:2], make_views(image, model.config.window, multi_scale, device))
+                        for image in images)
+    ahead, current = tee(prepared)  # the model is ahead of the votes
+    scores = sliding_scores(model, (view for _, views in ahead for view in views), window_batch)
     for size, views in current:
-        # not strict: this takes as many scores as the picture has views, the rest is the next pictures'
-        strips = vote(zip(views, scores, strict=False), size, model.config.num_classes)
+        strips = vote(zip(views, scores, strict=False), size, model.config.num_classes)  # the rest: next pictures
         # max is three times as fast as argmax on a CPU; uint8 holds every class, for there are at most 255
         yield torch.cat([strip.max(0).indices.to(torch.uint8) for strip in strips])
 
@@ -239,9 +200,6 @@ def prefetch(items: Iterable, ahead: int = 2) -> Iterator:
             yield item
 
 
-# --------------------------------------------------------------------------------------------------- 3. metrics
-
-
 def confusion_matrix(prediction: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """int64 (K, K) pixel counts: row = label, column = prediction. Pixels labelled 255 are left out."""
     cells = torch.where(labels == data.IGNORE, num_classes**2, labels.long() * num_classes + prediction)
@@ -249,7 +207,7 @@ def confusion_matrix(prediction: Tensor, labels: Tensor, num_classes: int) -> Te
 
 
 class Metrics(NamedTuple):
-    """Per class, float64 (K,): IoU, accuracy and labelled pixels; over all: pixel accuracy and the two class means."""
+    """Per class (K,): IoU, accuracy and labelled pixels; over all: pixel accuracy and the two class means."""
 
     iou: np.ndarray
     accuracy: np.ndarray
@@ -260,33 +218,25 @@ class Metrics(NamedTuple):
 
 
 def metrics(confusion: Tensor) -> Metrics:
-    """Metrics of a confusion matrix (K, K) summed over the data set, fractions in 0 ... 1.
+    """Metrics of a confusion matrix (K, K) summed over the data set, fractions in 0 ... 1, float64.
 
-    A class in neither labels nor predictions has no IoU (NaN) and is left out of the mean.
+    A class in neither labels nor predictions has the IoU NaN and is left out of the mean.
     """
-    matrix = confusion.cpu().double()
-    hits, labelled, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
-    iou, accuracy = (hits / (labelled + predicted - hits)).numpy(), (hits / labelled).numpy()  # 0 / 0 is NaN: wanted
-    all_accuracy = (hits.sum() / matrix.sum()).item()
-    return Metrics(iou, accuracy, labelled.numpy(), all_accuracy, nan_mean(iou), nan_mean(accuracy))
-
-
-def nan_mean(values: np.ndarray) -> float:
-    """The mean over the numbers among `values`; NaN if there are none."""
-    numbers = values[~np.isnan(values)]
-    return float(numbers.mean()) if len(numbers) else math.nan
+    confusion = confusion.cpu()
+    hits, labelled, predicted = confusion.diagonal().double(), confusion.sum(1), confusion.sum(0)
+    iou, accuracy = hits / (labelled + predicted - hits), hits / labelled  # 0 / 0 is NaN: wanted
+    means = [value.item() for value in (hits.sum() / confusion.sum(), iou.nanmean(), accuracy.nanmean())]
+    return Metrics(iou.numpy(), accuracy.numpy(), labelled.numpy(), *means)
 
 
 def table(result: Metrics, classes: Sequence[str]) -> str:
     """The per-class table and the three summary numbers, in percent."""
     width = max(len("class"), *map(len, classes))
     line = "-" * (width + 30)
-    rows = [
-        f"{name:<{width}}  {in_percent(iou):>6}  {in_percent(accuracy):>6}  {int(pixels):>12,}"
-        for name, iou, accuracy, pixels in zip(classes, result.iou, result.accuracy, result.pixels, strict=True)
-    ]
-    means = {"aAcc": result.all_accuracy, "mIoU": result.mean_iou, "mAcc": result.mean_accuracy}
-    summary = "   ".join(f"{name} {in_percent(mean)}" for name, mean in means.items())
+    rows = [f"{name:<{width}}  {in_percent(iou):>6}  {in_percent(accuracy):>6}  {pixels:>12,}"
+            for name, iou, accuracy, pixels in zip(classes, *result[:3], strict=True)]
+    names = ("aAcc", "mIoU", "mAcc")
+    summary = "   ".join(f"{name} {in_percent(mean)}" for name, mean in zip(names, result[3:], strict=True))
     return "\n".join([f"{'class':<{width}}     IoU     acc        pixels", line, *rows, line, summary])
 
 
@@ -295,19 +245,26 @@ def in_percent(fraction: float) -> str:
     return "-" if math.isnan(fraction) else f"{100 * fraction:.2f}"
 
 
+def to_json(result: Metrics, classes: Sequence[str], **facts: object) -> str:
+    """The metrics as JSON; a class without a number gets null."""
+    numbers = {name: np.where(np.isnan(value), None, value).tolist() for name, value in result._asdict().items()}
+    columns = {"class": classes, **{name: numbers.pop(name) for name in ("iou", "accuracy", "pixels")}}
+    per_class = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return json.dumps({**facts, **numbers, "classes": per_class}, indent=1)
+
+
 def evaluate(model: nn.Module, dataset: data.SegmentationDataset, *, multi_scale: bool = False,
              device: torch.device | str = "cpu", limit: int | None = None, progress: bool = True,
              window_batch: int | None = None, amp: torch.dtype | None = None, save: Save | None = None,
              fast: bool = True) -> Tensor:
     """Confusion matrix int64 (K, K), summed over the first `limit` images of the data set and over all processes.
 
-    Under torch.distributed process r takes the images r, r + world, ...: none is counted twice, none is padded on.
-    `save(index, prediction uint8 (H, W))` is called for each image of this process. `fast` switches the fast text on:
-    the numbers are the same to rounding. The model is put back into training mode if it was in it.
+    Process r takes the images r, r + world, ... and calls `save` for each; none is counted twice. `fast` switches the
+    fast text on: the same numbers to rounding. The model goes back into training mode if it was in it.
     """
     distributed = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    mine = range(rank, min(len(dataset), limit or len(dataset)), world)
+    mine = range(len(dataset))[:limit][rank::world]
     total = torch.zeros(len(dataset.info.classes), len(dataset.info.classes), dtype=torch.int64, device=device)
     silent = None if progress and rank == 0 else True  # None: silent only where stderr is no terminal
     bar = tqdm(mine, desc="evaluating", unit="image", disable=silent, dynamic_ncols=True)
@@ -317,8 +274,7 @@ def evaluate(model: nn.Module, dataset: data.SegmentationDataset, *, multi_scale
         images = (dataset.image(i) for i in mine)
         results = predictions(model, images, multi_scale=multi_scale, device=device, window_batch=window_batch)
         for index, prediction in zip(bar, results, strict=True):
-            labels = torch.from_numpy(dataset.labels(index)).to(device)
-            total += confusion_matrix(prediction, labels, len(total))
+            total += confusion_matrix(prediction, torch.from_numpy(dataset.labels(index)).to(device), len(total))
             if not bar.disable:
                 bar.set_postfix(mIoU=f"{100 * metrics(total).mean_iou:.2f}", refresh=False)
             if save:
@@ -340,45 +296,23 @@ def newest_checkpoint() -> Path:
     return newest
 
 
-def data_of_run(checkpoint: Path) -> str:
-    """The data folder that the checkpoint's run was trained on, from the config.json beside it."""
-    if not checkpoint.is_file():
-        raise UserError(f"{checkpoint}: no such file; name a checkpoint, or none for the newest run's best")
-    config = checkpoint.parent / "config.json"
-    with contextlib.suppress(OSError, json.JSONDecodeError, KeyError):
-        return json.loads(config.read_text())["data"]
-    raise UserError(f"{config} does not tell the data of {checkpoint.name}: name their folder with --data")
-
-
 def load_with_data(checkpoint: Path, root: str | None, split: str) -> tuple[data.SegmentationDataset, nn.Module, dict]:
-    """A data set (None: the one that the run was trained on), the checkpoint's model for it, and the other facts."""
-    dataset = data.open_dataset(root or data_of_run(checkpoint), split)
+    """A data set (None: that of the checkpoint's run), the model and the other facts. UserError if classes differ."""
     model, facts = weights.load_model(checkpoint)
-    check_classes(dataset.info, facts.get("classes", ()), model.config.num_classes)
-    return dataset, model, facts
-
-
-def check_classes(info: data.DatasetInfo, classes: Sequence[str], num_classes: int) -> None:
-    """Refuse a data set whose classes are not the checkpoint's (`classes`, empty if it does not name them)."""
-    if len(info.classes) != num_classes:
-        raise UserError(f"{info.name} has {len(info.classes)} classes, the checkpoint {num_classes}: {REMEDY}")
-    for ours, theirs in zip(info.classes, classes, strict=False):
+    if root is None:
+        config = checkpoint.parent / "config.json"
+        try:
+            root = json.loads(config.read_text())["data"]
+        except (OSError, ValueError, KeyError):
+            raise UserError(f"{config} does not tell the data of {checkpoint.name}: name it with --data") from None
+    dataset = data.open_dataset(root, split)
+    name, classes, number = dataset.info.name, dataset.info.classes, model.config.num_classes
+    if len(classes) != number:
+        raise UserError(f"{name} has {len(classes)} classes, the checkpoint {number}: {REMEDY}")
+    for ours, theirs in zip(classes, facts.get("classes", ()), strict=False):  # released checkpoints name no classes
         if ours != theirs:
-            raise UserError(f"class '{ours}' of {info.name} is '{theirs}' in the checkpoint: {REMEDY}")
-
-
-def to_json(result: Metrics, classes: Sequence[str], **facts: object) -> str:
-    """The metrics as JSON; a class without a number gets null."""
-
-    def number(value: float) -> float | None:
-        return None if math.isnan(value) else float(value)
-
-    per_class = [
-        {"class": name, "iou": number(iou), "accuracy": number(accuracy), "pixels": int(pixels)}
-        for name, iou, accuracy, pixels in zip(classes, result.iou, result.accuracy, result.pixels, strict=True)
-    ]
-    means = {name: number(getattr(result, name)) for name in ("all_accuracy", "mean_iou", "mean_accuracy")}
-    return json.dumps({**facts, **means, "classes": per_class}, indent=1)
+            raise UserError(f"class '{ours}' of {name} is '{theirs}' in the checkpoint: {REMEDY}")
+    return dataset, model, facts
 
 
 def label_writer(folder: Path, dataset: data.SegmentationDataset, original_ids: bool) -> Save:
@@ -395,15 +329,12 @@ def label_writer(folder: Path, dataset: data.SegmentationDataset, original_ids: 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
     """How the model is run: the options that evaluate.py, predict.py and report.py share."""
+    switch = {"action": argparse.BooleanOptionalAction, "default": True}
     parser.add_argument("--device", help="cpu, cuda or mps; default: cuda if there is one")
-    parser.add_argument("--window-batch", type=common.positive, metavar="N",
-                        help="windows at once; default: by free memory")
-    parser.add_argument("--amp", action="store_const", const=torch.bfloat16,
-                        help="run the model in bfloat16 where that is safe")
-    parser.add_argument("--tf32", action=argparse.BooleanOptionalAction, default=True,
-                        help="TF32 products in float32 on a GPU; on by default, as in training and the official runs")
-    parser.add_argument("--fast", action=argparse.BooleanOptionalAction, default=True,
-                        help="the fast text beside the plain one; the numbers are the same to rounding")
+    parser.add_argument("--window-batch", type=common.positive, metavar="N", help="windows at once; default: what fits")
+    parser.add_argument("--amp", action="store_const", const=torch.bfloat16, help="bfloat16 where that is safe")
+    parser.add_argument("--tf32", **switch, help="TF32 products on a GPU, as in training and the official runs")
+    parser.add_argument("--fast", **switch, help="the fast text beside the plain one: the same numbers to rounding")
 
 
 def evaluate_checkpoint(options: argparse.Namespace) -> None:
@@ -415,27 +346,24 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
         common.check_file(options.json, "--json")
     process = run.join_processes(options.device)
     common.allow_tf32(options.tf32)
-    confusion = evaluate(model.to(process.device), dataset, multi_scale=options.ms, device=process.device,
-                         limit=options.limit, window_batch=options.window_batch, amp=options.amp, save=save,
-                         fast=options.fast)
+    model.to(process.device)
+    confusion = evaluate(model, dataset, multi_scale=options.ms, device=process.device, limit=options.limit, save=save,
+                         window_batch=options.window_batch, amp=options.amp, fast=options.fast)
     if process.rank > 0:
         return
     result = metrics(confusion)
     scales = "multi-scale + flip" if options.ms else "single-scale"
-    print(f"{checkpoint} on {dataset.info.name} {options.split}, {scales}")
-    print(table(result, dataset.info.classes))
+    print(f"{checkpoint} on {dataset.info.name} {options.split}, {scales}\n{table(result, dataset.info.classes)}")
     if options.json:
-        how = {"checkpoint": str(checkpoint), "data": str(dataset.root), "split": options.split, "scales": scales}
-        text = to_json(result, dataset.info.classes, **how) + "\n"
-        common.write_whole(options.json, lambda file: file.write(text.encode()))
+        text = to_json(result, dataset.info.classes, checkpoint=str(checkpoint), data=str(dataset.root),
+                       split=options.split, scales=scales)
+        common.write_whole(options.json, lambda file: file.write(f"{text}\n".encode()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 0, 2 for a user's fault, 130 for Ctrl-C."""
-    parser = common.Parser(
-        description="Evaluate a checkpoint: IoU and accuracy per class, aAcc, mIoU, mAcc.",
-        epilog="Share the work out with: torchrun --nproc_per_node=N evaluate.py ...",
-    )
+    parser = common.Parser(description="Evaluate a checkpoint: IoU and accuracy per class, aAcc, mIoU, mAcc.",
+                           epilog="Share the work out with: torchrun --nproc_per_node=N evaluate.py ...")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: the newest runs/*/best.pt")
     parser.add_argument("--data", metavar="DIR", help="data set folder; default: the one the run was trained on")
     parser.add_argument("--split", default="val", choices=["train", "val"])

@@ -4,20 +4,17 @@
     python predict.py holiday/ --checkpoint best.pt --out coloured --ms
     python predict.py photo.jpg --explain              the queries behind the answer, and where one attention looks
 
-As a library: `labels = Predictor("best.pt")("photo.jpg")`.
-
 Reading order: Predictor -> write_results -> find_pictures -> predict_pictures -> main.
 
 Shapes: K classes; H, W size of the picture; labels are uint8 (H, W), class indices.
-A picture of any size is seen at the scale of the test: memory holds its views' scores at that scale, and probabilities
-at its own size in strips of at most 512 MiB. 8000 x 6000 pixels with 59 classes, single-scale, take 1.8 GB above the
-model (measured on a CPU); --probabilities takes 4 K H W bytes more, and a picture far longer than wide takes scores
-in proportion to its aspect.
+A picture of any size is seen at the scale of the test, its own size only in strips: 8000 x 6000 pixels with 59 classes
+take 1.8 GB above the model (single-scale, measured on a CPU); --probabilities takes 4 K H W bytes more.
 """
 
 import argparse
 import glob
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,6 +30,7 @@ import weights
 from common import UserError
 from fast import inference
 from tools import draw
+from tools.explain import explain
 
 Picture = str | Path | Image.Image | np.ndarray  # a file, a Pillow image, or RGB uint8 (H, W, 3)
 
@@ -41,16 +39,14 @@ class Predictor:
     """A trained model that takes pictures: `Predictor("best.pt")(picture) -> labels`.
 
     Args:
-        checkpoint: our own or a released checkpoint.
+        checkpoint: our own or a released one. UserError if the file is no checkpoint of a segmenter.
         device: "cpu", "cuda", "mps"; None takes CUDA if there is one.
         multi_scale: average over six scales and their mirror images: slower, a little better.
         window_batch: windows that go through the model at once; None chooses by free memory.
         amp: run the model in this type (torch.bfloat16) where that is safe.
         fast: run the fast text of the model; the numbers are the same to rounding.
-    Attributes:
-        classes: the K class names; palette: uint8 (K, 3), their colours.
-    Raises:
-        UserError: the file is no checkpoint of a segmenter, or there is no such device.
+
+    `classes` are the K class names, `palette` uint8 (K, 3) is their colours.
     """
 
     def __init__(self, checkpoint: str | Path, device: str | None = None, multi_scale: bool = False,
@@ -59,12 +55,13 @@ class Predictor:
         model, facts = weights.load_model(checkpoint)
         self.model = model.to(self.device).eval()
         self.classes, self.palette = names_and_colors(facts, model.config.num_classes)
-        self.multi_scale, self.amp, self.fast = multi_scale, amp, fast
+        self.multi_scale, self.fast = multi_scale, fast
+        self.autocast = torch.autocast(self.device.type, amp, enabled=amp is not None)
         self.window_batch = window_batch or evaluate.automatic_window_batch(self.model, self.device)
 
     def __call__(self, picture: Picture) -> np.ndarray:
         """Class index of every pixel, uint8 (H, W)."""
-        with inference(self.model, self.fast), self.autocast():
+        with inference(self.model, self.fast), self.autocast:
             (labels,) = evaluate.predictions(self.model, [as_array(picture)], multi_scale=self.multi_scale,
                                              device=self.device, window_batch=self.window_batch)
         return labels.cpu().numpy()
@@ -73,17 +70,14 @@ class Predictor:
         """float32 (K, H, W), the probability of each class at each pixel; they sum to 1 over the classes."""
         image = as_array(picture)
         views = evaluate.make_views(image, self.model.config.window, self.multi_scale, self.device)
-        with inference(self.model, self.fast), self.autocast():
+        with inference(self.model, self.fast), self.autocast:
             return evaluate.predict(self.model, views, image.shape[:2], self.window_batch).cpu().numpy()
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
 
 
 def names_and_colors(facts: dict, num_classes: int) -> tuple[list[str], np.ndarray]:
     """Class names and palette of a checkpoint; a released one tells neither and is for Pascal Context's 59 classes."""
-    if facts.get("classes"):
-        return list(facts["classes"]), np.uint8(facts["palette"])
+    if "classes" in facts:
+        return facts["classes"], np.uint8(facts["palette"])
     info = data.context_info()
     if len(info.classes) == num_classes:
         return list(info.classes), info.palette
@@ -113,14 +107,12 @@ def write_results(predictor: Predictor, picture: Path, stem: Path, options: argp
     common.write_whole(Path(f"{stem}_overlay.jpg"), lambda file: sheet.save(file, "JPEG", quality=92))
     data.save_labels(labels, Path(f"{stem}_labels.png"), predictor.palette)
     if options.explain:
-        from tools.explain import explain
-
         explanation = explain(predictor.model, image, predictor.classes)
         common.write_whole(Path(f"{stem}_explain.png"), lambda file: explanation.save(file, "PNG"))
 
 
 def find_pictures(arguments: Sequence[str]) -> list[Path]:
-    """The picture files that are meant by files, folders (all pictures in them, by name) and quoted globs."""
+    """The pictures that files, folders (all pictures in them, by name) and quoted globs stand for, each once."""
     pictures: list[Path] = []
     for argument in arguments:
         path = Path(argument)
@@ -136,15 +128,13 @@ def find_pictures(arguments: Sequence[str]) -> list[Path]:
 
 def stems(pictures: Sequence[Path], out: Path) -> list[Path]:
     """Where each picture's results go: out/NAME, or its whole path spelled out if another has this name."""
-    names = [picture.stem for picture in pictures]
-    return [
-        out / (name if names.count(name) == 1 else "_".join(part for part in picture.parts if part not in ("/", "..")))
-        for name, picture in zip(names, pictures, strict=True)
-    ]
+    number = Counter(picture.stem for picture in pictures)
+    longer = ("_".join(part for part in path.parts if part not in ("/", "..")) for path in pictures)
+    return [out / (path.stem if number[path.stem] == 1 else name) for path, name in zip(pictures, longer, strict=True)]
 
 
 def predict_pictures(options: argparse.Namespace) -> int:
-    """Predict all pictures; returns 1 if some could not be and are listed. Raises UserError where not one could."""
+    """Predict all pictures and name those that could not be read; returns 1 if there are such, 2 if no other."""
     pictures = find_pictures(options.pictures)
     checkpoint = options.checkpoint or evaluate.newest_checkpoint()
     common.allow_tf32(options.tf32)
@@ -152,25 +142,24 @@ def predict_pictures(options: argparse.Namespace) -> int:
     if options.explain and predictor.model.config.head != "mask2former":
         raise UserError("--explain shows the queries of Mask2Former, and this checkpoint has a UperNet head")
     common.make_folder(options.out, "--out")
-    failures = []
+    failures = []  # why some pictures could not be read
     bar = tqdm(pictures, unit="picture", disable=None if len(pictures) > 1 else True)
-    with inference(predictor.model, options.fast):
+    with inference(predictor.model, options.fast):  # once for all pictures
         for picture, stem in zip(bar, stems(pictures, options.out), strict=True):
             try:
                 write_results(predictor, picture, stem, options)
             except (ValueError, OSError) as error:
                 failures.append(str(error))
-    if len(failures) == len(pictures):
-        others = f" (nor can {len(failures) - 1} others be read)" if len(failures) > 1 else ""
-        raise UserError(failures[0] + others)
-    print(f"{len(pictures) - len(failures)} of {len(pictures)} pictures: overlays and labels in {options.out}/")
+    done = len(pictures) - len(failures)
+    if done:
+        print(f"{done} of {len(pictures)} pictures: overlays and labels in {options.out}/")
     for failure in failures:
         common.complain(failure)
-    return 1 if failures else 0
+    return 0 if not failures else 1 if done else 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: all well; 1: some pictures could not be read, listed at the end; 2: nothing could be done."""
+    """0: all well; 1: some pictures could not be read, named at the end; 2: nothing could be done."""
     parser = common.Parser(description="Segment pictures: an overlay with a legend and a label PNG for each.")
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="a file, a folder or a quoted glob")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: the newest runs/*/best.pt")

@@ -2,10 +2,7 @@
 
 Reading order: read_file (bytes to values, no code is run) -> read_weights (which of the three is it?) -> RENAMES
 (official names to ours) -> infer_config -> resize_position_table -> load_weights (into a model) -> load_model (a model
-from a file) -> export (a program that runs without this code).
-
-As a command: `python weights.py FILE` says what a file is, `--to OUT.pt` converts it to our format, `--export OUT.pt2`
-writes a program.
+from a file) -> export (a program that runs without this code). `python weights.py --help` lists what the command does.
 """
 import argparse
 import contextlib
@@ -14,14 +11,12 @@ import io
 import json
 import math
 import os
-import pickle
 import re
 import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from unittest.mock import patch
@@ -43,62 +38,51 @@ POSITION_TABLE = "relative_position_bias_table"
 # ---- reading, safely
 
 # mmcv's metadata may hold NumPy scalars: allowed by the names under which NumPy 1 and NumPy 2 pickle them.
-SCALAR = np.float64().__reduce__()[0]
-NUMPY_SCALARS = [(SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar"), np.dtype]
-NUMPY_SCALARS += [type(np.dtype(code)) for code in ("f8", "f4", "i8", "i4", "u1", "?")]
+NUMPY_SCALARS = [(np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+NUMPY_SCALARS += [np.dtype, *(type(np.dtype(code)) for code in ("f8", "f4", "i8", "i4", "u1", "?"))]
 
 
 def read_file(path: str | os.PathLike) -> Any:
     """The values in a weights file; its first bytes tell its format. No code in the file is ever run.
 
-    Raises:
-        UserError: absent, empty, truncated, damaged, or a pickle that needs more than tensors and plain values.
+    Raises UserError: absent, truncated, damaged, or a pickle that needs more than tensors and plain values.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     try:
         with open(path, "rb") as file:
             start = file.read(9)
-            file.seek(0)
-            if not start:
-                raise UserError(f"{path}: the file is empty; download it again")
-            if start.startswith(b"PK"):
-                return read_zip(file, str(path))
             if start[8:] == b"{":  # safetensors: 8 bytes of length, then a JSON header
-                return safetensors.torch.load(file.read())
-            return read_pickle(file, str(path))
-    except UserError:
-        raise
+                return safetensors.torch.load(start + file.read())
+            return read_zip(file) if start.startswith(b"PK") else read_pickle(file)
     except Exception as error:  # damage shows itself as BadZipFile, EOFError, KeyError, MemoryError, UnicodeError ...
-        raise UserError(f"{path}: cannot be read ({type(error).__name__}): truncated, damaged, or no checkpoint at "
-                        "all? Download it again") from None
+        reason = f"cannot be read ({type(error).__name__}): truncated, damaged, or no checkpoint? Download it again"
+        if isinstance(error, UserError):
+            reason = str(error)
+        elif code := re.search(r"GLOBAL (\S{1,80})", str(error)):
+            reason = f"refused: it would run {code[1]} while loading, and weights need no code; get it as .safetensors"
+        raise UserError(f"{path}: {reason}") from None
 
 
-def read_zip(file: BinaryIO, name: str) -> Any:
+def read_zip(file: BinaryIO) -> Any:
     """PyTorch's own format is a zip archive; so is a checkpoint that someone zipped."""
     with zipfile.ZipFile(file) as archive:
         members = [member for member in archive.namelist() if not member.startswith("__MACOSX/")]
         if any(member.endswith("/data.pkl") for member in members):
-            if damaged := archive.testzip():  # PyTorch itself does not compare checksums
-                raise UserError(f"{name}: {damaged} inside is damaged (wrong checksum); download it again")
-            return read_pickle(file, name)
+            if archive.testzip():  # PyTorch itself does not compare checksums
+                raise zipfile.BadZipFile
+            return read_pickle(file)
         inner = [member for member in members if member.endswith((".pth", ".pt", ".tar", ".bin"))]
         if len(inner) != 1:
-            raise UserError(f"{name}: a zip archive with {len(inner)} checkpoints in it; unpack it and name one")
-        return read_pickle(io.BytesIO(archive.read(inner[0])), f"{name}:{inner[0]}")
+            raise UserError(f"a zip archive with {len(inner)} checkpoints in it; unpack it and name one")
+        return read_pickle(io.BytesIO(archive.read(inner[0])))
 
 
-def read_pickle(file: BinaryIO, name: str) -> Any:
+def read_pickle(file: BinaryIO) -> Any:
     """PyTorch's formats, zip and older, with `weights_only`: an unpickler that knows tensors and plain values only."""
     file.seek(0)
-    try:
-        with torch.serialization.safe_globals(NUMPY_SCALARS), warnings.catch_warnings(action="ignore"):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if code := re.search(r"GLOBAL (\S{1,80})", str(error)):
-            raise UserError(f"{name}: refused: it would run {code[1]} while loading, and weights need no code; "
-                            "get it as plain tensors or .safetensors from a source you trust") from None
-        raise
+    with torch.serialization.safe_globals(NUMPY_SCALARS), warnings.catch_warnings(action="ignore"):
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 # ---- the kind of a file, and our names for its tensors
@@ -112,7 +96,7 @@ class Weights(NamedTuple):
     """The content of a file, in our names."""
 
     path: str
-    kind: str  # one of KINDS
+    kind: str  # a key of KINDS
     state: dict[str, Tensor]
     dropped: list[str]  # official names that no model needs
     info: dict[Any, Any]  # our or mmcv's metadata, unchecked
@@ -122,8 +106,8 @@ def read_weights(path: str | os.PathLike) -> Weights:
     """Read a file, find its kind by the names in it, and give its tensors our names; raises UserError."""
     content = state = read_file(path)
     if isinstance(content, dict):  # mmcv's {meta, state_dict}, BEiT's and our {"model": ...} and similar
-        values = (content.get(key) for key in ("state_dict", "model", "module"))
-        state = next((value for value in values if isinstance(value, dict)), content)
+        keys = ("state_dict", "model", "module")
+        state = next((content[key] for key in keys if isinstance(content.get(key), dict)), content)
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a dictionary of named tensors")
     state = {key.removeprefix("module."): value for key, value in state.items()}  # the prefix of DataParallel
@@ -131,29 +115,25 @@ def read_weights(path: str | os.PathLike) -> Weights:
     if kind is None:
         raise UserError(f"{path}: no ViT-Adapter, BEiT or own checkpoint: it holds {listing(list(state)) or 'nothing'}")
     dropped = [] if kind == "ours" else not_needed(state)
-    state = {key: value for key, value in state.items() if key not in dropped}
-    if wrong := [key for key, value in state.items() if not is_plain(value)]:
+    if wrong := [key for key, value in state.items() if key not in dropped and not is_plain(value)]:
         raise UserError(f"{path}: {listing(wrong)} should be dense tensors of float or int64 numbers")
-    state = {key: value.detach() for key, value in state.items()}
+    state = {key: value.detach() for key, value in state.items() if key not in dropped}
     if kind == "beit":
         shared = state.pop("rel_pos_bias." + POSITION_TABLE, None)
         if shared is not None:  # one position table for all blocks: each of ours gets it
             blocks = [key.removesuffix("qkv.weight") for key in state if key.endswith("qkv.weight")]
             state |= {block + POSITION_TABLE: shared for block in blocks}
         state = {"backbone." + key: value for key, value in state.items()}
-    if kind != "ours":
-        state = rename_official(state)
+    state = state if kind == "ours" else rename_official(state)
     info = content if content.get("format") == FORMAT else content.get("meta")
     return Weights(str(path), kind, state, dropped, info if isinstance(info, dict) else {})
 
 
 def is_plain(value: Any) -> bool:
     """A dense tensor of numbers whose storage is as large as its shape claims: a stride of 0 can claim any size."""
-    return (
-        isinstance(value, Tensor) and value.dtype in NUMBERS and value.device.type == "cpu"
-        and value.layout is torch.strided and not value.is_nested
-        and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
-    )
+    return (isinstance(value, Tensor) and value.dtype in NUMBERS and value.device.type == "cpu"
+            and value.layout is torch.strided and not value.is_nested
+            and value.untyped_storage().nbytes() >= value.numel() * value.element_size())
 
 
 def not_needed(state: dict[str, Any]) -> list[str]:
@@ -171,92 +151,80 @@ RENAMES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"^backbone\.norm([1-4])\.", lambda m: f"adapter.norms.{int(m[1]) - 1}."),
     (r"\.extractor\.", ".extractors.0."),
     (r"\.extra_extractors\.(\d)\.", lambda m: f".extractors.{int(m[1]) + 1}."),
-    (r"\.dwconv\.dwconv\.", ".dwconv."),
-    (r"\.patch_embed\.proj\.", ".patch_embed."),
+    (r"\.dwconv\.dwconv\.", ".dwconv."), (r"\.patch_embed\.proj\.", ".patch_embed."),
     # mmcv's transformer layers
-    (r"\.ffns\.0\.layers\.0\.0\.", ".ffn.0."),
-    (r"\.ffns\.0\.layers\.1\.", ".ffn.2."),
+    (r"\.ffns\.0\.layers\.0\.0\.", ".ffn.0."), (r"\.ffns\.0\.layers\.1\.", ".ffn.2."),
     (r"(layers\.\d+)\.norms\.(\d)\.", lambda m: f"{m[1]}.norm{int(m[2]) + 1}."),
     (r"\.encoder\.layers\.(\d+)\.attentions\.0\.", r".encoder.layers.\1.attention."),
     (r"\.(encoder|transformer_decoder)\.", "."),
-    (r"\.attentions\.0\.attn\.", ".cross_attention."),
-    (r"\.attentions\.1\.attn\.", ".self_attention."),
-    (r"\.in_proj_", ".in_proj."),
-    (r"\.post_norm\.", ".norm."),
+    (r"\.attentions\.0\.attn\.", ".cross_attention."), (r"\.attentions\.1\.attn\.", ".self_attention."),
+    (r"\.in_proj_", ".in_proj."), (r"\.post_norm\.", ".norm."),
     # heads
-    (r"^decode_head\.", "head."),
-    (r"\.input_convs\.", ".inputs."),
+    (r"^decode_head\.", "head."), (r"^auxiliary_head\.convs\.0\.", "auxiliary_head.conv."),
     (r"\.pixel_decoder\.(lateral|output)_convs\.0\.", r".pixel_decoder.\1."),
-    (r"\.lateral_convs\.", ".laterals."),
-    (r"\.fpn_convs\.", ".outputs."),
-    (r"\.fpn_bottleneck\.", ".fuse."),
-    (r"\.psp_modules\.(\d)\.1\.", r".pools.\1."),
-    (r"^auxiliary_head\.convs\.0\.", "auxiliary_head.conv."),
-    (r"\.conv_seg\.", ".classifier."),
-    (r"\.mask_feature\.", ".mask_features."),
-    (r"\.level_encoding\.", ".level_embed."),
-    (r"\.cls_embed\.", ".class_embed."),
+    (r"\.input_convs\.", ".inputs."), (r"\.lateral_convs\.", ".laterals."), (r"\.fpn_convs\.", ".outputs."),
+    (r"\.fpn_bottleneck\.", ".fuse."), (r"\.psp_modules\.(\d)\.1\.", r".pools.\1."),
+    (r"\.conv_seg\.", ".classifier."), (r"\.cls_embed\.", ".class_embed."),
+    (r"\.mask_feature\.", ".mask_features."), (r"\.level_encoding\.", ".level_embed."),
     (r"\.(query_feat|query_embed|level_embed)\.weight$", r".\1"),
-    (r"(head\..*)\.conv\.(weight|bias)$", r"\1.0.\2"),  # mmcv's ConvModule: conv, then its norm
-    (r"(head\..*)\.(bn|gn)\.", r"\1.1."),
+    (r"(head\..*)\.conv\.(weight|bias)$", r"\1.0.\2"), (r"(head\..*)\.(bn|gn)\.", r"\1.1."),  # mmcv's ConvModule
 ]
 
 
 def rename_official(state: dict[str, Any]) -> dict[str, Any]:
     """Official names to ours, whatever the values; names that no model needs are left out."""
-    names = {name: name for name in state.keys() - not_needed(state)}
-    for pattern, replacement in RENAMES:
-        names = {official: re.sub(pattern, replacement, name) for official, name in names.items()}
-    return {names[official]: value for official, value in state.items() if official in names}
+    renamed, dropped = {}, not_needed(state)
+    for name, value in state.items():
+        if name not in dropped:
+            for pattern, replacement in RENAMES:
+                name = re.sub(pattern, replacement, name)
+            renamed[name] = value
+    return renamed
 
 
-# ---- the configuration behind the shapes
+# ---- the configuration behind the shapes, and position tables
 
 def size_of(config: ModelConfig) -> str:
     """The named size whose backbone a configuration has, or "custom"; the head does not matter."""
-    backbone = attrgetter("embed_dim", "depth", "num_heads")
-    return next((name for name, size in SIZES.items() if backbone(size) == backbone(config)), "custom")
+    sizes = {(size.embed_dim, size.depth, size.num_heads): name for name, size in SIZES.items()}
+    return sizes.get((config.embed_dim, config.depth, config.num_heads), "custom")
 
 
-def infer_config(state: dict[str, Tensor]) -> ModelConfig:
-    """The ModelConfig whose model has these shapes (our names). Fields that shapes do not tell are those of its size.
+def infer_config(state: dict[str, Tensor], base: ModelConfig | None = None) -> ModelConfig:
+    """The ModelConfig whose model has these shapes (our names).
 
-    Raises:
-        KeyError, ValueError, ...: tensors that it reads are missing or make no sense.
+    Fields that shapes do not tell are those of `base`, else those of the size. Raises KeyError, ValueError and others
+    where tensors are missing or make no sense.
     """
-    def width(name: str, dimension: int = 0) -> int:
-        return state[name].shape[dimension]
-
     def count(layers: str) -> int:
         return len({m[1] for name in state if (m := re.match(re.escape(layers) + r"\.(\d+)\.", name))})
 
     points = 3 * 4  # of each head of deformable attention: levels x points of a level
-    table = "backbone.blocks.0.attn." + POSITION_TABLE
+    table = state["backbone.blocks.0.attn." + POSITION_TABLE]
     fields = {
-        "window": window_of(state[table]) * PATCH, "embed_dim": width("backbone.patch_embed.weight"),
-        "depth": count("backbone.blocks"), "num_heads": width(table, 1),
-        "deform_heads": width("adapter.interactions.0.injector.attn.attention_weights.weight") // points,
-        "spm_channels": width("adapter.spatial_prior.stem.0.weight"),
+        "window": window_of(table) * PATCH, "embed_dim": len(state["backbone.patch_embed.weight"]),
+        "depth": count("backbone.blocks"), "num_heads": table.shape[1],
+        "deform_heads": len(state["adapter.interactions.0.injector.attn.attention_weights.weight"]) // points,
+        "spm_channels": len(state["adapter.spatial_prior.stem.0.weight"]),
     }
     if "head.fuse.0.weight" in state:
         fields |= {
-            "head": "upernet", "num_classes": width("head.classifier.weight"),
-            "head_channels": width("head.fuse.0.weight"), "aux_channels": width("auxiliary_head.conv.0.weight"),
+            "head": "upernet", "num_classes": len(state["head.classifier.weight"]),
+            "head_channels": len(state["head.fuse.0.weight"]),
+            "aux_channels": len(state["auxiliary_head.conv.0.weight"]),
         }
     else:
-        encoder, decoder = "head.pixel_decoder.layers", "head.layers"
+        queries, encoder, decoder = state["head.query_feat"], "head.pixel_decoder.layers", "head.layers"
         fields |= {
-            "head": "mask2former", "num_classes": width("head.class_embed.weight") - 1,
-            "num_queries": width("head.query_feat"), "head_channels": width("head.query_feat", 1),
-            "mask_heads": width(encoder + ".0.attention.attention_weights.weight") // points,
-            "encoder_layers": count(encoder), "encoder_ffn": width(encoder + ".0.ffn.0.weight"),
-            "decoder_layers": count(decoder), "decoder_ffn": width(decoder + ".0.ffn.0.weight"),
+            "head": "mask2former", "num_classes": len(state["head.class_embed.weight"]) - 1,
+            "num_queries": len(queries), "head_channels": queries.shape[1],
+            "mask_heads": len(state[encoder + ".0.attention.attention_weights.weight"]) // points,
+            "encoder_layers": count(encoder), "encoder_ffn": len(state[encoder + ".0.ffn.0.weight"]),
+            "decoder_layers": count(decoder), "decoder_ffn": len(state[decoder + ".0.ffn.0.weight"]),
         }
-    config = replace(ModelConfig(), **fields)
-    return replace(SIZES.get(size_of(config), config), **fields)
+    config = replace(base or ModelConfig(), **fields)
+    return config if base else replace(SIZES.get(size_of(config), config), **fields)
 
-
-# ---- position tables
 
 def window_of(table: Tensor) -> int:
     """Side in tokens of the window that a relative-position table ((2w - 1)^2 + 3, heads) is for; raises ValueError."""
@@ -267,9 +235,9 @@ def window_of(table: Tensor) -> int:
 
 
 def geometric_coordinates(source: int, target: int) -> np.ndarray:
-    """`source` coordinates around 0 whose steps 1, r, r^2, ... grow so that they reach about target / 2 (BEiT).
+    """`source` coordinates around 0 whose steps 1, r, r^2, ... grow so that they reach about target / 2.
 
-    Near positions keep their distance 1, far ones are stretched. As in BEiT the ratio r is bisected in [1.01, 1.5].
+    Near positions keep their distance, far ones are stretched. As in BEiT the ratio r is bisected in [1.01, 1.5].
     """
     low, high = 1.01, 1.5
     while high - low > 1e-6:
@@ -293,9 +261,9 @@ def resize_position_table(table: Tensor, window: int) -> Tensor:
     degree = min(3, source - 1)  # a window of 2 tokens has 3 positions: too few for a cubic
     heads = table[:-3].t().reshape(-1, source, source).double().numpy()
     splines = [RectBivariateSpline(source_axis, source_axis, head, kx=degree, ky=degree) for head in heads]
-    resized = np.stack([spline(target_axis, target_axis) for spline in splines])
-    resized = torch.from_numpy(resized).flatten(1).t()  # (heads, 2w - 1, 2w - 1) -> ((2w - 1)^2, heads)
-    return torch.cat([resized.to(table.dtype), table[-3:]])
+    resized = torch.from_numpy(np.stack([spline(target_axis, target_axis) for spline in splines]))
+    resized = resized.flatten(1).t().to(table.dtype)  # (heads, 2w - 1, 2w - 1) -> ((2w - 1)^2, heads)
+    return torch.cat([resized, table[-3:]])
 
 
 # ---- into a model
@@ -305,17 +273,16 @@ class LoadReport:
     """What `load_weights` did: lists of names, ours but for `dropped`."""
 
     path: str
-    kind: str  # one of KINDS
+    kind: str  # a key of KINDS
     missing: list[str] = field(default_factory=list)  # the model needs them, the file lacks them
     unexpected: list[str] = field(default_factory=list)  # the file holds them, the model has no place
-    mismatched: list[str] = field(default_factory=list)  # of another shape or type; with both
     resized: list[str] = field(default_factory=list)  # position tables fitted to the window
     reinitialised: list[str] = field(default_factory=list)  # new by design, at their starting values
     dropped: list[str] = field(default_factory=list)  # in the file, needed by no model
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {KINDS[self.kind]}"]
-        for title in ("missing", "unexpected", "mismatched", "resized", "reinitialised", "dropped"):
+        for title in ("missing", "unexpected", "resized", "reinitialised", "dropped"):
             names = getattr(self, title)
             if names or title in ("missing", "unexpected"):
                 lines.append(f"  {title:14}{len(names):4}  {listing(names)}".rstrip())
@@ -328,27 +295,43 @@ def listing(names: list[str], most: int = 4) -> str:
     return text + (f", ... ({len(names) - most} more)" if len(names) > most else "")
 
 
-def load_weights(model: Segmenter, path: str | os.PathLike, strict: bool = True) -> LoadReport:
+def load_weights(model: Segmenter, path: str | os.PathLike) -> LoadReport:
     """Load a file of any supported format into `model`, and print what was done.
 
     Position tables are resized to the model's window. Class layers with another number of classes, and for BEiT files
-    everything beside the backbone, keep their starting values.
-
-    Raises:
-        UserError: an unusable file; with `strict` also tensors missing, unexpected or of another shape. The model is
-            then unchanged.
+    everything beside the backbone, keep their starting values. Raises UserError: an unusable file; tensors missing,
+    unexpected or of another shape. The model is then unchanged.
     """
-    report = load_into(model, read_weights(path), strict)
+    report = load_into(model, read_weights(path))
     print(report)
     return report
 
 
-def load_into(model: Segmenter, weights: Weights, strict: bool = True) -> LoadReport:
+def load_into(model: Segmenter, weights: Weights) -> LoadReport:
     """`load_weights` for a file that is read already."""
-    report = LoadReport(weights.path, weights.kind, dropped=list(weights.dropped))
-    state = fit(weights, model.state_dict(), report)
-    problems = {"missing": report.missing, "unexpected": report.unexpected, "of another shape": report.mismatched}
-    if strict and any(problems.values()):
+    target, state, mismatched = model.state_dict(), {}, []
+    unexpected = [name for name in weights.state if name not in target]
+    report = LoadReport(weights.path, weights.kind, unexpected=unexpected, dropped=weights.dropped)
+    for name, like in target.items():
+        tensor = weights.state.get(name)
+        if tensor is None:
+            is_new = weights.kind == "beit" and not name.startswith("backbone.")
+            (report.reinitialised if is_new else report.missing).append(name)
+            continue
+        other_length = tensor.shape != like.shape and tensor.shape[1:] == like.shape[1:]
+        if name.endswith(POSITION_TABLE) and other_length:
+            with contextlib.suppress(ValueError):  # of no square window: mismatched
+                tensor = resize_position_table(tensor, window_of(like))
+                report.resized.append(name)
+        if tensor.shape == like.shape and tensor.is_floating_point() == like.is_floating_point():
+            state[name] = tensor.to(like.dtype)
+        elif re.search(r"head\.(classifier|class_embed)\.", name) and other_length:
+            report.reinitialised.append(name)  # another number of classes
+        else:
+            actual, needed = (f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (tensor, like))
+            mismatched.append(f"{name} {actual} should be {needed}")
+    problems = {"missing": report.missing, "unexpected": report.unexpected, "of another shape": mismatched}
+    if any(problems.values()):
         text = "; ".join(f"{len(names)} {problem}: {listing(names)}" for problem, names in problems.items() if names)
         raise UserError(f"{weights.path} does not fit this {model.config.head} of {size_of(model.config)} size; {text} "
                         f"(`python weights.py {weights.path}` tells what it is)")
@@ -357,41 +340,11 @@ def load_into(model: Segmenter, weights: Weights, strict: bool = True) -> LoadRe
     return report
 
 
-def fit(weights: Weights, target: dict[str, Tensor], report: LoadReport) -> dict[str, Tensor]:
-    """The tensors that a model with the state dict `target` can take; `report` notes all others and why."""
-    state = {}
-    for name, tensor in weights.state.items():
-        if name not in target:
-            spare = name.startswith("auxiliary_head.") and "auxiliary_head.classifier.weight" not in target
-            (report.dropped if spare else report.unexpected).append(name)
-            continue
-        like = target[name]
-        if name.endswith(POSITION_TABLE) and tensor.shape != like.shape and tensor.shape[1:] == like.shape[1:]:
-            with contextlib.suppress(ValueError):  # of no square window: mismatched
-                tensor = resize_position_table(tensor, window_of(like))
-                report.resized.append(name)
-        if tensor.shape == like.shape and tensor.is_floating_point() == like.is_floating_point():
-            state[name] = tensor.to(like.dtype)
-        elif re.search(r"head\.(classifier|class_embed)\.", name) and tensor.shape[1:] == like.shape[1:]:
-            report.reinitialised.append(name)  # another number of classes
-        else:
-            actual, needed = (f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (tensor, like))
-            report.mismatched.append(f"{name} {actual} should be {needed}")
-    for name in (name for name in target if name not in weights.state):
-        new = weights.kind == "beit" and not name.startswith("backbone.")
-        (report.reinitialised if new else report.missing).append(name)
-    return state
-
-
 def load_model(path: str | os.PathLike) -> tuple[Segmenter, dict[str, Any]]:
     """A model in eval mode from our own or a released checkpoint; its configuration is stored or follows from shapes.
 
-    Returns:
-        The model, and what the checkpoint says of itself, if it does: "classes" (names), "palette" ([red, green, blue]
-        for each), "iteration".
-
-    Raises:
-        UserError: an unusable file, or one without a head (BEiT pre-training).
+    Returns the model and what the checkpoint says of itself, if it does: "classes" (names), "palette" ([red, green,
+    blue] for each), "iteration". Raises UserError: an unusable file, or one without a head (BEiT pre-training).
     """
     weights = read_weights(path)
     model = empty_model(weights)
@@ -402,17 +355,14 @@ def load_model(path: str | os.PathLike) -> tuple[Segmenter, dict[str, Any]]:
 
 
 def empty_model(weights: Weights) -> Segmenter:
-    """The model that weights are of, on the meta device: without memory, whatever sizes a damaged file may claim."""
+    """A model for these weights, on the meta device: without memory, whatever sizes a damaged file may claim."""
     if weights.kind == "beit":
         raise UserError(f"{weights.path}: BEiT pre-training has no segmentation head; give it to train.py --pretrained")
     try:
-        inferred = infer_config(weights.state)
         stored = weights.info.get("config") if weights.kind == "ours" else None
-        config = ModelConfig(**stored) if stored else inferred
-        if any(getattr(config, key) != getattr(inferred, key) for key in ("head", "num_classes", "window")):
+        config = ModelConfig(**stored) if stored else infer_config(weights.state)
+        if config != infer_config(weights.state, config):
             raise ValueError("its configuration is not that of its tensors")
-        if max(config.depth, config.encoder_layers, config.decoder_layers) > len(weights.state):
-            raise ValueError("it claims more layers than it has tensors")
         with torch.device("meta"):
             return Segmenter(config)
     except Exception as error:  # of any type: sizes that make no sense break constructors anywhere
@@ -431,23 +381,17 @@ def facts(info: dict[Any, Any], num_classes: int) -> dict[str, Any]:
     return {**result, "iteration": iteration} if isinstance(iteration, int) else result
 
 
-# ---- export
+# ---- export and the command
 
 def export(model: Segmenter, path: Path, about: dict[str, Any]) -> None:
-    """Write a model in eval mode as a program that PyTorch runs without this code: one of about its own version.
+    """Write a model in eval mode, on the CPU, as a program that PyTorch of about this version runs without this code.
 
-        score = torch.export.load("model.pt2").module()
+        score = torch.export.load("model.pt2", extra_files=about).module()  # about = {"about.json": ""}: is filled
         scores = score(images)  # normalised float32 (B, 3, window, window), any B -> (B, K, window, window)
 
-    Args:
-        path: where to; its name must end in .pt2.
-        about: what the file says of itself, as JSON in `torch.export.load(path, extra_files={"about.json": ""})`.
-
-    Raises:
-        UserError: the file cannot be written.
+    The path ends in .pt2; `about` is what the file says of itself. Raises UserError if it cannot be written.
     """
-    window = model.config.window
-    images = torch.zeros(2, 3, window, window, device=model.backbone.cls_token.device)
+    images = torch.zeros(2, 3, model.config.window, model.config.window)
     # The compiled operator is no part of PyTorch: the program holds its PyTorch text, whatever MSDA says.
     text = patch.object(msda_cuda.module, "ms_deform_attn", msda_cuda.ms_deform_attn_torch)
     with text, torch.no_grad():
@@ -455,8 +399,6 @@ def export(model: Segmenter, path: Path, about: dict[str, Any]) -> None:
     files = {"about.json": json.dumps(about)}
     common.write_whole(path, lambda file: torch.export.save(program, file, extra_files=files))
 
-
-# ---- command
 
 def describe(path: Path) -> str:
     """What a file is, in a few lines; raises UserError."""
@@ -504,8 +446,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = common.Parser(description="Tell what a weights file is; convert it to this project's format; export it.")
     parser.add_argument("file", type=Path, help="released (.pth, .zip), BEiT (.pth, .safetensors) or our own (.pt)")
     parser.add_argument("--to", type=Path, metavar="OUT.pt", help="write it in our format, with its configuration")
-    parser.add_argument("--export", type=Path, metavar="OUT.pt2",
-                        help="write it as a program of torch.export, which needs PyTorch alone to be loaded and run")
+    parser.add_argument("--export", type=Path, metavar="OUT.pt2", help="write a program that needs PyTorch alone")
     options = parser.parse_args(arguments)
     return common.run(lambda: run(options))
 

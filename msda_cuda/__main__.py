@@ -11,7 +11,6 @@ import common
 
 from . import active_path, ms_deform_attn, ms_deform_attn_torch, ops
 
-SHAPES = [(12, 9), (6, 5), (1, 1)]
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of self_test
 
 
@@ -23,8 +22,8 @@ def self_test(device: str, dtype: torch.dtype) -> float:
     weights = torch.rand(2, 37, 4, 3, 4).to(device)
 
     def results(function, *inputs: Tensor) -> list[Tensor]:
-        inputs = [x.detach().requires_grad_() for x in inputs]
-        output = function(inputs[0], SHAPES, *inputs[1:])
+        value, *others = inputs = [x.detach().requires_grad_() for x in inputs]
+        output = function(value, [(12, 9), (6, 5), (1, 1)], *others)
         return [output, *torch.autograd.grad(output, inputs, gradient.to(output.dtype))]
 
     found = results(ms_deform_attn, value, locations, weights)

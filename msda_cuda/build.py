@@ -15,7 +15,6 @@ import hashlib
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -48,11 +47,14 @@ class Plan(NamedTuple):
 
 
 def find_cuda_home() -> Path | None:
-    """The first toolkit with both compiler and headers (an `nvcc` on the path may be a mere wrapper)."""
+    """The first toolkit of PyTorch's CUDA with both compiler and headers (an `nvcc` on the path may be a wrapper)."""
+    major = torch.version.cuda.split(".")[0] if torch.version.cuda else r"\d+"
     nvcc = shutil.which("nvcc")
     places = (os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda")
     for home in (Path(place) for place in places if place):
-        if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists():
+        header = home / "include" / "cuda.h"  # #define CUDA_VERSION 13000
+        if (home / "bin" / "nvcc").exists() and header.exists() and re.search(
+                rf"#define CUDA_VERSION {major}\d{{3}}\b", header.read_text(errors="replace")):
             return home
     return None
 
@@ -68,46 +70,18 @@ def plan() -> Plan:
     elif os.environ.get("FORCE_CUDA") != "1" and not torch.cuda.is_available():
         no_cuda = "no GPU is visible; FORCE_CUDA=1 builds the CUDA part all the same"
     elif (home := find_cuda_home()) is None:
-        no_cuda = "no CUDA toolkit (nvcc) was found; install one or set CUDA_HOME"
-    elif (found := toolkit_version(home)) and found.split(".")[0] != torch.version.cuda.split(".")[0]:
-        no_cuda = f"the toolkit in {home} is CUDA {found}, PyTorch's is {torch.version.cuda}; set CUDA_HOME to a match"
+        no_cuda = f"no toolkit (nvcc) of PyTorch's CUDA {torch.version.cuda} was found; install one or set CUDA_HOME"
     name = f"msda_{'cpu' if no_cuda else 'cuda'}_{key.hexdigest()[:12]}"
     return Plan(name, None if no_cuda else home, no_cuda)
 
 
-def toolkit_version(home: Path) -> str:
-    """The version of a CUDA toolkit, as "13.0", or "" where its header names none."""
-    header = (home / "include" / "cuda.h").read_text(errors="replace")
-    number = re.search(r"^#define CUDA_VERSION (\d+)", header, re.MULTILINE)  # 13000
-    return f"{int(number[1]) // 1000}.{int(number[1]) % 1000 // 10}" if number else ""
-
-
 def architectures(ahead: bool) -> str:
     """TORCH_CUDA_ARCH_LIST; without it, those of the GPUs here (a build at first use) or all supported ones."""
-    if archs := os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return archs
-    if ahead or not torch.cuda.is_available():
-        return ARCHITECTURES
-    devices = range(torch.cuda.device_count())
-    return ";".join(sorted({"{}.{}".format(*torch.cuda.get_device_capability(i)) for i in devices}))
-
-
-def cache_folders() -> list[Path]:
-    """Where libraries lie: PyTorch's extension cache, and a private folder in case the cache is read-only."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or home)
-    return [root / "msda", Path(tempfile.gettempdir()) / f"msda-{os.getuid()}"]
-
-
-def writable_folder() -> Path:
-    """The first cache folder that takes a file. Other users' folders are not trusted: code is loaded from there."""
-    for folder in cache_folders():
-        with contextlib.suppress(OSError):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                if folder.stat().st_uid == os.getuid():
-                    return folder
-    raise BuildError(f"no writable cache in {' or '.join(map(str, cache_folders()))}; set TORCH_EXTENSIONS_DIR")
+    default = ARCHITECTURES
+    if torch.cuda.is_available() and not ahead:
+        devices = range(torch.cuda.device_count())
+        default = ";".join(sorted({"{}.{}".format(*torch.cuda.get_device_capability(i)) for i in devices}))
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or default
 
 
 def library(ahead: bool = False, verbose: bool = False) -> Path:
@@ -117,19 +91,29 @@ def library(ahead: bool = False, verbose: bool = False) -> Path:
     """
     if sys.platform == "win32":
         raise BuildError("the native operator is not supported on Windows; MSDA=torch silences this")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or home / "torch_extensions")
+    folders = root / "msda", Path(tempfile.gettempdir()) / f"msda-{os.getuid()}"  # where the first is read-only
     here, archs = plan(), architectures(ahead)
     name = here.name
     if here.cuda_home and not ahead:  # compiled for the GPUs here: a machine with others must not find this library
         name += "_" + archs.replace(".", "").replace(";", "_")
-    # A library compiled ahead of time comes first: it serves all GPUs.
-    for path in (folder / f"{stem}.so" for folder in cache_folders() for stem in (here.name, name)):
-        if path.exists() and path.stat().st_uid in (0, os.getuid()) and not ahead:
+
+    def is_usable(path: Path) -> bool:
+        return not ahead and path.exists() and path.stat().st_uid in (0, os.getuid())  # others are not trusted
+
+    for path in (folder / f"{stem}.so" for folder in folders for stem in (here.name, name)):
+        if is_usable(path):  # one compiled ahead of time comes first: it serves all GPUs
             return path
-    path = writable_folder() / f"{name}.so"
-    with lock(path.with_suffix(".lock"), LOCK_SECONDS):
-        if ahead or not path.exists():  # else another process compiled it meanwhile
-            compile_library(here, path, archs, verbose)
-    return path
+    for path in (folder / f"{name}.so" for folder in folders):
+        with contextlib.suppress(OSError):  # a folder that takes no file
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if path.parent.stat().st_uid == os.getuid():
+                with lock(path.with_suffix(".lock"), LOCK_SECONDS):
+                    if not is_usable(path):  # else another process compiled it meanwhile
+                        compile_library(here, path, archs, verbose)
+                    return path
+    raise BuildError(f"no writable cache in {' or '.join(map(str, folders))}; set TORCH_EXTENSIONS_DIR")
 
 
 def compile_library(here: Plan, path: Path, archs: str, verbose: bool) -> None:
@@ -140,8 +124,7 @@ def compile_library(here: Plan, path: Path, archs: str, verbose: bool) -> None:
         cpp_extension = find_tools()
         parts = f"CPU and CUDA ({archs})" if here.cuda_home else f"CPU ({here.no_cuda})"
         print(f"Building deformable attention, once: {parts}", file=sys.stderr, flush=True)
-        start = time.monotonic()
-        sources, flags = ["msda.cpp"], [*COMPILE_FLAGS, *OPENMP]
+        sources, flags, start = ["msda.cpp"], [*COMPILE_FLAGS, *OPENMP], time.monotonic()
         if here.cuda_home:
             cpp_extension.CUDA_HOME = str(here.cuda_home)
             sources, flags = [*sources, "kernels.cu"], [*flags, "-DMSDA_WITH_CUDA"]
@@ -153,7 +136,7 @@ def compile_library(here: Plan, path: Path, archs: str, verbose: bool) -> None:
                     verbose=verbose,
                 )
                 os.replace(Path(folder) / path.name, path)
-        except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
+        except Exception as error:
             # The compiler's first complaint, else the first line that PyTorch writes.
             reason = [*re.findall("(?i).*error:.*", str(error)), *str(error).splitlines(), repr(error)][0].strip()
             raise BuildError(f"compiling failed: {reason}; `python msda_cuda/build.py` shows all of it") from error
@@ -176,37 +159,33 @@ def find_tools() -> ModuleType:
 
 @contextlib.contextmanager
 def lock(path: Path, seconds: float) -> Iterator[None]:
-    """Hold an exclusive lock on a file; raises BuildError if another process holds it longer than `seconds`.
+    """Hold an exclusive lock on a file: under torchrun the first rank compiles, the others wait.
 
-    Under torchrun all ranks come here at once: the first one compiles, the others wait. The system drops the lock when
-    its process ends, so that no crash leaves a stale one.
+    The system drops the lock when its process ends. Raises BuildError if another process holds it for `seconds`.
     """
     import fcntl  # absent on Windows
 
     deadline = time.monotonic() + seconds
     with path.open("w") as file:
-        while True:
+        while time.monotonic() < deadline:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            if time.monotonic() > deadline:
-                raise BuildError(f"another process has held {path} for {seconds:.0f} s; "
-                                 f"end that process or delete the file")
             time.sleep(0.2)
+        else:
+            raise BuildError(f"another process has held {path} for {seconds:.0f} s; end it or delete the file")
         yield
 
 
-def main() -> int:
-    """Build ahead of time, for every machine that shares the cache; returns the exit status."""
+def main() -> None:
+    """Build ahead of time, for every machine that shares the cache; exit status 2 if that fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quiet", action="store_true", help="without the compiler's output")
     try:
         library(ahead=True, verbose=not parser.parse_args().quiet)
     except BuildError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

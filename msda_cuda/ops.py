@@ -37,7 +37,13 @@ def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Te
     spanning each map, weights (B, Q, M, L, P) -> (B, Q, M*D) in value's type. Points off a map read zeros. Sums,
     locations and weights are float32, or float64 where value is. Raises ValueError where sizes do not fit.
     """
-    check(value, shapes, locations, weights)
+    (B, S, M, _), L = value.shape, len(shapes)
+    if sum(h * w for h, w in shapes) != S:
+        raise ValueError(f"ms_deform_attn: levels {list(shapes)} do not hold the {S} positions of value")
+    Q, P = locations.shape[1], locations.shape[4]
+    if locations.shape != (B, Q, M, L, P, 2) or weights.shape != (B, Q, M, L, P):
+        raise ValueError(f"ms_deform_attn: locations {tuple(locations.shape)} and weights {tuple(weights.shape)} "
+                         f"do not fit value {tuple(value.shape)} and {L} levels")
     is_double_on_gpu = value.is_cuda and value.dtype == torch.float64  # for gradcheck alone: no kernel is made for it
     if is_double_on_gpu or active_path(value.device.type) == "torch":
         return ms_deform_attn_torch(value, shapes, locations, weights)
@@ -46,24 +52,11 @@ def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Te
     return torch.ops.msda.forward(value, flat, locations.to(precise), weights.to(precise))
 
 
-def check(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> None:
-    """Raise ValueError unless the four arguments fit each other."""
-    (B, S, M, _), L = value.shape, len(shapes)
-    positions = sum(h * w for h, w in shapes)
-    if positions != S:
-        raise ValueError(f"ms_deform_attn: levels {list(shapes)} hold {positions} positions, value has {S}")
-    Q, P = locations.shape[1], locations.shape[4]
-    if locations.shape != (B, Q, M, L, P, 2) or weights.shape != (B, Q, M, L, P):
-        raise ValueError(f"ms_deform_attn: locations {tuple(locations.shape)} and weights {tuple(weights.shape)} "
-                         f"do not fit value {tuple(value.shape)} and {L} levels")
-
-
 @torch.compiler.assume_constant_result  # so that torch.compile asks once, and never traces a build
 def active_path(device_type: str) -> str:
     """"native" or "torch", for tensors on "cpu", "cuda", ...; the first call may build the operator.
 
-    Raises:
-        UserError: MSDA has an unknown value, or is "native" where there is no operator.
+    Raises UserError: MSDA has an unknown value, or is "native" where there is no operator.
     """
     return choose_path(device_type)
 
@@ -71,10 +64,9 @@ def active_path(device_type: str) -> str:
 @functools.cache
 def choose_path(device_type: str) -> str:
     """`active_path`, which chooses, and warns, once for each kind of device."""
-    operator = native()
+    operator, choice = native(), os.environ.get("MSDA", "auto")
     if device_type in operator.devices:
         return "native"
-    choice = os.environ.get("MSDA", "auto")
     if choice == "native":
         raise UserError(f"MSDA=native, but there is no operator for {device_type}: {operator.reason}")
     if choice == "auto":
@@ -98,41 +90,31 @@ def native() -> Native:
         return Native((), "", str(error))
     register()
     has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key("msda::forward", "CUDA")
-    return Native(("cpu", "meta", *(["cuda"] if has_cuda else [])), str(path), build.plan().no_cuda)
+    return Native(("cpu", "meta", *["cuda"] * has_cuda), str(path), build.plan().no_cuda)
 
 
 @functools.cache
 def register() -> None:
     """Tell PyTorch what the kernels do not: the shapes of the results, and the derivatives."""
-    torch.library.register_fake("msda::forward", forward_fake)
-    torch.library.register_fake("msda::backward", backward_fake)
-    torch.library.register_autograd("msda::forward", forward_derivative, setup_context=save_inputs)
+    @torch.library.register_fake("msda::forward")
+    def output_shape(value, shapes, locations, weights):
+        return value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])  # (B, Q, M*D)
+
+    @torch.library.register_fake("msda::backward")
+    def gradient_shapes(grad, value, shapes, locations, weights):
+        return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (value, locations, weights))
+
+    def save_inputs(ctx, inputs, output):
+        value, ctx.shapes, locations, weights = inputs  # alone: the samples, L * P times larger, are read again
+        ctx.save_for_backward(value, locations, weights)
+
+    def gradients(ctx, grad):
+        value, locations, weights = ctx.saved_tensors
+        to_value, to_locations, to_weights = torch.ops.msda.backward(grad, value, ctx.shapes, locations, weights)
+        return to_value, None, to_locations, to_weights
+
+    def no_second_derivative(ctx, *grads):
+        raise NotImplementedError("ms_deform_attn: second derivatives are not implemented (nor are grid_sample's)")
+
+    torch.library.register_autograd("msda::forward", gradients, setup_context=save_inputs)
     torch.library.register_autograd("msda::backward", no_second_derivative, setup_context=lambda *_, **__: None)
-
-
-def forward_fake(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
-    """The output's shape and type, without data."""
-    return value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
-
-
-def backward_fake(grad: Tensor, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor):
-    """The shapes and types of the three gradients, without data."""
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (value, locations, weights))
-
-
-def save_inputs(ctx, inputs, output) -> None:
-    """Keep only the inputs for the backward pass: it reads the samples, L * P times larger, again."""
-    value, ctx.shapes, locations, weights = inputs
-    ctx.save_for_backward(value, locations, weights)
-
-
-def forward_derivative(ctx, grad: Tensor):
-    """The gradient of the output (B, Q, M*D) -> those of value, locations and weights; `shapes` has none."""
-    value, locations, weights = ctx.saved_tensors
-    to_value, to_locations, to_weights = torch.ops.msda.backward(grad, value, ctx.shapes, locations, weights)
-    return to_value, None, to_locations, to_weights
-
-
-def no_second_derivative(ctx, *grads):
-    """Say so instead of giving wrong numbers."""
-    raise NotImplementedError("ms_deform_attn: second derivatives are not implemented (nor are grid_sample's)")

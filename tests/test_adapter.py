@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from adapter import ConvFFN, Extractor, Injector, Interaction, SpatialPrior, ViTAdapter, to_map, token_layout
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
-DIM, HEADS, POINTS, RATIO = 16, 4, 4, 0.5
+DIM, HEADS = 16, 4
 GRID = (4, 6)  # of the ViT: an image of 64 x 96
 LEVELS = [(8, 12), (4, 6), (2, 3)]
 TOKENS, PYRAMID = 24, 96 + 24 + 6
@@ -84,7 +84,7 @@ def test_spatial_prior_is_a_stem_and_three_convolutions():
 
 
 def test_injector_is_scaled_attention_of_normed_tokens():
-    injector = randomized(Injector(DIM, HEADS, POINTS, RATIO))
+    injector = randomized(Injector(DIM, HEADS))
     x, pyramid, place = tokens(TOKENS), tokens(PYRAMID), layout()
     query = F.layer_norm(x, (DIM,), injector.query_norm.weight, injector.query_norm.bias, 1e-6)
     value = F.layer_norm(pyramid, (DIM,), injector.feat_norm.weight, injector.feat_norm.bias, 1e-6)
@@ -109,7 +109,7 @@ def test_conv_ffn_convolves_each_level_by_itself():
 
 def make_extractor(drop_path: float) -> Extractor:
     torch.manual_seed(0)
-    return randomized(Extractor(DIM, HEADS, POINTS, RATIO, 0.25, drop_path)).train()
+    return randomized(Extractor(DIM, HEADS, drop_path)).train()
 
 
 def test_extractor_is_attention_then_feed_forward():
@@ -135,7 +135,7 @@ def test_extractor_is_attention_then_feed_forward():
 
 def test_the_class_token_takes_part_in_the_vit_only():
     """The blocks get it in front of the injected tokens; injector and extractor never see it."""
-    interaction = randomized(Interaction(DIM, HEADS, POINTS, RATIO, 0.25, 0.0, num_extractors=1))
+    interaction = randomized(Interaction(DIM, HEADS, 0.0, num_extractors=1))
     x, pyramid, cls_token, place = tokens(TOKENS), tokens(PYRAMID), tokens(1), layout()
     seen = []
 

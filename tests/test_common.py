@@ -4,6 +4,7 @@ import importlib
 import os
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -11,21 +12,13 @@ import common
 from common import UserError
 
 
-def fail(error: BaseException):
-    """A function that ends in this exception."""
-    def work(*_):
-        raise error
-
-    return work
-
-
 @pytest.mark.parametrize(("work", "status", "line"), [
     (lambda: None, 0, ""),
     (lambda: 1, 1, ""),
-    (fail(ValueError("a fault\n  of two lines")), 2, "error: a fault of two lines\n"),
+    (Mock(side_effect=ValueError("a fault\n  of two lines")), 2, "error: a fault of two lines\n"),
     (lambda: Path("/no/such").read_text(), 2, "error: /no/such: No such file or directory\n"),
-    (fail(OSError("the device is gone")), 2, "error: the device is gone\n"),
-    (fail(KeyboardInterrupt()), 130, "error: interrupted\n"),
+    (Mock(side_effect=OSError("the device is gone")), 2, "error: the device is gone\n"),
+    (Mock(side_effect=KeyboardInterrupt), 130, "error: interrupted\n"),
 ])
 def test_a_command_ends_in_a_status_and_at_most_one_line(capsys, work, status, line):
     assert common.run(work) == status
@@ -34,7 +27,7 @@ def test_a_command_ends_in_a_status_and_at_most_one_line(capsys, work, status, l
 
 def test_faults_of_the_program_are_no_users_faults():
     with pytest.raises(KeyError):
-        common.run(fail(KeyError("x")))
+        common.run(Mock(side_effect=KeyError("x")))
 
 
 def test_a_users_fault_is_printable():
@@ -42,36 +35,28 @@ def test_a_users_fault_is_printable():
 
 
 def test_other_processes_complain_after_the_first(monkeypatch, capsys):
-    waits = []
-    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setattr(time, "sleep", sleep := Mock())
     for rank in ("0", "1"):
         monkeypatch.setenv("LOCAL_RANK", rank)
-        assert common.complain("a fault", 1) == 1
-    assert waits == [3] and capsys.readouterr().err == "error: a fault\n" * 2
+        assert common.complain("a fault", 1) == 1 and capsys.readouterr().err == "error: a fault\n"
+    sleep.assert_called_once_with(3)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--fraction", "1.5"], "argument --fraction: 1.5 is not a number from 0 to 1"),
-    (["--fraction", "much"], "argument --fraction: much is not a number from 0 to 1"),
-    (["--fraction", "nan"], "argument --fraction: nan is not a number from 0 to 1"),
-    (["--positive", "0"], "argument --positive: 0 is not a positive whole number"),
-    (["--positive", "-3"], "argument --positive: -3 is not a positive whole number"),
-    (["--natural", "-1"], "argument --natural: -1 is not a whole number from 0 up"),
-    (["--natural", "1.0"], "argument --natural: 1.0 is not a whole number from 0 up"),
-    (["--rate", "0"], "argument --rate: 0 is not a positive number"),
-    (["--rate", "inf"], "argument --rate: inf is not a positive number"),
-    (["more"], "unrecognized arguments: more"),
+@pytest.mark.parametrize(("name", "good", "wrong", "meaning"), [
+    ("fraction", "0.25", ["1.5", "much", "nan"], "a number from 0 to 1"),
+    ("positive", "3", ["0", "-3", "1.0"], "a positive whole number"),
+    ("natural", "0", ["-1", "1.0"], "a whole number from 0 up"),
+    ("rate", "1e-4", ["0", "inf", "nan"], "a positive number"),
 ])
-def test_a_wrong_option_is_one_line_and_status_2(capsys, arguments, message):
+def test_a_wrong_number_is_one_line_and_status_2(capsys, name, good, wrong, meaning):
     parser = common.Parser(prog="x.py")
-    for name in ("fraction", "positive", "natural", "rate"):
-        parser.add_argument(f"--{name}", type=getattr(common, name))
-    with pytest.raises(SystemExit) as stop:
-        parser.parse_args(arguments)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == f"error: {message} (python x.py --help lists the options)\n"
-    options = vars(parser.parse_args(["--fraction", "0.25", "--positive", "3", "--natural", "0", "--rate", "1e-4"]))
-    assert options == {"fraction": 0.25, "positive": 3, "natural": 0, "rate": 1e-4}
+    parser.add_argument("--option", type=getattr(common, name))
+    assert parser.parse_args(["--option", good]).option == float(good)
+    for text in wrong:
+        with pytest.raises(SystemExit) as stop:
+            parser.parse_args(["--option", text])
+        message = f"error: argument --option: {text} is not {meaning} (python x.py --help lists the options)\n"
+        assert stop.value.code == 2 and capsys.readouterr().err == message
 
 
 @pytest.mark.parametrize(("error", "raised"), [
@@ -84,7 +69,7 @@ def test_a_file_is_written_whole_or_the_old_one_stays(tmp_path, error, raised):
     common.write_whole(path, lambda file: file.write(b"old"))
     message = r"x cannot be written \((No space|Pytorch)[^\n]*: make room" if raised is UserError else None
     with pytest.raises(raised, match=message):
-        common.write_whole(path, lambda file: (file.write(b"new"), fail(error)()))
+        common.write_whole(path, lambda file: (file.write(b"new"), Mock(side_effect=error)()))
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["x"]
     common.write_whole(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["x"]

@@ -16,12 +16,11 @@ def model():
     return build_model("mask2former", "tiny", len(CLASSES), **SMALL).eval()
 
 
-def record_outputs(owner, *names):
-    """A dict that the named layers of a module fill with their outputs when they run."""
+def record_outputs(*layers):
+    """A dict that the layers fill with their outputs when they run."""
     outputs = {}
-    for name in names:
-        getattr(owner, name).register_forward_hook(
-            lambda layer, inputs, output, name=name: outputs.update({name: output}))
+    for layer in layers:
+        layer.register_forward_hook(lambda layer, _, output: outputs.update({layer: output}))
     return outputs
 
 
@@ -31,10 +30,11 @@ def test_explain_shows_the_queries_with_the_highest_score(model, monkeypatch):
     shown = {}
     monkeypatch.setattr(explain, "query_sheet", lambda picture, masks, captions: shown.update(
         masks=masks, captions=captions) or Image.fromarray(picture).resize((64, 64)))
-    outputs = record_outputs(model, "head")
+    outputs = record_outputs(model.head)
     explain.explain(model, photograph(64, 64), CLASSES, number=4)
-    classes, masks = (x[-1, 0].double() for x in (outputs["head"].class_logits, outputs["head"].mask_logits))
-    chances, masks, found = classes.exp() / classes.exp().sum(1, keepdim=True), 1 / (1 + (-masks).exp()), []
+    prediction = outputs[model.head]
+    chances, found = prediction.class_logits[-1, 0].double().softmax(1), []
+    masks = prediction.mask_logits[-1, 0].double().sigmoid()
     for q in range(6):
         inside = masks[q][masks[q] > 0.5]
         certainty = inside.mean().item() if len(inside) else 0.0
@@ -51,15 +51,14 @@ def test_explain_shows_where_the_last_injector_samples(model, monkeypatch):
     monkeypatch.setattr(explain, "sampling_picture", lambda image, places, points, weights: shown.update(
         points=points, weights=weights) or Image.fromarray(image))
     attention = model.adapter.interactions[-1].injector.attn
-    outputs = record_outputs(attention, "sampling_offsets", "attention_weights")
+    outputs = record_outputs(attention.sampling_offsets, attention.attention_weights)
     explain.explain(model, photograph(), CLASSES)
-    offsets = outputs["sampling_offsets"].double().view(16, 4, 3, 4, 2)  # 4 x 4 patches, heads, levels, points, x and y
+    offsets = outputs[attention.sampling_offsets].double().view(16, 4, 3, 4, 2)  # patches, heads, levels, points
     centres = torch.tensor([[(x + 0.5) / 4, (y + 0.5) / 4] for y in range(4) for x in range(4)], dtype=torch.float64)
     sides = torch.tensor([8.0, 4, 2]).double()[:, None, None]  # of a window of 64 pixels at strides 8, 16, 32
     np.testing.assert_allclose(shown["points"], centres[:, None, None, None] + offsets / sides, atol=1e-6)
-    shares = outputs["attention_weights"].double().view(16, 4, 12).exp()
-    shares = (shares / shares.sum(-1, keepdim=True)).view(16, 4, 3, 4)
-    np.testing.assert_allclose(shown["weights"], shares, atol=1e-6)
+    shares = outputs[attention.attention_weights].double().view(16, 4, 12).softmax(-1)
+    np.testing.assert_allclose(shown["weights"], shares.view(16, 4, 3, 4), atol=1e-6)
 
 
 def test_the_central_window_is_the_middle_of_the_picture():

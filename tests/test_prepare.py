@@ -1,7 +1,7 @@
 """prepare.py: Pascal Context from both of its sources, a plain folder from users' files, and the check."""
 
+import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -34,33 +34,23 @@ def voc(tmp_path: Path) -> Path:
     return tmp_path / "VOC"
 
 
-def read_back(voc: Path) -> dict[str, np.ndarray]:
-    return {path.stem: np.asarray(Image.open(path)) for path in (voc / "SegmentationClassContext").glob("*.png")}
-
-
-def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+def assert_written(voc: Path, expected: dict[str, np.ndarray]) -> None:
+    found = {path.stem: np.asarray(Image.open(path)) for path in (voc / "SegmentationClassContext").glob("*.png")}
     assert sorted(found) == sorted(sum(NAMES.values(), []))
     for name, labels in found.items():
         np.testing.assert_array_equal(labels, expected[name])
 
 
-# ------------------------------------------------------------------------------------------------ Pascal Context
-
-
-@pytest.mark.parametrize("order", [1, -1])
-def test_json_gives_what_the_detail_package_gives(voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture,
-                                                  order: int) -> None:
-    """Annotations may stand before or after their images in the file."""
+@pytest.mark.parametrize("order", [1, -1])  # annotations may stand before or after their images in the file
+def test_json_gives_what_the_detail_package_gives(voc: Path, tmp_path: Path, capsys, order: int) -> None:
     source = tmp_path / "merged.json"
     source.write_text(json.dumps(dict([*json.loads(SAMPLE.read_text()).items()][::order])))
     prepare.main(["prepare-context", "--voc", str(voc), "--json", str(source), "--workers", "2"])
     assert capsys.readouterr().out.splitlines() == ["train: 2 images, DIFFERENT from the 4996 of the full data set",
                                                     "val: 2 images, DIFFERENT from the 5104 of the full data set"]
-    assert_equal(read_back(voc), SAMPLE_LABELS)
+    assert_written(voc, SAMPLE_LABELS)
     for split, names in NAMES.items():
-        assert (voc / "ImageSets" / "SegmentationContext" / f"{split}.txt").read_text().split() == names
-    dataset = data.open_dataset(voc, "train")
-    np.testing.assert_array_equal(dataset.labels(0), SAMPLE_LABELS[NAMES["train"][0]] - np.uint8(1))
+        assert data.open_dataset(voc, split).names == names
 
 
 def write_mats(voc: Path, folder: Path) -> dict[str, np.ndarray]:
@@ -80,28 +70,33 @@ def write_mats(voc: Path, folder: Path) -> dict[str, np.ndarray]:
 def test_mat_files_are_mapped_pixel_by_pixel(voc: Path, tmp_path: Path) -> None:
     expected = write_mats(voc, tmp_path / "trainval")
     prepare.prepare_context(voc, None, tmp_path / "trainval", workers=1)
-    assert_equal(read_back(voc), expected)
+    assert_written(voc, expected)
 
 
-def test_a_file_without_a_label_map_is_named(voc: Path, tmp_path: Path) -> None:
-    write_mats(voc, tmp_path / "trainval")
-    savemat(tmp_path / "trainval" / f"{NAMES['val'][0]}.mat", {"other": 1})
-    with pytest.raises(UserError, match=f"{NAMES['val'][0]}.mat holds no LabelMap of 459 classes .*: unpack"):
-        prepare.prepare_context(voc, None, tmp_path / "trainval", workers=1)
+@pytest.mark.parametrize(("name", "labels"), [("other", 1), ("LabelMap", np.full((60, 81), 460, np.uint16))])
+def test_a_file_without_a_label_map_is_named(tmp_path: Path, name: str, labels: np.ndarray | int) -> None:
+    savemat(tmp_path / "a.mat", {name: labels})
+    with pytest.raises(UserError, match="a.mat holds no LabelMap .*: unpack"):
+        prepare.labels_from_mat(tmp_path, prepare.Annotated("a"))
 
 
-def test_a_cut_run_goes_on_and_sources_are_not_mixed(voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    images = [voc / "JPEGImages" / f"{name}.jpg" for name in NAMES["val"]]
-    content = images[1].read_bytes()
-    images[1].unlink()
-    with pytest.raises(UserError, match=f"{NAMES['val'][1]}.jpg is no file, but there are labels for it"):
+@pytest.mark.parametrize(("damage", "message"), [
+    (Path.unlink, "not a readable image .No such file"),
+    (lambda path: Image.new("RGB", (80, 60)).save(path), "is 80x60 pixels but its label map is 48x64"),  # other release
+])
+def test_a_cut_run_goes_on_and_sources_are_not_mixed(voc: Path, tmp_path: Path, capsys, damage: Callable,
+                                                     message: str) -> None:
+    last, labels = voc / "JPEGImages" / f"{NAMES['val'][1]}.jpg", voc / "SegmentationClassContext"
+    content = last.read_bytes()
+    damage(last)
+    with pytest.raises(UserError, match=f"{last.name}.*{message}"):
         prepare.prepare_context(voc, SAMPLE, None, workers=1)
     assert not (voc / "ImageSets" / "SegmentationContext").exists()  # the data set cannot be opened by mistake
-    assert all(path.suffix == ".png" for path in (voc / "SegmentationClassContext").glob("[!.]*"))
-    images[1].write_bytes(content)
-    kept = (voc / "SegmentationClassContext" / f"{NAMES['train'][0]}.png").stat().st_mtime_ns
+    written = {path: path.stat().st_mtime_ns for path in labels.glob("[!.]*")}
+    assert sorted(path.name for path in written) == sorted(f"{name}.png" for name in sum(NAMES.values(), [])[:3])
+    last.write_bytes(content)
     prepare.prepare_context(voc, SAMPLE, None, workers=1)
-    assert (voc / "SegmentationClassContext" / f"{NAMES['train'][0]}.png").stat().st_mtime_ns == kept
+    assert written == {path: path.stat().st_mtime_ns for path in written}
     assert "3 label images were there already" in capsys.readouterr().out
     write_mats(voc, tmp_path / "trainval")
     with pytest.raises(UserError, match="holds labels from the json source, not from mat: remove it first"):
@@ -110,12 +105,9 @@ def test_a_cut_run_goes_on_and_sources_are_not_mixed(voc: Path, tmp_path: Path, 
 
 def encode_runs(mask: np.ndarray) -> str:
     """COCO's compressed run-length code, one number and one character at a time."""
-    pixels, runs, value = mask.T.ravel().tolist(), [0], False
-    for pixel in pixels:
-        if pixel != value:
-            runs.append(0)
-            value = pixel
-        runs[-1] += 1
+    runs = [len(list(group)) for _, group in itertools.groupby(mask.T.ravel().tolist())]
+    if mask[0, 0]:
+        runs.insert(0, 0)
     code = ""
     for i, run in enumerate(runs):
         number, more = run - (runs[i - 2] if i > 2 else 0), True
@@ -142,81 +134,68 @@ def test_broken_run_lengths_are_refused(code: str) -> None:
 
 @pytest.mark.parametrize("cut", [1, 200, 2000, -1, -40])
 def test_a_cut_off_download_is_named(cut: int, voc: Path, tmp_path: Path) -> None:
-    path = tmp_path / "cut.json"
-    path.write_bytes(SAMPLE.read_bytes()[:cut])
+    (tmp_path / "cut.json").write_bytes(SAMPLE.read_bytes()[:cut])
     with pytest.raises(UserError, match="cut.json is no trainval_merged.json, or broken or cut off .*: get it from"):
-        prepare.prepare_context(voc, path, None, workers=1)
+        prepare.prepare_context(voc, tmp_path / "cut.json", None, workers=1)
     assert not (voc / "SegmentationClassContext").exists()
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda content: content.pop("images"), "is no trainval_merged.json, .*'images'"),
-    (lambda content: content["images"][0].pop("height"), "is no trainval_merged.json, .*'height'"),
-    (lambda content: content.update(images=[]), "names 0 training and 0 validation images: get the file again"),
-    (lambda content: content["annos_segmentation"][0].update(category_id=3),
-     "annotation 1001 of 2008_000002: category_id 3 is none of the 59 classes: get the file again"),
-    (lambda content: content["annos_segmentation"][0].pop("category_id"), "1001 .*: category_id None is none"),
-    (lambda content: content["annos_segmentation"][0].pop("segmentation"), "annotation 1001 of 2008_000002: "),
-    (lambda content: content["annos_segmentation"][0]["segmentation"].pop("counts"), "1001 of 2008_000002: 'counts'"),
-    (lambda content: content["annos_segmentation"][0]["segmentation"].update(size=[60, 80]),
-     r"1001 of 2008_000002: a mask of size \[60, 80\] for an image of \(60, 81\)"),
-    (lambda content: content["annos_segmentation"][0]["segmentation"].update(counts="zz0"),
-     "1001 of 2008_000002: .*run-length code"),
+    (lambda images, mark: images[0].pop("height"), "is no trainval_merged.json, .*'height'"),
+    (lambda images, mark: images.clear(), "names no images for training .*: get the file again"),
+    (lambda images, mark: mark.update(category_id=3), "category_id 3 is none of the 59 classes: get the file again"),
+    (lambda images, mark: mark.pop("category_id"), "category_id None is none"),
+    (lambda images, mark: mark.pop("segmentation"), "1001 of 2008_000002: "),
+    (lambda images, mark: mark["segmentation"].pop("counts"), "1001 of 2008_000002: 'counts'"),
+    (lambda images, mark: mark["segmentation"].update(size=[60, 80]), r"size \[60, 80\] for an image of \(60, 81\)"),
+    (lambda images, mark: mark["segmentation"].update(counts="zz0"), "1001 of 2008_000002: .*run-length code"),
 ])
 def test_a_broken_annotation_is_named(voc: Path, tmp_path: Path, change: Callable, message: str) -> None:
     content = json.loads(SAMPLE.read_text())
-    change(content)
+    change(content["images"], content["annos_segmentation"][0])
     (tmp_path / "changed.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=f"changed.json.*{message}"):
         prepare.prepare_context(voc, tmp_path / "changed.json", None, workers=1)
 
 
-def test_images_of_another_release_are_refused(voc: Path) -> None:
-    Image.new("RGB", (80, 60)).save(voc / "JPEGImages" / "2008_000002.jpg")
-    with pytest.raises(UserError, match="2008_000002.jpg is 80x60 pixels but the label map .* is 81x60"):
-        prepare.prepare_context(voc, SAMPLE, None, workers=1)
-
-
-# ---------------------------------------------------------------------------------------- your own images and labels
-
 COLOURS = np.array([[255, 0, 0], [0, 0, 255], [9, 9, 9]], np.uint8)
 
 
-def write_folders(root: Path, count: int = 10, coloured: bool = False) -> None:
-    """Images and labels in two folders, with noise of two classes and an ignored value."""
-    rng = np.random.default_rng(0)
-    for folder in ("photos", "masks"):
-        (root / folder).mkdir()
-    for i in range(count):
-        Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(root / "photos" / f"p{i}.jpg")
-        table = COLOURS if coloured else np.array([0, 1, 255], np.uint8)
-        Image.fromarray(table[rng.integers(0, 3, (20, 30))]).save(root / "masks" / f"p{i}.png")
+@pytest.fixture
+def make_own(tmp_path: Path) -> Callable[..., Path]:
+    """Write images and labels with noise of two classes and an ignored value; then from-folders makes tmp_path/own."""
+    def make(classes: str = "2", *more: str, table=(0, 1, 255), spoil: Callable = lambda: None) -> Path:
+        rng = np.random.default_rng(0)
+        for folder in ("photos", "masks"):
+            (tmp_path / folder).mkdir()
+        for i in range(10):
+            Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(tmp_path / "photos" / f"p{i}.jpg")
+            Image.fromarray(np.uint8(table)[rng.integers(0, 3, (20, 30))]).save(tmp_path / "masks" / f"p{i}.png")
+        spoil()
+        options = f"from-folders --images {tmp_path}/photos --labels {tmp_path}/masks --out {tmp_path}/own --workers 1"
+        options = vars(prepare.build_parser().parse_args([*options.split(), "--classes", classes, *more]))
+        options.pop("command")(**options)
+        return tmp_path / "own"
+
+    return make
 
 
-def test_a_number_of_classes_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    write_folders(tmp_path)
-    out = tmp_path / "own"
-    prepare.main(["from-folders", "--images", f"{tmp_path}/photos", "--labels", f"{tmp_path}/masks", "--classes", "2",
-                  "--out", str(out), "--workers", "1"])
-    assert f"train with `python train.py --data {out}`" in capsys.readouterr().out
-    train, val = data.open_dataset(out, "train"), data.open_dataset(out, "val")
+def test_a_number_of_classes_is_enough(make_own: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    own = make_own()
+    assert f"train with `python train.py --data {own}`" in capsys.readouterr().out
+    train, val = data.open_dataset(own, "train"), data.open_dataset(own, "val")
     assert sorted(train.names + val.names) == [f"p{i}" for i in range(10)] and len(val) >= 1
     assert train.info.classes == ("class 0", "class 1")
     np.testing.assert_array_equal(val.labels(0), np.asarray(Image.open(tmp_path / "masks" / f"{val.names[0]}.png")))
-    image = f"{val.names[0]}.jpg"
-    assert (out / "images" / image).read_bytes() == (tmp_path / "photos" / image).read_bytes()
+    assert val.image_paths[0].read_bytes() == (tmp_path / "photos" / f"{val.names[0]}.jpg").read_bytes()
 
 
-def test_colours_are_converted_and_images_linked(tmp_path: Path) -> None:
-    write_folders(tmp_path, coloured=True)
+def test_colours_are_converted_and_images_linked(make_own: Callable, tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("red car 255 0 0\nwater, 0, 0, 255\n\nignore 9 9 9\n")
-    classes = str(tmp_path / "classes.txt")
-    prepare.from_folders(tmp_path / "photos", tmp_path / "masks", classes, tmp_path / "own", True, 1)
-    train = data.open_dataset(tmp_path / "own", "train")
+    train = data.open_dataset(make_own(f"{tmp_path}/classes.txt", "--link", table=COLOURS), "train")
     assert train.info.classes == ("red car", "water") and train.info.palette.tolist() == COLOURS[:2].tolist()
-    colours = np.asarray(Image.open(tmp_path / "masks" / f"{train.names[0]}.png"))
-    expected = [[{255: 0, 0: 1, 9: 255}[int(pixel[0])] for pixel in row] for row in colours]
-    assert train.labels(0).tolist() == expected
+    red = np.asarray(Image.open(tmp_path / "masks" / f"{train.names[0]}.png"))[..., 0]
+    np.testing.assert_array_equal(train.labels(0), np.select([red == 255, red == 0, red == 9], [0, 1, 255]))
     assert train.image_paths[0].is_symlink()
 
 
@@ -234,34 +213,28 @@ def test_split_is_one_in_five_and_keeps_its_choice() -> None:
     ("masks/p3.png", np.zeros((19, 30), np.uint8), "photos/p3.jpg is 30x20 pixels but .*masks/p3.png is 30x19"),
     ("masks/p3.png", np.zeros((20, 30, 3), np.uint8), "masks/p3.png is colour-coded: give each class its colour"),
     ("masks/p3.png", "no image", "masks/p3.png: not a readable image"),
-    ("masks/p3.png", None, "1 files have no partner of the same name .*photos/p3.jpg"),
+    ("masks/p3.png", None, "1 files .* have no partner .*photos/p3.jpg"),
     ("photos/p3.png", np.zeros((20, 30), np.uint8), r"photos holds several files named p3.\*: keep one"),
+    ("classes.txt", None, r"classes.txt: cannot be read \(No such file or directory\): give --classes a file"),
+    ("classes.txt", "\n", "classes.txt is empty: give"),
+    ("classes.txt", "ignore 1 2 3", "classes.txt: 0 names"),
+    ("classes.txt", "a\nb\na", "classes.txt: 3 names, 1 repeated: give 1 to 255 different ones"),
+    ("classes.txt", "a 1 2 3\nb 1 2 300", "classes.txt, line 2: 1 2 300 is no colour of 0..255 or used before"),
+    ("classes.txt", "a 1 2 3\nb 1 2 3", "classes.txt, line 2: 1 2 3 is no colour of 0..255 or used before"),
 ])
-def test_faults_leave_nothing_behind(tmp_path: Path, file: str, content: np.ndarray | str | None, message: str) -> None:
-    write_folders(tmp_path)
-    if content is None:
-        (tmp_path / file).unlink()
-    elif isinstance(content, str):
-        (tmp_path / file).write_text(content)
-    else:
-        Image.fromarray(content).save(tmp_path / file)
-    with pytest.raises(UserError, match=message):
-        prepare.from_folders(tmp_path / "photos", tmp_path / "masks", "2", tmp_path / "own", False, 1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["masks", "photos"]
+def test_faults_leave_nothing_behind(make_own: Callable, tmp_path: Path, file: str, content: np.ndarray | str | None,
+                                     message: str) -> None:
+    def spoil() -> None:
+        (tmp_path / "classes.txt").write_text("a\nb\n")
+        (tmp_path / file).unlink(missing_ok=True)
+        if isinstance(content, str):
+            (tmp_path / file).write_text(content)
+        elif content is not None:
+            Image.fromarray(content).save(tmp_path / file)
 
-
-@pytest.mark.parametrize(("content", "message"), [
-    (None, r"classes.txt: cannot be read \(No such file or directory\): give --classes a file"),
-    ("\n", "classes.txt: 1 to 255 different names are needed, not 0 with 0 repeated"),
-    ("a\nb\na", "classes.txt: 1 to 255 different names are needed, not 3 with 1 repeated"),
-    ("a 1 2 3\nb 1 2 300", "classes.txt, line 2: 1 2 300 is no colour of 0..255 or used before"),
-    ("a 1 2 3\nb 1 2 3", "classes.txt, line 2: 1 2 3 is no colour of 0..255 or used before"),
-])
-def test_a_list_with_a_fault_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
-    if content is not None:
-        (tmp_path / "classes.txt").write_text(content)
     with pytest.raises(UserError, match=message):
-        prepare.read_classes(str(tmp_path / "classes.txt"))
+        make_own(f"{tmp_path}/classes.txt", spoil=spoil)
+    assert {path.name for path in tmp_path.iterdir()} - {"classes.txt"} == {"masks", "photos"}
 
 
 def test_an_unknown_colour_is_named(tmp_path: Path) -> None:
@@ -271,17 +244,8 @@ def test_an_unknown_colour_is_named(tmp_path: Path) -> None:
         prepare.convert_labels(tmp_path / "x.png", classes)
 
 
-# --------------------------------------------------------------------------------------------------------- check
-
-
-@pytest.fixture
-def own(tmp_path: Path) -> Path:
-    write_folders(tmp_path)
-    prepare.from_folders(tmp_path / "photos", tmp_path / "masks", "3", tmp_path / "own", False, 1)
-    return tmp_path / "own"
-
-
-def test_check_of_a_sound_data_set(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_check_of_a_sound_data_set(make_own: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    own = make_own("3")
     prepare.check(own, tmp_path / "sheet.png", workers=1)
     printed = capsys.readouterr().out
     train = data.open_dataset(own, "train")
@@ -293,19 +257,20 @@ def test_check_of_a_sound_data_set(own: Path, tmp_path: Path, capsys: pytest.Cap
     assert sheet.width >= 4 * 30 and sheet.height >= 3 * 20
 
 
-def test_check_finds_what_is_wrong(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_check_finds_what_is_wrong(make_own: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    own = make_own("3")
     train, val = data.open_dataset(own, "train"), data.open_dataset(own, "val")
-    Image.fromarray(np.full((20, 30), 200, np.uint8)).save(train.label_paths[0])
+    Image.new("L", (30, 20), 200).save(train.label_paths[0])
     train.image_paths[1].write_bytes(train.image_paths[1].read_bytes()[:300])
     val.image_paths[0].write_bytes(train.image_paths[2].read_bytes())
-    Image.fromarray(np.full((20, 30), 255, np.uint8)).save(train.label_paths[3])
+    Image.new("L", (30, 20), 255).save(train.label_paths[3])
     Image.new("L", (30, 20)).save(train.image_paths[4])
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (20, 30)).save(train.image_paths[5], exif=exif)
-    os.rename(train.image_paths[6], tmp_path / "away.jpg")
+    train.image_paths[6].rename(tmp_path / "away.jpg")
     train.image_paths[6].symlink_to(tmp_path / "away.jpg")
-    with pytest.raises(UserError, match=f"^2 faults in {re.escape(str(own))}, named above: mend them before training$"):
+    with pytest.raises(UserError, match=f"^faults in {re.escape(str(own))}: 2, named above; mend them"):
         prepare.check(own, tmp_path / "sheet.png", workers=2)
     printed = capsys.readouterr().out
     for line in (f"fault: {train.label_paths[0]}: label value 200 is no class",
@@ -318,16 +283,13 @@ def test_check_finds_what_is_wrong(own: Path, tmp_path: Path, capsys: pytest.Cap
         assert line in printed
 
 
-# -------------------------------------------------------------------------------------------------- command line
-
-
 @pytest.mark.parametrize("arguments", [
-    ("check", "nowhere"), ("prepare-context", "--voc", "nowhere", "--json", "x.json"), ("toy", "--train", "0"),
-    ("from-folders", "--images", "nowhere", "--labels", "nowhere", "--classes", "3"), ("nonsense",),
+    "check nowhere", "prepare-context --voc nowhere --json x.json", "toy --train 0", "nonsense",
+    "from-folders --images nowhere --labels nowhere --classes 3",
 ])
-def test_a_wrong_command_is_one_line_and_status_2(arguments: tuple[str, ...], capsys: pytest.CaptureFixture) -> None:
+def test_a_wrong_command_is_one_line_and_status_2(arguments: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as leaving:
-        prepare.main(arguments)
+        prepare.main(arguments.split())
     printed = capsys.readouterr()
     assert leaving.value.code == 2 and "error: " in printed.err.splitlines()[-1] and not printed.out
 

@@ -8,18 +8,18 @@ import math
 import re
 import xml.etree.ElementTree as ElementTree
 import zlib
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small import write_data
+from test_predict import save_checkpoint, status_of
 
 import data
 import evaluate
 import weights
-from model import build_model
 from tools import draw, report
 
 INFO = data.DatasetInfo("three", ("sky", "road & <kerb>", "unicorn"), np.uint8([[1, 2, 3], [255, 0, 0], [0, 255, 0]]))
@@ -38,15 +38,11 @@ def titles(text):
 def test_a_curve_shows_its_points_the_larger_the_higher():
     text = report.curve([(0, 4.0), (50, 1.0), (100, 2.0)], "loss")
     assert titles(text) == ["iteration 0: 4", "iteration 50: 1", "iteration 100: 2"]
-    (x0, y0), (x1, y1), (x2, y2) = (
-        [float(v) for v in point.split(",")] for point in svg(text).find("polyline").get("points").split())
-    assert x2 - x1 == x1 - x0 > 0 and y1 - y2 == pytest.approx((y1 - y0) / 3)  # downwards on the screen
-
-
-def test_a_long_curve_is_averaged_to_400_points_and_a_short_one_left_out():
-    names = titles(report.curve([(i, i % 2) for i in range(4000)], "loss"))
-    assert len(names) == 400 and {name.split(": ")[1] for name in names} == {"0.5"}
-    assert report.curve([(0, 1.0)], "loss") == ""
+    points = svg(text).find("polyline").get("points").split()
+    x, y = np.array([point.split(",") for point in points], float).T
+    assert x[2] - x[1] == x[1] - x[0] > 0 and y[1] - y[2] == pytest.approx((y[1] - y[0]) / 3)  # y grows downwards
+    averages = titles(report.curve([(i, i % 2) for i in range(4000)], "loss"))
+    assert len(averages) == 400 and {title.split(": ")[1] for title in averages} == {"0.5"}
 
 
 def test_curves_take_their_values_from_the_log():
@@ -54,7 +50,8 @@ def test_curves_take_their_values_from_the_log():
     log += [{"iteration": i, "kind": "validation", "mIoU": i / 10, "aAcc": 0.5} for i in (0, 5)]
     page = report.curves(log)
     assert page.count("<svg") == 4 and {"iteration 5: 4", "iteration 5: 50 %"} <= set(titles(page))
-    assert report.curves([]) == "<p>The log has no curve yet.</p>"
+    for no_curve in ([], log[:1]):
+        assert report.curves(no_curve) == "<p>The log has no curve yet.</p>"
 
 
 @pytest.mark.parametrize(("low", "high", "expected"), [
@@ -65,7 +62,8 @@ def test_ticks_are_round_and_enclose_the_values(low, high, expected):
     np.testing.assert_allclose(report.ticks(low, high), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize(("value", "text"), [(0, "0"), (40, "40"), (0.25, "0.25"), (-0.5, "-0.5"), (2e-4, "2e-4")])
+@pytest.mark.parametrize(("value", "text"), [(0, "0"), (40, "40"), (0.25, "0.25"), (-0.5, "-0.5"),
+                                              (2e-4, "2e-4"), (1.5e-4, "1.5e-4"), (3 * 2e-4, "6e-4")])
 def test_axis_numbers_are_short(value, text):
     assert report.tick(value) == text
 
@@ -110,21 +108,12 @@ def test_examples_are_the_worst_and_those_around_the_median_without_repeats():
 def run_folder(tmp_path, monkeypatch):
     """A run on a small data set of five images, with a model of starting values."""
     monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    for name in ("images", "labels"):
-        Path("set", name).mkdir(parents=True)
-    for i in range(5):
-        Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(f"set/images/{i}.png")
-        Image.fromarray(rng.choice(np.uint8([0, 1, 255]), (40, 60))).save(f"set/labels/{i}.png")
-    Path("set/val.txt").write_text("\n".join("01234"))
-    Path("set/dataset.json").write_text(json.dumps({"classes": ["sky", "<b>road</b>", "c"]}))
-    torch.manual_seed(0)
-    model = build_model("upernet", "tiny", 3, window=32, embed_dim=32, spm_channels=8, head_channels=32, aux_channels=8)
+    write_data(Path("set"), images=0, validation=5)
+    classes = ["sky", "<b>road</b>", "c"]
+    Path("set/dataset.json").write_text(json.dumps({"classes": classes}))
     run = Path("runs/first try")
     run.mkdir(parents=True)
-    checkpoint = {"format": "vit-adapter-seg/1", "model": model.state_dict(), "config": asdict(model.config),
-                  "classes": ["sky", "<b>road</b>", "c"], "palette": [[0, 0, 0]] * 3, "iteration": 40}
-    torch.save(checkpoint, run / "best.pt")
+    save_checkpoint(run / "best.pt", "upernet", classes, window=32)
     config = {"data": "set", "lr": 0.001, "environment": {"command": ["train.py", "--name", "<x>"], "torch": "2"}}
     (run / "config.json").write_text(json.dumps(config))
     lines = [{"iteration": i, "kind": "train", "loss": 5 - i / 10, "lr": 1e-3} for i in range(0, 40, 10)]
@@ -145,19 +134,22 @@ def test_the_page_is_complete_self_contained_and_escaped(run_folder, capsys):
     text = path.read_text()
     assert text.count("<img") == len(pictures(text)) == 4 * 5  # the 5 worst
     assert all(source.startswith("data:image/jpeg;base64,") for _, source in pictures(text))
-    assert "color-scheme: light dark" in text and not re.search("<script|<link rel=.stylesheet|http|<b>road", text)
+    assert "color-scheme: light dark" in text and not re.search("<script|<link rel=.stylesheet|http|<b>road|[$]", text)
     assert "train.py \\\n    --name '<x>'" in html.unescape(text)
     dataset, model = data.open_dataset("set", "val"), weights.load_model(run_folder / "best.pt")[0]
     expected = evaluate.metrics(evaluate.evaluate(model, dataset, progress=False))
     assert f"<b>{100 * expected.mean_iou:.2f}</b>mIoU" in text
     assert f"<b>{100 * expected.all_accuracy:.2f}</b>pixel accuracy" in text
+    assert report.main(["first try", "--device", "cpu", "--limit", "2"]) == 0
+    text = path.read_text()
+    assert text.count("<figure>") == 2 and "2 validation images" in text
 
 
 def test_an_example_shows_image_labels_prediction_and_errors_in_this_order(run_folder):
-    y, x = np.mgrid[:40, :60].astype(np.uint8)
-    Image.fromarray(np.stack([4 * x, 6 * y, 2 * x + y], -1)).save("set/images/3.png")
-    Image.fromarray(np.uint8([0, 1, 255])[x // 20]).save("set/labels/3.png")
-    dataset, guess = data.open_dataset("set", "val"), y // 14
+    y, x = np.mgrid[:48, :64].astype(np.uint8)
+    Image.fromarray(np.stack([4 * x, 5 * y, 2 * x + y], -1)).save("set/images/03.png")
+    Image.fromarray(np.uint8([0, 1, 255])[x // 22]).save("set/labels/03.png")
+    dataset, guess = data.open_dataset("set", "val"), y // 17
     heading, figure = report.examples(dataset, [3], [0.0] * 4, [b""] * 3 + [zlib.compress(guess)])
     assert re.findall(r"<span>(\w+)</span>", heading) == ["image", "labels", "prediction", "errors"]
     expected = [dataset.image(3), draw.colorize(dataset.labels(3), dataset.info.palette),
@@ -167,36 +159,18 @@ def test_an_example_shows_image_labels_prediction_and_errors_in_this_order(run_f
             assert abs(np.asarray(shown).astype(int) - picture).mean() < 10  # JPEG blurs edges; others differ by > 50
 
 
-def test_limit_and_run_by_name(run_folder):
-    assert report.main(["first try", "--device", "cpu", "--limit", "2"]) == 0
-    text = (run_folder / "report" / "index.html").read_text()
-    assert text.count("<figure>") == 2 and "2 validation images" in text
-
-
-def status(*arguments):
-    """The exit status of report.py."""
-    try:
-        return report.main([*arguments, "--device", "cpu"])
-    except SystemExit as stop:
-        return stop.code
-
-
-def test_a_run_that_cannot_be_reported_on_is_one_line_and_status_2(run_folder, capsys):
-    assert status("--data", "no") == 2
-    assert capsys.readouterr().err.startswith("error: no data at no")
-    (run_folder / "report").write_text("a file")
-    assert status() == 2
+@pytest.mark.parametrize(("damage", "arguments", "message"), [
+    (None, ["--data", "no"], "no data at no"),
+    (None, ["--limit", "0"], "argument --limit: 0 is not a positive whole number"),
+    (None, ["nothing"], "no runs/nothing/best.pt to report on"),
+    (lambda run: (run / "report").touch(), [], "the report runs/first try/report cannot be used as a folder"),
+    (lambda run: (run / "best.pt").unlink(), [],
+     "no runs/*/best.pt to report on: name a run that has been validated; in runs/: first try"),
+])
+def test_a_run_that_cannot_be_reported_on_is_one_line_and_status_2(run_folder, capsys, damage, arguments, message):
+    if damage:
+        damage(run_folder)
+    assert status_of(report.main, *arguments, "--device", "cpu") == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: the report runs/first try/report cannot be used as a folder (File exists)")
-    assert error.count("\n") == 1
-    (run_folder / "report").unlink()
-    (run_folder / "best.pt").unlink()
-    for arguments, message in [
-        ([], "no runs/*/best.pt to report on: name a run that has been validated; in runs/: first try"),
-        (["nothing"], "no runs/nothing/best.pt to report on"),
-        (["--limit", "0"], "argument --limit: 0 is not a positive whole number"),
-    ]:
-        assert status(*arguments) == 2
-        error = capsys.readouterr().err
-        assert error.startswith(f"error: {message}") and error.count("\n") == 1
-    assert not (run_folder / "report").exists()
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
+    assert not (run_folder / "report").is_dir()

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,8 +24,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy.make_toy(tmp_path_factory.mktemp("toy") / "data", **SMALL)
 
 
-def test_it_is_a_plain_folder(small: Path) -> None:
-    train, val = data.open_dataset(small, "train"), data.open_dataset(small, "val")
+def test_it_is_a_plain_folder_drawn_on_demand(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy, "make_toy", lambda: small)
+    train, val = data.open_dataset("toy", "train"), data.open_dataset("toy", "val")
     assert (len(train), len(val)) == (5, 3) and train.info.classes == toy.CLASSES
     assert len(set(map(tuple, train.info.palette.tolist()))) == len(toy.CLASSES) == 10
     assert all(path.suffix == ".jpg" for path in train.image_paths)
@@ -45,11 +47,11 @@ def test_it_depends_on_the_seed_alone(small: Path, tmp_path: Path) -> None:
 def test_data_that_are_there_are_kept_and_never_overwritten(small: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in small.rglob("*")}
     assert toy.make_toy(small, **SMALL) == small
-    with pytest.raises(UserError, match="holds toy data made with .*'train': 5.*choose another folder or remove it"):
+    with pytest.raises(UserError, match="holds .*'train': 5.* not toy data of .*: choose another folder or remove it"):
         toy.make_toy(small, **{**SMALL, "train": 6})
     assert {path: path.stat().st_mtime_ns for path in small.rglob("*")} == before
     (tmp_path / "thesis.txt").write_text("all of it")
-    with pytest.raises(UserError, match="exists and was not drawn here"):
+    with pytest.raises(UserError, match="holds other files"):
         toy.make_toy(tmp_path, **SMALL)
     assert (tmp_path / "thesis.txt").read_text() == "all of it"
 
@@ -61,12 +63,9 @@ def test_impossible_data_are_refused(tmp_path: Path, wrong: dict) -> None:
 
 
 def test_a_cut_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def cut(*_: object) -> str:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(json, "dumps", cut)  # the very last file
+    monkeypatch.setattr(json, "dumps", Mock(side_effect=KeyboardInterrupt))  # while it writes the very last file
     with pytest.raises(KeyboardInterrupt):
-        toy.make_toy(tmp_path / "data", train=1, val=1)
+        toy.make_toy(tmp_path / "data", train=1, val=1, size=(64, 64))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -79,11 +78,6 @@ def test_a_process_that_comes_too_late_keeps_the_data_of_the_other(
     monkeypatch.setattr(Path, "rename", too_late)
     root = toy.make_toy(tmp_path / "data", **SMALL)
     assert contents(root) == contents(small) and [path.name for path in tmp_path.iterdir()] == ["data"]
-
-
-def test_open_dataset_draws_toy_on_demand(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toy, "make_toy", lambda: small)
-    assert len(data.open_dataset("toy", "val")) == 3
 
 
 @pytest.fixture(scope="module")

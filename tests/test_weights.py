@@ -6,16 +6,18 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import struct
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections import OrderedDict
+from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -42,16 +44,11 @@ META = {
 }
 
 
-SMALL = ModelConfig(
+SMALL = ModelConfig(  # its file is under 1 MB, so that it can be damaged at many places in little time
     num_classes=3, window=64, embed_dim=32, depth=4, num_heads=2, drop_path=0.0, deform_heads=2, spm_channels=8,
     head_channels=32, aux_channels=8, dropout=0.0, num_queries=4, mask_heads=2, encoder_layers=1, encoder_ffn=32,
     decoder_layers=1, decoder_ffn=32, num_points=16,
 )
-
-
-def small_config(head: str = "mask2former", **changes) -> ModelConfig:
-    """A model whose file is under 1 MB, so that it can be damaged at many places in little time."""
-    return replace(SMALL, head=head, **changes)
 
 
 def own_checkpoint(config: ModelConfig) -> dict:
@@ -86,30 +83,22 @@ def write(path: Path, content: Any) -> Path:
     return path
 
 
-def copy_of(model: Segmenter) -> dict:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
 def assert_same(state: dict, expected: dict) -> None:
     assert state.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(state[name], tensor.to(state[name].dtype)), name
 
 
-# ---- formats
-
 CONTAINERS = {
     "iter_40000.pth": to_bytes,
-    "model.pth.tar": to_bytes,
-    "before-torch-1.6.pth": lambda content: to_bytes(content, legacy=True),
+    "before-torch-1.6.pth.tar": partial(to_bytes, legacy=True),
     "model.zip": lambda content: zipped("iter_40000.pth", to_bytes(content)),
-    "model.pth.zip": lambda content: zipped("model.pth.tar", to_bytes(content, legacy=True), zipfile.ZIP_STORED),
-    "no-extension": to_bytes,
+    "no-extension": lambda content: zipped("model.pth.tar", to_bytes(content, legacy=True), zipfile.ZIP_STORED),
 }
 
 
-@pytest.mark.parametrize(("head", "container"), [("mask2former", "iter_40000.pth"),
-                                                 *(("upernet", container) for container in CONTAINERS)])
+@pytest.mark.parametrize(("head", "container"), [
+    ("mask2former", "iter_40000.pth"), *(("upernet", container) for container in CONTAINERS)])
 def test_released_checkpoints(tmp_path, head, container):
     """mmcv's dictionary in every container gives every tensor; the shapes alone give the configuration."""
     content = {**released(head), "optimizer": {"state": {}, "param_groups": []}}
@@ -140,93 +129,73 @@ def test_a_loaded_model_computes_what_a_built_one_does(tmp_path, golden_model):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("numpy_names", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
-def test_numpy_scalars_in_metadata(tmp_path, numpy_names):
+@pytest.mark.parametrize("core", [b"core", b"_core"])
+def test_numpy_scalars_in_metadata(tmp_path, core):
     """NumPy 1 and NumPy 2 pickle them under different names."""
-    written = to_bytes(released("upernet"), legacy=True)
-    names = b"numpy._core.multiarray" if b"numpy._core.multiarray" in written else b"numpy.core.multiarray"
-    path = write(tmp_path / "x.pth", written.replace(names, numpy_names))
+    content = re.sub(rb"numpy\._?core\.", b"numpy." + core + b".", to_bytes(released("upernet"), legacy=True))
+    path = write(tmp_path / "x.pth", content)
     assert load_model(path)[0].config.head == "upernet"
     assert weights.read_file(path)["meta"]["hook_msgs"] == {"best_score": 0.68, "count": 3, "done": True, "small": 1}
 
 
 def beit(shared: bool = False) -> dict:
-    """BEiT pre-training as the original code saves it: 14 x 14 tokens, with the heads of its own tasks."""
-    backbone = Segmenter(small_config(window=224)).backbone.state_dict()
-    shapes = {name.replace("patch_embed.", "patch_embed.proj."): tensor.shape for name, tensor in backbone.items()}
-    shapes |= {"mask_token": (1, 1, 32), "norm.weight": (32,), "fc_norm.weight": (32,), "head.weight": (2, 32),
-               "lm_head.bias": (9,)}
-    prefix = "blocks.0.attn"
+    """timm's own BEiT of 14 x 14 tokens, under its own names, and what the original code saves beside it."""
+    torch.manual_seed(0)
+    model = timm.create_model("beit_base_patch16_224", pretrained=False, depth=4, embed_dim=32, num_heads=2)
+    state = {name: torch.randn(tensor.shape) for name, tensor in model.state_dict().items()}
+    state |= {"mask_token": torch.zeros(1, 1, 32), "norm.weight": torch.zeros(32), "lm_head.bias": torch.zeros(9)}
     if shared:
-        prefix = "rel_pos_bias"
-        shapes = {name: shape for name, shape in shapes.items() if not name.endswith("bias_table")}
-        shapes["rel_pos_bias.relative_position_bias_table"] = (732, 2)
-    state = {name: torch.from_numpy(fill.fill(name, shape)) for name, shape in shapes.items()}
+        state = {name: tensor for name, tensor in state.items() if not name.endswith("bias_table")}
+        state["rel_pos_bias.relative_position_bias_table"] = torch.randn(732, 2)
+    prefix = "rel_pos_bias" if shared else "blocks.0.attn"
     return {**state, f"{prefix}.relative_position_index": torch.zeros(197, 197, dtype=torch.long)}
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_beit_pretraining(tmp_path, shared):
-    """Per-block or shared tables, resized to the window; everything but the backbone keeps its starting values."""
-    state = beit(shared=shared)
-    path = write(tmp_path / "beit_base_patch16_224_pt22k_ft22k.pth", {"model": state})
-    model = Segmenter(small_config("upernet", window=96))
-    before = copy_of(model)
-    report = load_weights(model, path)
-    after = model.state_dict()
-    tables = [block.attn.relative_position_bias_table for block in model.backbone.blocks]
-    for i, table in enumerate(tables):
-        name = f"{'rel_pos_bias' if shared else f'blocks.{i}.attn'}.relative_position_bias_table"
-        assert torch.equal(table, resize_position_table(state[name], 6))
-    assert len({table.data_ptr() for table in tables}) == 4  # copies: training must not tie them
-    assert torch.equal(after["backbone.patch_embed.weight"], state["patch_embed.proj.weight"])
-    assert torch.equal(after["backbone.blocks.3.mlp.fc2.bias"], state["blocks.3.mlp.fc2.bias"])
-    assert report.kind == "beit" and report.missing == report.unexpected == report.mismatched == []
-    assert report.resized == [f"backbone.blocks.{i}.attn.relative_position_bias_table" for i in range(4)]
-    assert report.reinitialised == [name for name in after if not name.startswith("backbone.")]
-    assert set(report.dropped) == {
-        "mask_token", "norm.weight", "fc_norm.weight", "head.weight", "lm_head.bias",
-        f"{'rel_pos_bias' if shared else 'blocks.0.attn'}.relative_position_index",
-    }
-    assert all(torch.equal(after[name], before[name]) for name in report.reinitialised)
-
-
-@pytest.mark.parametrize("kind", ["safetensors", "pth"])
-def test_timm_beit(tmp_path, kind):
-    """timm's own BEiT under timm's own names, in both of the forms in which it is found."""
-    theirs = timm.create_model("beit_base_patch16_224", pretrained=False, depth=4, embed_dim=32, num_heads=2)
-    for parameter in theirs.parameters():
-        torch.nn.init.normal_(parameter)
-    state = theirs.state_dict()
+@pytest.mark.parametrize("form", ["pth", "safetensors", "shared tables"])
+def test_beit_pretraining(tmp_path, form):
+    """The tables are resized to the window; everything but the backbone keeps its starting values."""
+    is_shared = form == "shared tables"
+    state = beit(is_shared)
     # Its content tells the format, not its name.
-    path = write(tmp_path / "model", safetensors.torch.save(state) if kind == "safetensors" else state)
-    model = Segmenter(small_config(window=224))
+    path = write(tmp_path / "file", safetensors.torch.save(state) if form == "safetensors" else {"model": state})
+    model = Segmenter(replace(SMALL, head="upernet", window=96))
+    before = deepcopy(model.state_dict())
     report = load_weights(model, path)
-    assert (report.kind, report.missing, report.unexpected, report.resized) == ("beit", [], [], [])
-    assert set(report.dropped) == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
     for name, tensor in model.backbone.state_dict().items():
-        assert torch.equal(tensor, state[name.replace("patch_embed.", "patch_embed.proj.")]), name
-    assert len(load_weights(Segmenter(small_config(window=480)), path).resized) == 4
+        if name.endswith("bias_table"):
+            theirs = state["rel_pos_bias.relative_position_bias_table" if is_shared else name]
+            assert torch.equal(tensor, resize_position_table(theirs, 6))
+        else:
+            assert torch.equal(tensor, state[name.replace("patch_embed.", "patch_embed.proj.")]), name
+    tables = [block.attn.relative_position_bias_table.data_ptr() for block in model.backbone.blocks]
+    assert len(set(tables)) == 4  # copies: training must not tie them
+    assert report.kind == "beit" and report.missing == report.unexpected == []
+    assert report.resized == [f"backbone.blocks.{i}.attn.relative_position_bias_table" for i in range(4)]
+    assert report.reinitialised == [name for name in before if not name.startswith("backbone.")]
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in report.reinitialised)
+    assert set(report.dropped) == {
+        "mask_token", "norm.weight", "fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias", "lm_head.bias",
+        f"{'rel_pos_bias' if is_shared else 'blocks.0.attn'}.relative_position_index",
+    }
+    assert load_weights(Segmenter(replace(SMALL, window=224)), path).resized == []
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_own_checkpoints(tmp_path, head):
     """Configuration, class names and palette come back; a plain or DataParallel state dict is known by its names."""
-    content = own_checkpoint(small_config(head, drop_path=0.25))
+    content = own_checkpoint(replace(SMALL, head=head, drop_path=0.25))
     path = write(tmp_path / "last.pt", content)
     model, info = load_model(path)
-    assert model.config == small_config(head, drop_path=0.25)
+    assert model.config == replace(SMALL, head=head, drop_path=0.25)
     assert info == {name: content[name] for name in ("classes", "palette", "iteration")}
     assert_same(model.state_dict(), content["model"])
     half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in content["model"].items()}
     parallel = {f"module.{name}": tensor for name, tensor in half.items()}
     model, info = load_model(write(tmp_path / "plain.pt", parallel))
-    assert info == {} and model.config.window == 64 and model.config.num_classes == 3
+    assert (info, model.config.window, model.config.num_classes) == ({}, 64, 3)
     assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
     assert_same(model.state_dict(), half)
 
-
-# ---- what fits and what does not
 
 @pytest.mark.parametrize("model", ["mask2former_base", "upernet_large", "mask2former_large"])
 def test_names_and_shapes_of_the_released_models(model):
@@ -247,10 +216,10 @@ def test_names_and_shapes_of_the_released_models(model):
 @pytest.mark.parametrize("head", HEADS)
 def test_other_window_and_other_classes(tmp_path, head, capsys):
     """Position tables follow the window, class layers of another number of classes start anew; both are reported."""
-    source = own_checkpoint(small_config(head, num_classes=5))
+    source = own_checkpoint(replace(SMALL, head=head, num_classes=5))
     path = write(tmp_path / "x.pt", source)
-    model = Segmenter(small_config(head, num_classes=3, window=96))
-    before = copy_of(model)
+    model = Segmenter(replace(SMALL, head=head, num_classes=3, window=96))
+    before = deepcopy(model.state_dict())
     report = load_weights(model, path)
     layers = {"mask2former": ["head.class_embed"], "upernet": ["head.classifier", "auxiliary_head.classifier"]}[head]
     assert report.reinitialised == [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
@@ -268,56 +237,29 @@ def test_other_window_and_other_classes(tmp_path, head, capsys):
         ["missing", "0"], ["unexpected", "0"], ["resized", "4"], ["reinitialised", str(2 * len(layers))]]
 
 
-def test_uper_net_into_mask2former(tmp_path):
-    """A file of the other head is an error that lists names, the model is unchanged; the auxiliary head is no error."""
-    path = write(tmp_path / "x.pth", released("upernet"))
-    model = Segmenter(golden_config("mask2former"))
-    before = copy_of(model)
-    with pytest.raises(UserError) as caught:
-        load_weights(model, path)
-    message = str(caught.value)
-    assert "\n" not in message and "does not fit this mask2former of custom size" in message
-    assert "missing: head.query_feat, head.query_embed" in message and "unexpected: head." in message
-    assert "auxiliary_head" not in message
-    assert_same(model.state_dict(), before)
-    report = load_weights(model, path, strict=False)
-    assert "head.query_feat" in report.missing and "head.fuse.0.weight" in report.unexpected
-    assert any(name.startswith("auxiliary_head.") for name in report.dropped)
-    assert torch.equal(model.backbone.cls_token, official_state("upernet")["backbone.cls_token"])
-    assert torch.equal(model.head.query_feat, before["head.query_feat"])
-
-
 @pytest.mark.parametrize(("name", "value", "message"), [
     ("backbone.patch_embed.bias", None, r"1 missing: backbone\.patch_embed\.bias \("),
     ("backbone.extra", torch.zeros(3), r"1 unexpected: backbone\.extra \("),
     ("head.norm.weight", torch.zeros(3), r"1 of another shape: head\.norm\.weight float32 \(3,\) should be"),
     ("head.norm.weight", torch.zeros(32, dtype=torch.long), r"norm\.weight int64 \(32,\) should be float32 \(32,\)"),
     ("head.class_embed.weight", torch.zeros(6, 31), r"head\.class_embed\.weight float32 \(6, 31\) should be"),
-    (TABLE, torch.zeros(53, 2), r"blocks\.0\.attn\.\w+ float32 \(53, 2\) should be float32 \(52, 2\)"),
-    (TABLE, torch.zeros(732, 4), r"blocks\.0\.attn\.\w+ float32 \(732, 4\) should be float32 \(52, 2\)"),
-    (TABLE, torch.zeros(()), r"blocks\.0\.attn\.\w+ float32 \(\) should be float32 \(52, 2\)"),
+    *((TABLE, torch.zeros(shape), rf"attn\.\w+ float32 {re.escape(str(shape))} should be float32 \(52, 2\)")
+      for shape in ((53, 2), (732, 4), ())),
+    ("the other head", None, r"this mask2former of custom size.* missing: head.query_feat, .* unexpected: "),
 ])
-def test_strict_and_not(tmp_path, name, value, message):
-    """Each misfit is an error that leaves the model alone; with strict=False the rest is loaded."""
-    state = own_checkpoint(SMALL)["model"]
-    full = dict(state)
-    if value is None:
-        del state[name]
-    else:
+def test_tensors_that_do_not_fit(tmp_path, name, value, message):
+    """Each misfit is an error of one line that names it and leaves the model alone."""
+    state = own_checkpoint(replace(SMALL, head="upernet") if name == "the other head" else SMALL)["model"]
+    state.pop(name, None)
+    if value is not None:
         state[name] = value
-    path = write(tmp_path / "x.pt", state)
     torch.manual_seed(1)
     model = Segmenter(SMALL)
-    before = copy_of(model)
-    with pytest.raises(UserError, match=message):
-        load_weights(model, path)
+    before = deepcopy(model.state_dict())
+    with pytest.raises(UserError, match=message):  # "." matches no line break
+        load_weights(model, write(tmp_path / "x.pt", state))
     assert_same(model.state_dict(), before)
-    report = load_weights(model, path, strict=False)
-    assert len(report.missing + report.unexpected + report.mismatched) == 1
-    assert_same(model.state_dict(), full | {name: before[name]} if name in full else full)
 
-
-# ---- position tables
 
 @pytest.mark.parametrize("window", [6, 30])
 def test_position_table_resize(window):
@@ -336,64 +278,48 @@ def test_position_table_corner_cases():
     centre = resize_position_table(torch.arange(52.0)[:, None], 6)[60]  # the middle of 11 x 11
     assert centre.item() == pytest.approx(24, abs=1e-4)  # no displacement stays no displacement: the middle of 7 x 7
     for rows in (0, 2, 3, 7, 733):
-        with pytest.raises(ValueError, match=f"a position table of {rows} rows fits no square window"):
+        with pytest.raises(ValueError, match=f"{rows} rows"):
             resize_position_table(torch.zeros(rows, 2), 4)
 
 
-# ---- hostile files
-
 def outcome(path: Path, model: Segmenter | None = None) -> dict | None:
-    """What a model, or one made for it, gets from a file, or None after a UserError of one line."""
+    """What a model, or one made for it, gets from a file, or None after a UserError of one line.
+
+    Whatever a small file claims, memory is not filled.
+    """
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         if model is None:
             return load_model(path)[0].state_dict()
         load_weights(model, path)
-        return copy_of(model)
+        return deepcopy(model.state_dict())
     except UserError as error:  # any other exception fails the test
         assert str(error).startswith(str(path)) and str(error).isprintable() and len(str(error)) < 1000
         return None
+    finally:
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
 
 
-@pytest.fixture(scope="module")
-def samples() -> dict[str, bytes]:
-    """A valid file in each format."""
-    own = own_checkpoint(SMALL)
-    return {
-        "zip": to_bytes(own),
-        "legacy": to_bytes(own, legacy=True),
-        "zipped legacy": zipped("x.pth", to_bytes(own, legacy=True)),
-        "zipped zip": zipped("x.pth", to_bytes(own)),
-        "safetensors": safetensors.torch.save(beit()),
-    }
-
-
-FORMATS = ["zip", "legacy", "zipped legacy", "zipped zip", "safetensors"]
+OWN = own_checkpoint(SMALL)
+SAMPLES = {
+    "zip": lambda: to_bytes(OWN),
+    "legacy": lambda: to_bytes(OWN, legacy=True),
+    "zipped legacy": lambda: zipped("x.pth", to_bytes(OWN, legacy=True)),
+    "zipped zip": lambda: zipped("x.pth", to_bytes(OWN)),
+    "safetensors": lambda: safetensors.torch.save(beit()),
+}
 SILENT = ("legacy", "safetensors")  # they hold no checksums: a flipped bit of a weight is another weight
-many_times = pytest.mark.parametrize("share", [4, pytest.param(1, marks=pytest.mark.slow)])  # one place of so many
 
 
-@many_times
-@pytest.mark.parametrize("kind", FORMATS)
-def test_truncated_files(tmp_path, samples, kind, share):
-    whole, path, model = samples[kind], tmp_path / "x.pth", Segmenter(SMALL)
-    assert outcome(write(path, whole), model) is not None
-    rng = random.Random(0)
+@pytest.mark.parametrize("share", [4, pytest.param(1, marks=pytest.mark.slow)])  # one place of so many
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_damaged_files(tmp_path, kind, share):
+    """A truncated file is an error; so is a flipped bit, or, where nothing depends on it, it gives the same weights."""
+    whole, path, model, rng = SAMPLES[kind](), tmp_path / "x.pth", Segmenter(SMALL), random.Random(0)
+    expected = outcome(write(path, whole), model)
     lengths = [*range(24), *(len(whole) - n for n in range(1, 24)), *(rng.randrange(len(whole)) for _ in range(60))]
     for length in lengths[::share]:
         assert outcome(write(path, whole[:length]), model) is None, length
-    with pytest.raises(UserError, match="the file is empty; download it again"):
-        load_model(write(path, b""))
-    with pytest.raises(UserError, match="truncated, damaged, or no checkpoint at all"):
-        load_model(write(path, whole[:-1]))
-
-
-@many_times
-@pytest.mark.parametrize("kind", FORMATS)
-def test_flipped_bits(tmp_path, samples, kind, share):
-    """One flipped bit is an error, or, where nothing depends on it, the same weights."""
-    whole, path, model = samples[kind], tmp_path / "x.pth", Segmenter(SMALL)
-    expected = outcome(write(path, whole), model)
-    rng = random.Random(1)
     structure = [*range(2048), *range(len(whole) - 4096, len(whole))]  # headers and directories rather than weights
     places = rng.sample(structure, 80 // share) + [rng.randrange(len(whole)) for _ in range(32 // share)]
     refused = 0
@@ -407,41 +333,20 @@ def test_flipped_bits(tmp_path, samples, kind, share):
     assert refused >= (10 if kind in SILENT else 50) // share
 
 
-def test_random_bytes(tmp_path):
-    rng, model = random.Random(2), Segmenter(SMALL)
-    for start in (b"", b"PK\x03\x04", b"\x80\x02", b"\x80\x04", b"12345678{", to_bytes({})[:200]):
-        for length in (0, 1, 10, 1000):
-            assert outcome(write(tmp_path / "x", start + rng.randbytes(length)), model) is None
-
-
-WRONG_VALUES = {
-    "None": None, "number": 3, "text": "weights", "list": [1.0, 2.0], "dictionary": {}, "NumPy scalar": np.float64(1),
-    "complex": torch.zeros(32, dtype=torch.complex64), "bool": torch.zeros(32, dtype=torch.bool),
-    "bytes": torch.zeros(32, dtype=torch.uint8), "float8": torch.zeros(32).to(torch.float8_e4m3fn),
-    "quantised": lambda: torch.quantize_per_tensor(torch.zeros(32), 0.1, 0, torch.qint8),
-    "sparse": torch.zeros(32).to_sparse(),
-    "nested": lambda: torch.nested.nested_tensor([torch.zeros(16), torch.zeros(16)]),
-    "without memory": torch.empty(32, device="meta"),
-    "of one number": torch.zeros(1).expand(32), "scalar": torch.zeros(()), "empty": torch.zeros(0),
-    "integers": torch.zeros(32, dtype=torch.long),
-}
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("wrong", WRONG_VALUES)
-def test_wrong_values(tmp_path, wrong, legacy):
-    content = own_checkpoint(SMALL)
-    value = WRONG_VALUES[wrong]
-    content["model"]["head.norm.weight"] = value() if isinstance(value, FunctionType) else value
-    try:
-        file = to_bytes(content, legacy)
-    except (RuntimeError, NotImplementedError) as error:
-        pytest.skip(f"PyTorch cannot write that: {error}")
-    assert outcome(write(tmp_path / "x.pt", file)) is None
-
-
-@pytest.mark.parametrize("content", [
+TERA = 10**12
+HEADER = json.dumps({"cls_token": {"dtype": "F32", "shape": [TERA], "data_offsets": [0, 4 * TERA]}}).encode()
+with warnings.catch_warnings(action="ignore"):
+    OUTDATED = [torch.quantize_per_tensor(torch.zeros(32), 0.1, 0, torch.qint8),
+                torch.nested.nested_tensor([torch.zeros(16), torch.zeros(16)])]
+NO_CHECKPOINTS = [
+    *(start + random.Random(length).randbytes(length) for length in (0, 1, 10, 1000)
+      for start in (b"", b"PK\x03\x04", b"\x80\x02", b"\x80\x04", b"12345678{", to_bytes({})[:200])),
+    # claims of terabytes
+    struct.pack("<Q", TERA) + b'{"', struct.pack("<Q", len(HEADER)) + HEADER,
+    to_bytes({"adapter.x": torch.zeros(70_000)}, legacy=True).replace(
+        struct.pack("<i", 70_000), struct.pack("<i", 2**31 - 1)),
+    {"adapter.x": torch.zeros(1).expand(TERA)}, OWN["model"] | {TABLE: torch.zeros(1).expand(99_999**2 + 3, 2)},
+    # other contents
     None, 3, "text", [], {}, torch.zeros(3), [torch.zeros(3)], {1: torch.zeros(3)}, {"state_dict": {}}, {"model": None},
     {"model": {("a",): torch.zeros(1)}}, {"state_dict": {"decode_head.x": torch.zeros(1)}},
     {"adapter.x": torch.zeros(1)}, {"model": {"adapter.x": torch.zeros(1)}, "format": torch.zeros(2)}, {None: None},
@@ -449,9 +354,24 @@ def test_wrong_values(tmp_path, wrong, legacy):
     {"a\nname\x1b[2J\ud800" + 10_000 * "x": torch.zeros(1)},
     {"state_dict": {"decode_head.query_feat.weight": torch.zeros(3, 3)}, "meta": 3},
     {"state_dict": {f"decode_head.{i}\n" + 500 * "x": torch.zeros(1) for i in range(9)}},
-])
-def test_wrong_contents(tmp_path, content):
-    path = write(tmp_path / "x.pt", content)
+    # other values in the place of one tensor of 32 numbers
+    *(OWN | {"model": OWN["model"] | {"head.norm.weight": value}} for value in (
+        None, 3, "weights", [1.0, 2.0], {}, np.float64(1), torch.zeros(32, dtype=torch.complex64),
+        torch.zeros(32, dtype=torch.bool), torch.zeros(32, dtype=torch.uint8), torch.zeros(32, dtype=torch.long),
+        torch.zeros(32).to(torch.float8_e4m3fn), torch.zeros(32).to_sparse(), torch.zeros(1).expand(32),
+        torch.zeros(()), torch.zeros(0), torch.empty(32, device="meta"), *OUTDATED,
+    )),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("content", NO_CHECKPOINTS, ids=lambda content: type(content).__name__)
+def test_files_that_are_no_checkpoints(tmp_path, content, legacy):
+    try:
+        path = write(tmp_path / "x.pt", to_bytes(content, legacy) if legacy else content)
+    except (RuntimeError, NotImplementedError) as error:
+        pytest.skip(f"PyTorch cannot write that: {error}")
     assert outcome(path) is None
     assert outcome(path, Segmenter(SMALL)) is None
     assert command(path) in (0, 2)  # any exception would get through
@@ -459,15 +379,14 @@ def test_wrong_contents(tmp_path, content):
 
 @pytest.mark.parametrize("config", [
     3, "mask2former", [1], {"unknown": 1}, {"head": "fcn"}, {"embed_dim": "many"}, {"embed_dim": 10**12},
-    {"depth": 10**9}, {"decoder_layers": 10**9}, {"num_heads": 0}, {"embed_dim": -32}, {"window": 32 * 10**6},
-    {"head_channels": 33}, {"embed_dim": 32.5}, {"head": "upernet"}, {"num_classes": 2**40}, {"num_classes": 4},
-    {"window": 96}, {"window": 32000},
+    {"embed_dim": 10**7}, {"depth": 10**9}, {"decoder_layers": 10**9}, {"num_heads": 0}, {"embed_dim": -32},
+    {"window": 32 * 10**6}, {"head_channels": 33}, {"embed_dim": 32.5}, {"head": "upernet"}, {"num_classes": 2**40},
+    {"num_classes": 4}, {"window": 96}, {"window": 32000},
 ])
 def test_wrong_configurations(tmp_path, config):
     """Sizes are compared with the tensors before any memory is asked for."""
-    content = own_checkpoint(SMALL)
-    content["config"] = content["config"] | config if isinstance(config, dict) else config
-    assert outcome(write(tmp_path / "x.pt", content)) is None
+    config = OWN["config"] | config if isinstance(config, dict) else config
+    assert outcome(write(tmp_path / "x.pt", OWN | {"config": config})) is None
 
 
 @pytest.mark.parametrize("info", [
@@ -475,25 +394,22 @@ def test_wrong_configurations(tmp_path, config):
     {"palette": [[0, 0, 300]] * 3}, {"classes": {}}, {"palette": [[None] * 3] * 3},
 ])
 def test_classes_that_make_no_sense_are_left_out(tmp_path, info):
-    content = own_checkpoint(SMALL) | info | {"iteration": "x"}
-    assert load_model(write(tmp_path / "x.pt", content))[1] == {}
+    assert load_model(write(tmp_path / "x.pt", OWN | info | {"iteration": "x"}))[1] == {}
 
 
 class Bomb:
     """Unpickled by plain pickle it makes a file, by a shell command or by Python code."""
 
     def __init__(self, marker: Path, call: str):
-        self.marker, self.call = marker, call
+        self.reduced = (exec, (f"open({str(marker)!r}, 'w')",)) if call == "exec" else (os.system, (f"touch {marker}",))
 
     def __reduce__(self):
-        if self.call == "exec":
-            return exec, (f"open({str(self.marker)!r}, 'w')",)
-        return os.system, (f"touch {self.marker}",)
+        return self.reduced
 
 
 BOMBS = {
     "zip": to_bytes,
-    "legacy": lambda bomb: to_bytes(bomb, legacy=True),
+    "legacy": partial(to_bytes, legacy=True),
     "a weight": lambda bomb: to_bytes({"state_dict": {"decode_head.x": bomb}}),
     "metadata": lambda bomb: to_bytes({**released("upernet"), "meta": {"hook_msgs": [{"x": bomb}]}}),
     "legacy metadata": lambda bomb: to_bytes({"state_dict": {}, "meta": {"hook_msgs": [{"x": bomb}]}}, legacy=True),
@@ -514,52 +430,11 @@ def test_pickle_bombs(tmp_path, place, call):
     assert marker.exists()  # the bomb is a real one
     marker.unlink()
     path = write(tmp_path / "x.pth", BOMBS[place](bomb))
-    with pytest.raises(UserError) as caught:
+    assert outcome(path) is None
+    with pytest.raises(UserError, match=None if "pickle" in place else f"refused: it would run {call} "):
         load_weights(Segmenter(SMALL), path)
-    assert outcome(path) is None
     assert not marker.exists()
-    if "pickle" not in place:
-        assert f"refused: it would run {call} while loading" in str(caught.value)
 
-
-TERA = 10**12
-HEADER = json.dumps({"cls_token": {"dtype": "F32", "shape": [TERA], "data_offsets": [0, 4 * TERA]}}).encode()
-HUGE = {
-    "a safetensors header": struct.pack("<Q", TERA) + b'{"',
-    "a safetensors tensor": struct.pack("<Q", len(HEADER)) + HEADER,
-    "a storage": to_bytes({"adapter.x": torch.zeros(70_000)}, legacy=True).replace(
-        struct.pack("<i", 70_000), struct.pack("<i", 2**31 - 1)),
-    "a stride of 0": to_bytes({"adapter.x": torch.zeros(1).expand(TERA)}),
-    "a table": to_bytes(own_checkpoint(SMALL)["model"] | {TABLE: torch.zeros(1).expand(99_999**2 + 3, 2)}),
-    "a configuration": to_bytes(own_checkpoint(SMALL) | {"config": asdict(small_config(embed_dim=10**7))}),
-}
-
-
-@pytest.mark.parametrize("what", HUGE)
-def test_huge_claims(tmp_path, what):
-    """A small file that claims gigabytes or terabytes is refused before memory is filled."""
-    path = write(tmp_path / "x", HUGE[what])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert outcome(path) is None
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
-
-
-def test_absent_unreadable_and_ambiguous_files(tmp_path):
-    with pytest.raises(UserError, match="nowhere.pth: no such file"):
-        load_model(tmp_path / "nowhere.pth")
-    with pytest.raises(UserError, match="no such file"):
-        load_model(tmp_path)
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("a.pth", b"1")
-        archive.writestr("b.pth", b"2")
-    with pytest.raises(UserError, match="a zip archive with 2 checkpoints in it; unpack it and name one"):
-        load_model(write(tmp_path / "two.zip", buffer.getvalue()))
-    with pytest.raises(UserError, match="BEiT pre-training has no segmentation head"):
-        load_model(write(tmp_path / "beit.pth", {"model": beit()}))
-
-
-# ---- the command
 
 def command(*arguments) -> int:
     """`python weights.py ARGUMENTS` in this process; its exit status."""
@@ -567,14 +442,13 @@ def command(*arguments) -> int:
 
 
 def test_command_tells_what_a_file_is(tmp_path, capsys):
-    own = write(tmp_path / "own.pt", own_checkpoint(SMALL))
+    own = write(tmp_path / "own.pt", OWN)
     assert command(own) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert lines["sha256"] == hashlib.sha256(own.read_bytes()).hexdigest()
     assert lines["format"] == "own checkpoint" and lines["fits"] == "mask2former, custom size, window 64"
     assert lines["classes"] == "3 class 0, class 1, class 2" and lines["iteration"] == "12"
-    pretrained = write(tmp_path / "beit.pth", {"model": beit()})
-    assert command(pretrained) == 0
+    assert command(write(tmp_path / "beit.pth", {"model": beit()})) == 0
     printed = capsys.readouterr().out
     assert "BEiT pre-training" in printed and "a backbone of width 32 and depth 4" in printed
 
@@ -595,14 +469,16 @@ def test_command_converts(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("source", "option", "out", "message"), [
-    ("absent.pth", "--to", "out.pt", "absent.pth: no such file"),
-    ("damaged.pth", "--to", "out.pt", "truncated, damaged, or no checkpoint at all"),
-    ("beit.pth", "--to", "out.pt", "BEiT pre-training has no segmentation head; give it to train.py --pretrained"),
-    ("x.pth", "--to", "out.pt/out.pt", "out.pt cannot be used as a folder (File exists): mend it or name another"),
-    ("x.pth", "--to", "folder.pt2", "is a folder: name a file, in it or elsewhere"),
-    ("x.pth", "--export", "model.onnx", "it writes a program of torch.export; name it *.pt2"),
-    ("x.pth", "--export", "out.pt/a.pt2", "out.pt cannot be used as a folder (File exists): mend it or name another"),
-    ("x.pth", "--export", "folder.pt2", "is a folder: name a file, in it or elsewhere"),
+    ("absent.pth", "--to", "out.pt", "no such file"),
+    ("folder.pt2", "--to", "out.pt", "no such file"),
+    ("damaged.pth", "--to", "out.pt", "truncated, damaged, or no checkpoint"),
+    ("two.zip", "--to", "out.pt", "a zip archive with 2 checkpoints in it; unpack it and name one"),
+    ("beit.pth", "--to", "out.pt", "no segmentation head; give it to train.py --pretrained"),
+    ("x.pth", "--to", "out.pt/out.pt", "cannot be used as a folder"),
+    ("x.pth", "--to", "folder.pt2", "is a folder"),
+    ("x.pth", "--export", "model.onnx", "name it *.pt2"),
+    ("x.pth", "--export", "out.pt/a.pt2", "cannot be used as a folder"),
+    ("x.pth", "--export", "folder.pt2", "is a folder"),
 ])
 def test_command_refuses_in_one_line(tmp_path, capsys, monkeypatch, source, option, out, message):
     """Status 2 and one line, before the work begins; an older file at the destination is untouched."""
@@ -611,23 +487,15 @@ def test_command_refuses_in_one_line(tmp_path, capsys, monkeypatch, source, opti
     write(tmp_path / "beit.pth", {"model": beit()})
     write(tmp_path / "out.pt", b"an older file")
     (tmp_path / "folder.pt2").mkdir()
+    with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive:
+        archive.writestr("a.pth", b"1")
+        archive.writestr("b.pth", b"2")
     before = sorted(os.listdir(tmp_path))
     monkeypatch.setattr(weights, "export", lambda *_: pytest.fail("the work began"))
     assert command(tmp_path / source, option, tmp_path / out) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert (tmp_path / "out.pt").read_bytes() == b"an older file" and sorted(os.listdir(tmp_path)) == before
-
-
-def test_full_disk(tmp_path, capsys):
-    """The older file at the destination is untouched."""
-    source, out = write(tmp_path / "x.pth", released("upernet")), write(tmp_path / "out.pt", b"an older file")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # bytes a file; the kernel refuses the next one
-    status = command(source, "--to", out)
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert status == 2 and f"error: {out} cannot be written" in capsys.readouterr().err
-    assert out.read_bytes() == b"an older file" and sorted(os.listdir(tmp_path)) == ["out.pt", "x.pth"]
 
 
 # Another program: it finds PyTorch and nothing of ours.
@@ -644,12 +512,11 @@ print(json.loads(about["about.json"])["classes"])
 
 
 class OneLayer(torch.nn.Module):
-    """The least that `export` can write: a window, a class token, a layer with the operator."""
+    """The least that `export` can write: a window, and a layer with the operator."""
 
     def __init__(self):
         super().__init__()
-        self.config, self.backbone = SMALL, torch.nn.Module()
-        self.backbone.cls_token = torch.nn.Parameter(torch.zeros(1))
+        self.config = SMALL
         self.embed, self.layer = torch.nn.Conv2d(3, 16, 16, stride=16), msda_cuda.MSDeformAttn(16, 2, 1, 4)
 
     def forward(self, images):
@@ -666,7 +533,7 @@ def test_export(tmp_path, capsys, monkeypatch, name):
         model = OneLayer().eval()
         weights.export(model, out, {"classes": ["class 0", "class 1", "class 2"]})
     else:
-        source = write(tmp_path / "x.pt", own_checkpoint(small_config(name)))
+        source = write(tmp_path / "x.pt", own_checkpoint(replace(SMALL, head=name)))
         assert command(source, "--export", out) == 0 and f"exported    {out}" in capsys.readouterr().out
         model = load_model(source)[0]
     assert os.listdir(out.parent) == ["model.pt2"]
@@ -678,9 +545,8 @@ def test_export(tmp_path, capsys, monkeypatch, name):
     found = torch.load(out.parent / "scores.pt")
     with torch.no_grad():
         chosen = model(images)
-        with monkeypatch.context() as patch:
-            patch.setattr(msda_cuda.module, "ms_deform_attn", msda_cuda.ms_deform_attn_torch)
-            reference = [model(images[:count]) for count in (1, 2, 3)]
+        monkeypatch.setattr(msda_cuda.module, "ms_deform_attn", msda_cuda.ms_deform_attn_torch)
+        reference = [model(images[:count]) for count in (1, 2, 3)]
     assert all(map(torch.equal, found, reference))
     torch.testing.assert_close(found[2], chosen, rtol=0, atol=1e-5 * chosen.abs().max().item())
 
@@ -692,13 +558,10 @@ def test_command_line_from_a_shell(tmp_path):
     bomb = write(tmp_path / "x.pth", pickle.dumps(Bomb(tmp_path / "marker", "exec"), protocol=4))
     done = subprocess.run([sys.executable, ROOT / "weights.py", bomb], capture_output=True, text=True, check=False,
                           env={**os.environ, "TORCH_EXTENSIONS_DIR": str(cache)})
-    assert (done.returncode, done.stdout) == (2, "")
-    reason = "truncated, damaged, or no checkpoint at all? Download it again"
-    assert done.stderr == f"error: {bomb}: cannot be read (UnpicklingError): {reason}\n"
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(f"error: {bomb}: cannot be read (UnpicklingError): truncated")
     assert not (tmp_path / "marker").exists() and not list(cache.iterdir())
 
-
-# ---- the released models
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mask2former_base", "upernet_large", "mask2former_large"])

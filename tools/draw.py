@@ -1,6 +1,4 @@
-"""Labels as pictures: colours, overlays, legends, error maps and sheets of pictures.
-
-Everything here is NumPy and Pillow on uint8, so that training, prediction and the report draw alike.
+"""Labels as pictures: colours, overlays, legends, error maps and sheets; for training, prediction and the report alike.
 
 Reading order: colorize -> overlay -> error_map -> legend -> with_legend -> contact_sheet.
 
@@ -11,7 +9,7 @@ Shapes: H, W height and width in pixels; K classes. Images and pictures are uint
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 Picture = np.ndarray | Image.Image
 
@@ -20,33 +18,17 @@ HATCH_LIGHT, HATCH_DARK = (205, 205, 208), (138, 138, 142)
 RIGHT, WRONG = (225, 228, 232), (214, 40, 57)
 
 
-# ---------------------------------------------------------------------------------------------------- labels
-
-
 def colorize(labels: np.ndarray, palette: np.ndarray, ignore_index: int = 255) -> np.ndarray:
-    """The label map in its classes' colours, ignored pixels hatched in gray.
-
-    Args:
-        labels: (H, W) class indices or `ignore_index`.
-        palette: (K, 3) uint8 colours.
-    Returns:
-        uint8 (H, W, 3).
-    Raises:
-        IndexError: a label has no colour in the palette.
-    """
+    """The labels in their classes' colours, ignored pixels hatched. Raises IndexError for a label without a colour."""
     ignored = labels == ignore_index
-    picture = np.asarray(palette, np.uint8)[np.where(ignored, 0, labels)]
+    picture = palette[np.where(ignored, 0, labels)]
     picture[ignored] = hatch(labels.shape)[ignored]
     return picture
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, palette: np.ndarray, opacity: float = 0.6,
             ignore_index: int = 255) -> np.ndarray:
-    """The photograph under its labels: colours at `opacity`, class borders drawn, ignored pixels hatched.
-
-    Where the photograph's brightness varies, the colour's does too, so texture stays visible beneath the labels.
-    Returns uint8 (H, W, 3).
-    """
+    """The photograph under its labels: colours at `opacity` in 0 ... 1, white class borders, ignored pixels hatched."""
     colors = Image.fromarray(colorize(labels, palette, ignore_index))
     picture = np.array(Image.blend(Image.fromarray(image), colors, opacity))  # uint8 throughout, for large pictures
     picture[boundaries(labels, thickness=line_width(labels.shape))] = 255
@@ -89,9 +71,6 @@ def line_width(shape: tuple[int, int]) -> int:
     return max(1, round(max(shape) / 700))
 
 
-# --------------------------------------------------------------------------------------------------- legends
-
-
 def legend(classes: Sequence[str], palette: np.ndarray, width: int, present: Sequence[int] | None = None,
            shares: Sequence[float] | None = None, ignored: bool = False) -> Image.Image:
     """Swatches and names in as many columns as fit `width` pixels.
@@ -99,7 +78,7 @@ def legend(classes: Sequence[str], palette: np.ndarray, width: int, present: Seq
     Args:
         classes: the K names.
         present: the class indices to list, in this order; None lists all K.
-        shares: the fraction of the picture that each listed class covers, printed behind its name.
+        shares: the fraction of the picture that each listed class covers, in gray behind its name.
         ignored: add a hatched swatch for the pixels without a class.
     """
     entries = [(classes[k], tuple(map(int, palette[k]))) for k in (range(len(classes)) if present is None else present)]
@@ -119,19 +98,13 @@ def legend(classes: Sequence[str], palette: np.ndarray, width: int, present: Seq
         x = gap + position // rows * column  # read down the columns, as in a book's index
         y = gap // 2 + position % rows * line
         name = shorten(name, font, column - indent - note_width - gap / 2)
-        draw_swatch(picture, (x, y + (line - size) // 2, size), color)
+        swatch = (x, y + (line - size) // 2)
+        if color is None:
+            picture.paste(Image.fromarray(hatch((size, size))), swatch)
+        pen.rectangle((*swatch, swatch[0] + size - 1, swatch[1] + size - 1), fill=color, outline=FAINT_INK)
         pen.text((x + indent - size * 0.4, y + line / 2), name, INK, font, anchor="lm")
         pen.text((x + indent + font.getlength(name), y + line / 2), note, FAINT_INK, font, anchor="lm")
     return picture
-
-
-def draw_swatch(picture: Image.Image, box: tuple[int, int, int], color: tuple[int, int, int] | None) -> None:
-    """A filled square with a thin outline at (x, y, side) of the picture; no colour means hatched."""
-    x, y, side = box
-    if color is None:
-        picture.paste(Image.fromarray(hatch((side, side))), (x, y))
-    pen = ImageDraw.Draw(picture)
-    pen.rectangle((x, y, x + side - 1, y + side - 1), fill=color, outline=FAINT_INK)
 
 
 def with_legend(picture: Picture, labels: np.ndarray, classes: Sequence[str], palette: np.ndarray,
@@ -143,9 +116,6 @@ def with_legend(picture: Picture, labels: np.ndarray, classes: Sequence[str], pa
     shares = [areas[k] / labels.size for k in present]
     key = legend(classes, palette, max(picture.width, 240), present, shares, bool((labels == ignore_index).any()))
     return stack([picture, key])
-
-
-# ------------------------------------------------------------------------------------------ several pictures
 
 
 def with_caption(picture: Picture, caption: str, size: int | None = None) -> Image.Image:
@@ -169,12 +139,12 @@ def contact_sheet(rows: Sequence[Sequence[Picture]], captions: Sequence[str] = (
     font = ImageFont.load_default(text_size(max(max(widths), sum(widths) // 2)))
     head = round(1.9 * font.size) if captions else 0
     sheet = Image.new("RGB", (lefts[-1] + widths[-1] + gap, head + len(rows) * (height + gap) + gap), PAPER)
-    for left, width, caption in zip(lefts, widths, captions, strict=False):
-        text = shorten(caption, font, width)
-        ImageDraw.Draw(sheet).text((left, gap + head / 2), text, INK, font, anchor="lm")
+    for left, width, text in zip(lefts, widths, captions, strict=False):
+        ImageDraw.Draw(sheet).text((left, gap + head / 2), shorten(text, font, width), INK, font, anchor="lm")
     for index, row in enumerate(rows):
         for left, width, picture in zip(lefts, widths, row, strict=False):
-            sheet.paste(fit(picture, (width, height)), (left, head + gap + index * (height + gap)))
+            fitted = ImageOps.contain(picture, (width, height), Image.Resampling.LANCZOS)
+            sheet.paste(fitted, (left, head + gap + index * (height + gap)))
     return sheet
 
 
@@ -186,15 +156,6 @@ def stack(pictures: Sequence[Image.Image]) -> Image.Image:
         sheet.paste(picture, (0, top))
         top += picture.height
     return sheet
-
-
-def fit(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The picture scaled into (width, height) with its aspect kept, on paper."""
-    scale = min(size[0] / picture.width, size[1] / picture.height)
-    inner = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    cell = Image.new("RGB", size, PAPER)
-    cell.paste(picture if inner == picture.size else picture.resize(inner, Image.Resampling.LANCZOS))
-    return cell
 
 
 def to_image(picture: Picture) -> Image.Image:
@@ -216,8 +177,8 @@ def percent(share: float) -> str:
 
 def shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     """The text, cut with dots where it is longer than `width` pixels."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
+    if font.getlength(text) > width:
+        while text and font.getlength(text + "...") > width:
+            text = text[:-1]
+        text += "..."
+    return text

@@ -1,6 +1,6 @@
 """What Mask2Former answers for a picture, query by query, and where one attention looks: `predict.py --explain`.
 
-Reading order: explain -> last_answers -> query_sheet -> sampling_picture -> central_window.
+Reading order: explain -> query_sheet -> sampling_picture -> central_window.
 
 Shapes: K classes, Q queries, w side of the window; of an attention M heads, L levels, P points of a level. Pictures and
 images are uint8 (H, W, 3) RGB.
@@ -11,11 +11,11 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 import data
+from adapter import resize
 from model import PATCH, Segmenter
 from msda_cuda import MSDeformAttn, ms_deform_attn
 from tools import draw
@@ -26,11 +26,11 @@ LEVEL_COLORS = np.uint8([[255, 196, 0], [0, 190, 255], [255, 70, 150]])  # strid
 
 @torch.no_grad()
 def explain(model: Segmenter, image: np.ndarray, classes: Sequence[str], number: int = 12) -> Image.Image:
-    """A sheet for the central window of a picture.
+    """A sheet for the central window of a picture: above queries, below samples.
 
-    Above: the `number` queries with the highest score, which is the probability of their class times the mean
-    probability inside their mask. Below: the last injector, from the patches where the first four queries are surest:
-    every dot is a place that a patch samples from the convolutional pyramid, larger the more weight it has.
+    The `number` queries have the highest score: the probability of their class times the mean probability inside their
+    mask. The dots are the places that four patches sample from the convolutional pyramid in the last injector, larger
+    the more weight they have; the patches are those where the first four queries are surest.
     """
     window, device = model.config.window, next(model.parameters()).device
     pixels = torch.from_numpy(central_window(image, window)).permute(2, 0, 1)[None]  # (w, w, 3) -> (1, 3, w, w)
@@ -41,11 +41,12 @@ def explain(model: Segmenter, image: np.ndarray, classes: Sequence[str], number:
         return ms_deform_attn(value, shapes, locations, weights)
 
     with patch(f"{MSDeformAttn.__module__}.ms_deform_attn", record):
-        class_logits, mask_logits = last_answers(model, data.normalize(pixels.to(device)))
+        class_logits, mask_embeds, mask_features = model.head(model.features(data.normalize(pixels.to(device))))
     patches = (window // PATCH) ** 2  # only injectors ask for patches
     points, weights = next(call for call in reversed(calls) if len(call[0]) == patches)
-    masks = F.interpolate(mask_logits[None], (CELL, CELL), mode="bilinear", align_corners=False)[0].sigmoid()
-    chance, category = class_logits.softmax(-1)[:, :-1].max(-1)  # the last class is "no object"
+    mask_logits = torch.einsum("bqc,bchw->bqhw", mask_embeds[-1], mask_features)  # of the last decoder layer
+    masks = resize(mask_logits, (CELL, CELL))[0].sigmoid()  # (Q, CELL, CELL)
+    chance, category = class_logits[-1, 0].softmax(-1)[:, :-1].max(-1)  # the last class is "no object"
     inside = masks > 0.5
     score = chance * (masks * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
     best = score.argsort(descending=True)[:number].tolist()
@@ -60,30 +61,22 @@ def explain(model: Segmenter, image: np.ndarray, classes: Sequence[str], number:
     ])
 
 
-def last_answers(model: Segmenter, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """The last decoder layer's class logits (Q, K + 1) and mask logits (Q, w/4, w/4) for one window (1, 3, w, w)."""
-    class_logits, mask_embeds, mask_features = model.head(model.features(pixels))
-    return class_logits[-1, 0], torch.einsum("qc,chw->qhw", mask_embeds[-1, 0], mask_features[0])
-
-
-def query_sheet(picture: np.ndarray, masks: np.ndarray, captions: Sequence[str], columns: int = 4) -> Image.Image:
-    """The picture once for each query, dim and gray where its mask (same height and width) says no, with a caption."""
+def query_sheet(picture: np.ndarray, masks: np.ndarray, captions: Sequence[str]) -> Image.Image:
+    """The picture once for each query, dim and gray where its mask (of the same size) says no, with a caption."""
     dim = 0.35 * picture.mean(-1, keepdims=True)
     cells = []
     for mask, caption in zip(masks, captions, strict=True):
         lit = (dim + (picture - dim) * mask[..., None]).astype(np.uint8)
         lit[draw.boundaries(mask > 0.5)] = 255
         cells.append(draw.with_caption(lit, caption, CAPTION))
-    return draw.contact_sheet([cells[i : i + columns] for i in range(0, len(cells), columns)])
+    return draw.contact_sheet([cells[i : i + 4] for i in range(0, len(cells), 4)])
 
 
 def sampling_picture(image: np.ndarray, places: np.ndarray, points: np.ndarray, weights: np.ndarray) -> Image.Image:
-    """The square picture with, for the patch at each place, a cross and the points that it samples.
+    """The square picture with a cross for the patch at each place (x, y) and the points that the patch samples.
 
-    Args:
-        places: (x, y) in 0 ... 1, one a row.
-        points (Q, M, L, P, 2), weights (Q, M, L, P): where the M heads of each of a square grid of Q patches look, as
-            (x, y) in 0 ... 1, and how much each of P points in L levels counts.
+    The points (Q, M, L, P, 2) and their weights (Q, M, L, P) are those of a square grid of Q patches; places and points
+    are (x, y) in 0 ... 1.
     """
     side, grid = len(image), round(len(points) ** 0.5)
     picture = draw.to_image((image * 0.6).astype(np.uint8))

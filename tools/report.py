@@ -3,10 +3,8 @@
     python -m tools.report                    the newest run, its best checkpoint, single-scale
     python -m tools.report camvid --ms        the run runs/camvid, multi-scale with flips
 
-Reading order: main -> write_report -> page, which puts together curves, class_bars, confusion_picture and examples.
-
-Charts are inline SVG that take their colours from the page's style sheet; numbers show when a mark is pointed at or
-touched, by SVG titles and style rules, so the page needs no script and no network.
+Reading order: main -> write_report -> fill_page, which fills report.html with curves, class_bars, confusion_picture
+and examples. Charts are inline SVG that needs no script; a mark shows its numbers when it is pointed at or touched.
 
 Shapes: K classes; labels and predictions are uint8 (H, W), a confusion matrix is int64 (K, K).
 """
@@ -21,6 +19,7 @@ import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from string import Template
 
 import numpy as np
 import torch
@@ -36,37 +35,41 @@ from tools import draw
 SHOWN = 12  # worst images, and as many typical ones
 COLUMNS = ("image", "labels", "prediction", "errors")
 FEW = 16  # classes whose bars stand beside the confusion matrix on a wide page
-STYLE = Path(__file__).with_name("report.css")
+CURVES = (("train", "loss", "training loss", ""), ("validation", "mIoU", "validation mIoU, %", " %"),
+          ("validation", "aAcc", "validation pixel accuracy, %", " %"), ("train", "lr", "learning rate", ""))
 
 
-# ------------------------------------------------------------------------------------------------------ charts
+def curves(log: Sequence[dict]) -> str:
+    """A chart of each of CURVES, from the lines of log.jsonl."""
+    charts = []
+    for kind, key, title, unit in CURVES:
+        points = [(line["iteration"], line[key] * (100 if unit else 1)) for line in log
+                  if line.get("kind") == kind and key in line]
+        if len(points) > 1:
+            charts.append(curve(points, title, unit))
+    return f'<div class="columns">{"".join(charts)}</div>' if charts else "<p>The log has no curve yet.</p>"
 
 
 def curve(points: Sequence[tuple[int, float]], title: str, unit: str = "") -> str:
     """A line chart of (iteration, value) pairs; of more than 400, the means of 400 stretches."""
-    if len(points) < 2:
-        return ""
     stretches = np.array_split(np.float64(points), min(len(points), 400))
     x, y = np.array([stretch.mean(0) for stretch in stretches]).T
     left, top, width, height = 48, 26, 300, 150
-    marks = ticks(min(0.0, float(y.min())), float(y.max()))
-
-    def vertical(value: float | np.ndarray) -> float | np.ndarray:
-        return top + height * (marks[-1] - value) / (marks[-1] - marks[0])
-
-    places = np.stack([left + width * (x - x[0]) / max(x[-1] - x[0], 1), vertical(y)], 1)
-    path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+    marks = ticks(min(0.0, y.min()), y.max())
+    columns = left + width * (x - x[0]) / max(x[-1] - x[0], 1)
+    rows, lines = (top + height * (marks[-1] - values) / (marks[-1] - marks[0]) for values in (y, marks))
     grid = "".join(
-        f'<line class="grid" x1="{left}" x2="{left + width}" y1="{vertical(value):.1f}" y2="{vertical(value):.1f}"/>'
-        f'<text class="note" x="{left - 5}" y="{vertical(value) + 4:.1f}" text-anchor="end">{tick(value)}</text>'
-        for value in marks
+        f'<line class="grid" x1="{left}" x2="{left + width}" y1="{row:.1f}" y2="{row:.1f}"/>'
+        f'<text class="note" x="{left - 5}" y="{row + 4:.1f}" text-anchor="end">{tick(value)}</text>'
+        for row, value in zip(lines, marks, strict=True)
     )
+    path = " ".join(f"{column:.1f},{row:.1f}" for column, row in zip(columns, rows, strict=True))
     dots = "".join(
-        f'<circle class="mark" cx="{a:.1f}" cy="{b:.1f}" r="{2.5 if len(x) < 60 else 1}">'
-        f"<title>iteration {i:.0f}: {v:.4g}{unit}</title></circle>"
-        for (a, b), i, v in zip(places, x, y, strict=True)
+        f'<circle class="mark" cx="{column:.1f}" cy="{row:.1f}" r="{2.5 if len(x) < 60 else 1}">'
+        f"<title>iteration {iteration:.0f}: {value:.4g}{unit}</title></circle>"
+        for column, row, iteration, value in zip(columns, rows, x, y, strict=True)
     )
-    return (f'<svg viewBox="0 0 360 200"><text x="0" y="13">{html.escape(title)}</text>{grid}'
+    return (f'<svg viewBox="0 0 360 200"><text x="0" y="13">{title}</text>{grid}'
             f'<polyline class="curve" points="{path}"/>{dots}<text class="note" x="{left}" y="192">{x[0]:.0f}</text>'
             f'<text class="note" x="{left + width}" y="192" text-anchor="end">{x[-1]:.0f} iterations</text></svg>')
 
@@ -79,24 +82,9 @@ def ticks(low: float, high: float) -> np.ndarray:
 
 
 def tick(value: float) -> str:
-    """A number short enough for an axis."""
-    return f"{value:.3g}" if value == 0 or abs(value) >= 0.01 else f"{value:.0e}".replace("e-0", "e-")
-
-
-def curves(log: Sequence[dict]) -> str:
-    """Loss, learning rate, and the validation's mIoU and pixel accuracy, from the lines of log.jsonl."""
-    charts = [
-        curve(points_of(log, "train", "loss"), "training loss"),
-        curve(points_of(log, "validation", "mIoU", 100), "validation mIoU, %", " %"),
-        curve(points_of(log, "validation", "aAcc", 100), "validation pixel accuracy, %", " %"),
-        curve(points_of(log, "train", "lr"), "learning rate"),
-    ]
-    return f'<div class="columns">{"".join(charts)}</div>' if any(charts) else "<p>The log has no curve yet.</p>"
-
-
-def points_of(log: Sequence[dict], kind: str, key: str, scale: float = 1) -> list[tuple[int, float]]:
-    """(iteration, value of `key`) of the log's lines of this kind."""
-    return [(line["iteration"], scale * line[key]) for line in log if line.get("kind") == kind and key in line]
+    """A number short enough for an axis: 0.25, 2e-4."""
+    small = 0 < abs(value) < 0.01
+    return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-") if small else f"{value:.3g}"
 
 
 def class_bars(result: evaluate.Metrics, info: data.DatasetInfo) -> str:
@@ -109,7 +97,7 @@ def class_bars(result: evaluate.Metrics, info: data.DatasetInfo) -> str:
         rows.append(
             f'<svg viewBox="0 0 360 18"><title>{html.escape(name)}: IoU {iou}, accuracy '
             f"{evaluate.in_percent(result.accuracy[k])}, {share} of pixels</title>"
-            f'<rect x="0" y="3" width="11" height="11" fill="{color(info.palette[k])}"/>'
+            f'<rect x="0" y="3" width="11" height="11" fill="#{info.palette[k].tobytes().hex()}"/>'
             f'<text x="17" y="13">{html.escape(name[:16])}</text>'
             f'<rect class="mark" x="118" y="3" width="{length:.1f}" height="11"/>'
             f'<text x="{123 + length:.1f}" y="13">{iou}</text></svg>'
@@ -117,16 +105,8 @@ def class_bars(result: evaluate.Metrics, info: data.DatasetInfo) -> str:
     return f'<div class="bars">{"".join(rows)}</div>'
 
 
-def color(rgb: np.ndarray) -> str:
-    """A CSS colour."""
-    return "#" + "".join(f"{int(v):02x}" for v in rgb)
-
-
 def confusion_picture(confusion: np.ndarray, classes: Sequence[str]) -> str:
-    """The matrix with one square for each pair that occurs, the stronger the larger its share of the row's pixels.
-
-    Rows are labels, columns predictions. A square that is pointed at or touched shows its number.
-    """
+    """One square for each pair of label (row) and prediction (column), the stronger the larger its share of the row."""
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     side, left, top, note = 18, 98, 76, 290  # pixels; the widest number and its words are `note` wide
     extent = side * len(classes)
@@ -144,18 +124,15 @@ def confusion_picture(confusion: np.ndarray, classes: Sequence[str]) -> str:
         f'<text transform="translate({left + side * k + 13} {top - 5}) rotate(-60)">{html.escape(name[:13])}</text>'
         for k, name in enumerate(classes)
     )
-    frame = f'<rect class="grid" x="{left - 1}" y="{top - 1}" width="{extent + 1}" height="{extent + 1}" fill="none"/>'
     return (f'<div class="wide"><svg viewBox="0 0 {width} {height}" style="min-width: {round(0.9 * width)}px; '
-            f'max-width: {round(1.5 * width)}px">{frame}{names}{cells}</svg></div>')
-
-
-# ---------------------------------------------------------------------------------------------------- examples
+            f'max-width: {round(1.5 * width)}px"><rect class="grid" x="{left - 1}" y="{top - 1}" width="{extent + 1}" '
+            f'height="{extent + 1}" fill="none"/>{names}{cells}</svg></div>')
 
 
 def image_score(confusion: Tensor) -> float:
     """Mean IoU over the classes of one image's labels, from its confusion matrix; NaN for an image without any."""
     result = evaluate.metrics(confusion)
-    return evaluate.nan_mean(result.iou[result.pixels > 0])
+    return torch.from_numpy(result.iou[result.pixels > 0]).mean().item()
 
 
 def choose_examples(scores: Sequence[float], number: int = SHOWN) -> tuple[list[int], list[int]]:
@@ -191,84 +168,66 @@ def embedded(picture: draw.Picture, side: int = 420) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-# ---------------------------------------------------------------------------------------------------- the page
-
-
 def find(name: str) -> Path:
     """The folder of the run of that name or path, "" for the newest run. Raises UserError if it has no best.pt."""
-    folders = [Path(name), RUNS / name] if name else runs_like("*")
-    found = next((folder for folder in folders if (folder / "best.pt").is_file()), None)
-    if found is None:
-        names = ", ".join(folder.name for folder in runs_like("*")) or "none"
-        raise UserError(f"no {RUNS / (name or '*') / 'best.pt'} to report on: name a run that has been validated; "
-                       f"in {RUNS}/: {names}")
-    return found
+    for folder in [Path(name), RUNS / name] if name else runs_like("*"):
+        if (folder / "best.pt").is_file():
+            return folder
+    names = ", ".join(folder.name for folder in runs_like("*")) or "none"
+    raise UserError(f"no {RUNS / (name or '*') / 'best.pt'} to report on: name a run that has been validated; "
+                    f"in {RUNS}/: {names}")
 
 
 def write_report(folder: Path, options: argparse.Namespace) -> Path:
     """Evaluate the run's best checkpoint and write folder/report/index.html, whole or not at all. Returns its path."""
     device = common.choose_device(options.device)
     common.allow_tf32(options.tf32)
-    config, log, checkpoint = read_config(folder), read_log(folder / "log.jsonl"), folder / "best.pt"
-    dataset, model, facts = evaluate.load_with_data(checkpoint, options.data, "val")
+    config, log = read_config(folder), read_log(folder / "log.jsonl")
+    dataset, model, facts = evaluate.load_with_data(folder / "best.pt", options.data, "val")
     path = folder / "report" / "index.html"
     common.check_file(path, "the report")
     scores: list[float] = []
     predictions: list[bytes] = []
 
     def keep(index: int, prediction: np.ndarray) -> None:
-        counts = evaluate.confusion_matrix(torch.from_numpy(prediction), torch.from_numpy(dataset.labels(index)),
-                                           model.config.num_classes)
-        scores.append(image_score(counts))
+        arrays = torch.from_numpy(prediction), torch.from_numpy(dataset.labels(index))
+        scores.append(image_score(evaluate.confusion_matrix(*arrays, model.config.num_classes)))
         predictions.append(zlib.compress(prediction, 1))  # some kilobytes: all of a validation fit in memory
 
     confusion = evaluate.evaluate(model.to(device), dataset, multi_scale=options.ms, device=device, save=keep,
                                   limit=options.limit, window_batch=options.window_batch, amp=options.amp,
                                   fast=options.fast)
     worst, typical = ("".join(examples(dataset, chosen, scores, predictions)) for chosen in choose_examples(scores))
-    about = [dataset.info.name, f"{len(scores)} validation images",
-             "multi-scale + flip" if options.ms else "single-scale", f"iteration {facts.get('iteration')}"]
-    text = page(folder.name, ", ".join(about), config, log, dataset.info, confusion.cpu(), worst, typical)
-    common.write_whole(path, lambda file: file.write(text.encode()))
+    about = (f"{dataset.info.name}, {len(scores)} validation images, "
+             f"{'multi-scale + flip' if options.ms else 'single-scale'}, iteration {facts.get('iteration')}")
+    page = fill_page(config, dataset.info, confusion, name=html.escape(folder.name), about=html.escape(about),
+                     curves=curves(log), worst=worst, typical=typical)
+    common.write_whole(path, lambda file: file.write(page.encode()))
     return path
 
 
-def page(name: str, about: str, config: dict, log: Sequence[dict], info: data.DatasetInfo, confusion: Tensor,
-         worst: str, typical: str) -> str:
-    """The whole document."""
+def fill_page(config: dict, info: data.DatasetInfo, confusion: Tensor, **parts: str) -> str:
+    """report.html with `parts` and all that follows from the run's config.json and its confusion matrix."""
     result = evaluate.metrics(confusion)
     means = {"mIoU": result.mean_iou, "pixel accuracy": result.all_accuracy, "mean accuracy": result.mean_accuracy}
-    headline = "".join(f"<div><b>{evaluate.in_percent(mean)}</b>{what}</div>" for what, mean in means.items())
     environment = config.get("environment", {})
-    command_line = shlex.join(map(str, environment.get("command", ()))).replace(" --", " \\\n    --") or "not recorded"
+    command = shlex.join(map(str, environment.pop("command", ()))).replace(" --", " \\\n    --") or "not recorded"
     options = {key: value for key, value in config.items() if key not in ("environment", "classes", "model")}
-    surroundings = {key: value for key, value in environment.items() if key != "command"}
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(name)}</title><link rel="icon" href="data:,"><style>
-{STYLE.read_text()}</style></head><body>
-<h1>{html.escape(name)}</h1><p class="faint">{html.escape(about)}</p>
-<div class="numbers">{headline}</div>
-<h2>Learning curves</h2>{curves(log)}
-<div class="{"columns" if len(info.classes) <= FEW else ""}">
-<section><h2>IoU per class, %</h2>{class_bars(result, info)}</section>
-<section><h2>Confusion</h2><p class="faint small">Rows: labels. Columns: predictions. Stronger: a larger share of the
-row. Point at a square for its number.</p>{confusion_picture(confusion.numpy(), info.classes)}</section></div>
-<h2>Worst images</h2><p class="faint small">Errors are red, hatched pixels are not judged. IoU: mean over the classes in
-the image's labels.</p>{legend(info)}{worst}
-<h2>Typical images</h2><p class="faint small">Those around the median.</p>{typical}
-<h2>How it was made</h2><pre>{html.escape(command_line)}</pre>
-<div class="thirds small">{value_table("Options", options)}{value_table("Model", config.get("model", {}))}
-{value_table("Environment", surroundings)}</div>
-</body></html>
-"""
-
-
-def legend(info: data.DatasetInfo) -> str:
-    """The classes with their colours."""
-    entries = zip(info.classes, info.palette, strict=True)
-    return '<ul class="legend small">' + "".join(
-        f'<li><i style="background: {color(rgb)}"></i>{html.escape(name)}</li>' for name, rgb in entries) + "</ul>"
+    here = Path(__file__)
+    return Template(here.with_name("report.html").read_text()).substitute(
+        parts,
+        style=here.with_name("report.css").read_text(),
+        headline="".join(f"<div><b>{evaluate.in_percent(mean)}</b>{name}</div>" for name, mean in means.items()),
+        layout="columns" if len(info.classes) <= FEW else "",
+        bars=class_bars(result, info),
+        confusion=confusion_picture(confusion.cpu().numpy(), info.classes),
+        legend="".join(f'<li><i style="background: #{rgb.tobytes().hex()}"></i>{html.escape(name)}</li>'
+                       for name, rgb in zip(info.classes, info.palette, strict=True)),
+        command=html.escape(command),
+        options=value_table("Options", options),
+        model=value_table("Model", config.get("model", {})),
+        environment=value_table("Environment", environment),
+    )
 
 
 def value_table(title: str, values: dict) -> str:

@@ -1,26 +1,26 @@
 """The built-in toy data: little landscapes, drawn by a program, with a label for each pixel.
 
-Reading order: make_toy -> draw_scene -> the stuff (sky, grass, water, road), then the things (house, tree, crate,
-ball, pole, sign).
+Reading order: make_toy -> draw_scene -> draw_sky to draw_road (the stuff) -> draw_house to draw_sign (the things).
 
 Every shape is a signed distance in pixels (negative inside): it gives the soft edge of the picture, the label and the
 unlabelled seam between the two. Colours vary so much that a model needs shape, place and texture too: trees and grass
-are both green, water and sky both blue, crates and houses both brown.
+are green, water and sky blue, crates and houses brown.
 
-Shapes: H, W height and width. Pictures are float32 (H, W, 3), 0..255, until they are written as JPEG.
+Shapes: H, W height and width. Pictures are float32 (H, W, 3), 0..255, until they are written as JPEG. A thing stands at
+x on the ground at y, and is about `size` pixels high.
 """
 
 import colorsys
 import json
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-import common
-from common import UserError
+from common import UserError, in_parallel, new_folder
 from data import IGNORE, save_labels, write_split
 
 CLASSES = ("sky", "grass", "road", "water", "house", "tree", "crate", "ball", "pole", "sign")
@@ -31,60 +31,47 @@ VERSION = 1  # of the drawings: raise it when a scene changes
 Range = tuple[float, float]
 
 
-def make_toy(root: str | Path = "data/toy", train: int = 400, val: int = 60, size: tuple[int, int] = (192, 256),
+def make_toy(root: str | Path = "data/toy", train: int = 400, val: int = 60, size: Sequence[int] = (192, 256),
              seed: int = 0) -> Path:
     """Draw the data set as a plain folder, or keep the one that is there; returns its root.
 
     The pictures depend on seed and size alone: image i of a split is the same however many are asked for. A run cut
-    short leaves nothing at `root`, for all is drawn beside it and renamed. Raises UserError where `root` holds
-    something else.
+    short leaves nothing at `root`. Raises UserError where `root` holds something else.
     """
     root = Path(root)
     made_by = {"version": VERSION, "train": train, "val": val, "size": list(size), "seed": seed}
     if min(train, val) < 1 or min(size) < 64 or seed < 0:
         raise UserError(f"toy data need a picture a split, 64 pixels a side and a seed of 0 or more, not {made_by}")
-    if _is_made_by(root, made_by):
-        return root
-    jobs = [(seed, number, i, size) for number, count in enumerate((train, val)) for i in range(count)]
-    info = {"name": "toy", "classes": CLASSES, "palette": PALETTE, "ignore_index": IGNORE, "made_by": made_by}
-    try:
-        with common.new_folder(root) as draft:
-            (draft / "images").mkdir()
-            draw = partial(_draw_pair, draft)
-            names = list(common.in_parallel(draw, jobs, os.cpu_count() or 1, f"drawing {root}"))
-            write_split(draft / "train.txt", names[:train])
-            write_split(draft / "val.txt", names[train:])
-            (draft / "dataset.json").write_text(json.dumps(info) + "\n")
-    except OSError:  # another process was quicker (torchrun starts several)
-        if not _is_made_by(root, made_by):
-            raise
-    return root
-
-
-def _is_made_by(root: Path, made_by: dict) -> bool:
-    """Whether the wanted data are there. Raises UserError if other files are."""
     if not root.exists():
-        return False
+        jobs = [(seed, number, i, size) for number, count in enumerate((train, val)) for i in range(count)]
+        info = {"name": "toy", "classes": CLASSES, "palette": PALETTE, "ignore_index": IGNORE, "made_by": made_by}
+        try:
+            with new_folder(root) as draft:
+                (draft / "images").mkdir()
+                names = list(in_parallel(partial(_draw_pair, draft), jobs, os.cpu_count() or 1, f"drawing {root}"))
+                write_split(draft / "train.txt", names[:train])
+                write_split(draft / "val.txt", names[train:])
+                (draft / "dataset.json").write_text(json.dumps(info) + "\n")
+        except OSError:
+            if not root.exists():  # else another process was quicker (torchrun starts several)
+                raise
     try:
         found = json.loads((root / "dataset.json").read_text())["made_by"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{root} exists and was not drawn here: choose another folder or remove it") from None
+        found = "other files"
     if found != made_by:
-        raise UserError(f"{root} holds toy data made with {found}, not {made_by}: choose another folder or remove it")
-    return True
+        raise UserError(f"{root} holds {found}, not toy data of {made_by}: choose another folder or remove it")
+    return root
 
 
 def _draw_pair(root: Path, job: tuple[int, int, int, tuple[int, int]]) -> str:
-    """Draw and write images/NAME.jpg and labels/NAME.png, the latter with the palette so that any viewer shows it."""
+    """Draw and write images/NAME.jpg and labels/NAME.png, the latter with a palette for viewers."""
     seed, split, i, size = job
     name = f"{('train', 'val')[split]}_{i:04}"
     image, labels = draw_scene(np.random.default_rng((seed, split, i)), size)
     Image.fromarray(image).save(root / "images" / f"{name}.jpg", quality=92)
     save_labels(labels, root / "labels" / f"{name}.png", PALETTE)
     return name
-
-
-# ------------------------------------------------------------------------------------------- distances and noise
 
 
 class Scene:
@@ -97,14 +84,14 @@ class Scene:
         self.labels = np.zeros(size, np.uint8)
         self.horizon = size[0] * rng.uniform(0.3, 0.5)
 
-    def paint(self, distance: np.ndarray, texture: np.ndarray, label: int | None, seam: float = 1.0) -> None:
-        """Lay a texture over the inside of a shape; pixels nearer to its outline than `seam` become unlabelled."""
-        here = bounding_box(distance < seam)
+    def paint(self, distance: np.ndarray, texture: np.ndarray, label: int | None) -> None:
+        """Lay a texture over the inside of a shape; pixels nearer to its outline than 1 become unlabelled."""
+        here = bounding_box(distance < 1)
         opacity = (0.5 - distance[here]).clip(0, 1)[..., None]
         self.image[here] += opacity * (np.broadcast_to(texture, self.image.shape)[here] - self.image[here])
         if label is not None:
             self.labels[here][distance[here] < 0] = label
-            self.labels[here][abs(distance[here]) < seam] = IGNORE
+            self.labels[here][abs(distance[here]) < 1] = IGNORE
 
     def shade(self, x: float, y: float, radius: float) -> None:
         """A soft shadow on the ground."""
@@ -138,7 +125,7 @@ class Scene:
 
 
 def bounding_box(mask: np.ndarray) -> tuple[slice, slice]:
-    """The rows and columns that hold all of the mask: to draw a small thing without touching the whole picture."""
+    """The rows and columns that hold all of the mask: a small thing is drawn without touching the whole picture."""
     left, top, right, bottom = Image.fromarray(mask.view(np.uint8)).getbbox() or (0, 0, 0, 0)
     return np.s_[top:bottom, left:right]
 
@@ -146,9 +133,6 @@ def bounding_box(mask: np.ndarray) -> tuple[slice, slice]:
 def mix(below: np.ndarray, above: np.ndarray, share: np.ndarray) -> np.ndarray:
     """Blend two textures or colours by a share of 0..1, (H, W, 1)."""
     return below + (above - below) * share
-
-
-# --------------------------------------------------------------------------------------------------------- stuff
 
 
 def draw_scene(rng: np.random.Generator, size: tuple[int, int] = (192, 256)) -> tuple[np.ndarray, np.ndarray]:
@@ -213,9 +197,6 @@ def draw_road(scene: Scene) -> None:
     middle = abs(scene.x - start - (end - start) * near) - 0.012 * near * width
     dashes = np.sin(26 * np.log(near.clip(0.01) + 0.1)) * 4
     scene.paint(np.maximum(np.maximum(middle, dashes), 0.03 - near), np.float32([235, 230, 205]), None)
-
-
-# --------------------------------------------------------------------------- things: at x, standing on y, of a size
 
 
 def draw_house(scene: Scene, x: float, y: float, size: float) -> None:

@@ -26,8 +26,6 @@ LAYOUTS = {  # processes, images in each at once, accumulation
     "two processes": (2, 2, 1), "two, one image each, accumulated": (2, 1, 2),
 }
 
-# ----------------------------------------------------------------------------------------------------------- one step
-
 
 def fixed_points(*size, **options) -> torch.Tensor:
     """In place of torch.rand: the same points for every mask, image and layer, so that the layout does not matter."""
@@ -65,11 +63,12 @@ def one_step(head: str, layout: str, ignored: bool, frozen: str, rank: int = 0, 
             module.eval()
     if compiled:
         model.compile(backend="aot_eager")  # traces as --compile does, and leaves out generating code
-    parallel = train.data_parallel(model, train.Process(rank, world, CPU))
+    process = train.Process(rank, world, CPU)
+    parallel = train.data_parallel(model, process)
     mine = slice(rank * share * accumulation, (rank + 1) * share * accumulation)
     parts = [part[mine].split(share) for part in batch_of_four(ignored)[:2]]
     batches = [Batch(images, labels, None, []) for images, labels in zip(*parts, strict=True)]
-    counts, _ = train.exchange(batches, 3, False, train.Process(rank, world, CPU))
+    counts, _ = train.exchange(batches, 3, False, process)
     losses = torch.zeros((), dtype=torch.float64)
     for i, batch in enumerate(batches):
         first = mine.start + i * share
@@ -98,18 +97,15 @@ CASES += [("mask2former", "two processes", False, "backbone")]
 
 
 def pair_worker(rank: int, folder: Path) -> dict:
-    """What one of two processes finds out: by case, a step; how often gradients were averaged; whether it restarted.
-
-    Together they also train the run "uncut" from beginning to end.
-    """
+    """One of two processes: a step for each case; counts of averages; whether it restarted. Trains the run "uncut"."""
     result = {case: one_step(*case, rank=rank) for case in CASES}
     result["averages"] = count_averages()
-    starts = []
+    result["restarted"] = []
     for count in (0, rank):  # in the second place, process 0 is on a node that did not fail
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(count)
-        starts.append(run.restarted(train.Process(rank, 2, CPU)))
+        result["restarted"].append(run.restarted(train.Process(rank, 2, CPU)))
     train_here(rank, folder, *RUN, "--name", "uncut")
-    return result | {"restarted": starts}
+    return result
 
 
 def train_here(rank: int, folder: Path, *options: str) -> None:
@@ -166,12 +162,9 @@ def test_accumulation_in_one_process_makes_the_same_step(head):
     assert_close(accumulated, whole)
 
 
-def test_gradients_are_averaged_with_the_last_micro_batch_only(pair):
-    assert pair[0]["averages"] == pair[1]["averages"] == [0, 0, 1]
-
-
-def test_all_processes_know_of_a_restart_on_one_node(pair):
-    assert pair[0]["restarted"] == pair[1]["restarted"] == [False, True]
+def test_gradients_are_averaged_with_the_last_micro_batch_only_and_all_know_of_a_restart_on_one_node(pair):
+    for result in pair:
+        assert result["averages"] == [0, 0, 1] and result["restarted"] == [False, True]
 
 
 def compiled_worker(rank: int, case: tuple) -> tuple[dict, dict, list[str]]:
@@ -191,9 +184,6 @@ def test_compiled_model_makes_the_same_step_in_two_processes(tmp_path, head):
         assert_close(compiled, plain)
         # the matcher must know on the host which classes there are; nothing else leaves the graph
         assert all("nonzero" in reason for reason in breaks) and len(breaks) == (head == "mask2former")
-
-
-# ------------------------------------------------------------------------------------------------------- whole runs
 
 
 def torchrun(*options: str, launcher: Sequence[str] = ("--nproc_per_node=2",), cut: str = "") -> subprocess.Popen:

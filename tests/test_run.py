@@ -100,15 +100,6 @@ def test_a_full_disk_leaves_the_old_checkpoints_whole(folder, monkeypatch, error
     assert numbers(folder) == {"last.pt": 3, "previous.pt": 2, "best.pt": 2}
 
 
-def test_damaged_config(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "RUNS", tmp_path)
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a/config.json").write_text("{")
-    assert run.find_run("") == run.find_run("a") == tmp_path / "a"
-    with pytest.raises(UserError, match="cannot be read"):
-        run.read_config(tmp_path / "a")
-
-
 def test_processes_of_one_start_share_a_fresh_store():
     """Three starts on one store, in which the earlier ones leave their keys."""
     store = dist.HashStore()
@@ -155,11 +146,15 @@ def test_log_takes_means_and_drops_what_will_be_done_again(tmp_path, capsys):
     assert (tmp_path / "log.jsonl").read_text() == ""
 
 
-def test_a_restarted_command_line_finds_its_run(tmp_path, monkeypatch):
+def test_runs_are_found_by_name_age_and_command_line(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "RUNS", tmp_path)
-    for age, (name, arguments) in enumerate({"c": ["a", "--lr", "1"], "b": ["a"], "a": ["a"]}.items()):
+    for age, (name, command) in enumerate({"c": ["a", "--lr", "1"], "b": ["a"], "a": ["a"]}.items()):
         (tmp_path / name).mkdir()
         config = tmp_path / name / "config.json"
-        config.write_text(json.dumps({"environment": {"command": arguments}}))
+        config.write_text(json.dumps({"environment": {"command": command}}))
         os.utime(config, (1000 - age, 1000 - age))
     assert run.newest_run_of(["a"]) == tmp_path / "b" and run.newest_run_of(["b"]) is None
+    assert run.find_run("") == tmp_path / "c" and run.find_run("a") == tmp_path / "a"
+    (tmp_path / "a/config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        run.read_config(run.find_run("a"))

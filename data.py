@@ -1,8 +1,8 @@
 """From files on disk to batches of crops: data sets, paired transforms, the training stream, test-time images.
 
 Reading order: open_dataset -> SegmentationDataset -> train_transform -> positions -> training_loader -> normalize for
-training; single_scale_image and multi_scale_images for the test. `python data.py --help` makes and checks data sets;
-its code is in tools/prepare.py and tools/toy.py.
+training; single_scale_image and multi_scale_images for the test; preflight before a run. `python data.py --help` makes
+and checks data sets; its code is in tools/prepare.py and tools/toy.py.
 
 Shapes: H, W height and width of an image, w side of the training window, B batch, K classes.
 Images are RGB uint8 (H, W, 3); labels are uint8 (H, W) with the class index 0..K-1, or 255 where there is none.

@@ -275,8 +275,8 @@ def restore(state: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.Gra
 class StopSignal:
     """SIGTERM and Ctrl-C set `wanted` and nothing else, so that the loop can finish its iteration; a second one kills.
 
-    Both mostly go to a whole process group. The data loader's workers, without whom no iteration can be finished, must
-    run by now and are taken out of the group.
+    Both mostly go to a whole process group. The data loader's workers must run by now, and are taken out of the group:
+    without them no iteration can be finished.
     """
 
     def __init__(self) -> None:
@@ -343,7 +343,7 @@ class Stopwatch:
 class Log:
     """The log of a run, on process 0: console, log.jsonl, TensorBoard. `images` of an iteration are on this device.
 
-    What the run's log.jsonl holds after iteration `start` of `total` is dropped, for it will be done again.
+    Lines of log.jsonl after iteration `start` of `total` are dropped: those iterations will be done again.
     """
 
     def __init__(self, folder: Path, start: int, total: int, device: torch.device, images: int) -> None:
@@ -366,7 +366,7 @@ class Log:
         """Write the losses' means and the parts of the time since the last report, and the other values as they are."""
         losses, terms = {name: value / self.iterations for name, value in self.sums.items()}, Counter()
         for name, value in losses.items():
-            terms[name.split("/")[0]] += value  # of all decoder layers: "mask/0", "mask/1" ...
+            terms[name.split("/")[0]] += value  # a sum over the decoder layers: "mask/0", "mask/1" ...
         text = ", ".join(f"{name} {value:.3f}" for name, value in terms.items() if name != "loss")
         split = {f"seconds/{name}": value / self.iterations for name, value in seconds.items()}
         elapsed = sum(split.values()) - split.get("seconds/pause", 0)

@@ -411,7 +411,7 @@ def parser() -> common.Parser:
     add("--compile", action="store_true", help="torch.compile the model")
     add = p.add_argument_group("the run").add_argument
     add("--name", help="of the folder in runs/; default: HEAD-SIZE-DATA")
-    add("--resume", nargs="?", const="", metavar="RUN", help="go on with this run and its options; default: the newest")
+    add("--resume", nargs="?", const="", metavar="RUN", help="go on with this run and its options; no RUN: the newest")
     return p
 
 

@@ -21,7 +21,7 @@ from torchvision.ops import StochasticDepth
 from msda_cuda import MSDeformAttn, reference_points
 
 NUM_INTERACTIONS = 4
-NUM_POINTS = 4  # that each head of a deformable attention samples in a level
+NUM_POINTS = 4  # points that each head of a deformable attention samples on each level
 VALUE_RATIO, FFN_RATIO = 0.5, 0.25  # widths of sampled values and of the ConvFFN's hidden layer, over the ViT's
 
 
@@ -172,7 +172,7 @@ class Interaction(nn.Module):
 
 
 class ViTAdapter(nn.Module):
-    """The adapter around a ViT of width `dim` (figure 3; official: beit_adapter.py, BEiTAdapter).
+    """The adapter around a ViT of width `dim` (figure 4). Official: beit_adapter.py, BEiTAdapter.
 
     Args:
         dim: width D of the ViT, and of the four maps that come out.

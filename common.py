@@ -148,6 +148,18 @@ def choose_device(name: str | None) -> torch.device:
         raise UserError(f"device '{name}' cannot be used here: choose cpu, cuda or mps with --device") from None
 
 
+@contextlib.contextmanager
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode; then every module is in its own mode again, also one that was frozen."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def allow_tf32(allowed: bool) -> None:
     """Switch TF32 matrix products and convolutions, for this process; PyTorch's defaults are off and on."""
     torch.set_float32_matmul_precision("high" if allowed else "highest")

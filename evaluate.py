@@ -268,9 +268,8 @@ def evaluate(model: nn.Module, dataset: data.SegmentationDataset, *, multi_scale
     total = torch.zeros(len(dataset.info.classes), len(dataset.info.classes), dtype=torch.int64, device=device)
     silent = None if progress and rank == 0 else True  # None: silent only where stderr is no terminal
     bar = tqdm(mine, desc="evaluating", unit="image", disable=silent, dynamic_ncols=True)
-    training = model.training
-    model.eval()
-    with inference(model, fast), torch.autocast(torch.device(device).type, amp, enabled=amp is not None):
+    precision = torch.autocast(torch.device(device).type, amp, enabled=amp is not None)
+    with common.eval_mode(model), inference(model, fast), precision:
         images = (dataset.image(i) for i in mine)
         results = predictions(model, images, multi_scale=multi_scale, device=device, window_batch=window_batch)
         for index, prediction in zip(bar, results, strict=True):
@@ -279,7 +278,6 @@ def evaluate(model: nn.Module, dataset: data.SegmentationDataset, *, multi_scale
                 bar.set_postfix(mIoU=f"{100 * metrics(total).mean_iou:.2f}", refresh=False)
             if save:
                 save(index, prediction.cpu().numpy())
-    model.train(training)
     if distributed:
         dist.all_reduce(total)
     return total

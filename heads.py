@@ -5,7 +5,7 @@ Reading order for Mask2Former: PixelDecoder -> DecoderLayer -> Mask2Former -> se
 class_loss, mask_losses -> mask2former_losses; loss_normalizers last, for images that are part of a larger batch.
 
 Both heads take the adapter's maps (f4, f8, f16, f32), (B, D, H/s, W/s) at stride s. Modules only predict; matching and
-losses are free functions of predictions and labels. `fast/losses.py` computes the same losses all at once.
+losses are free functions of predictions and labels.
 
 Shapes: B batch, C head width, K classes, Q queries, P points, S tokens of three levels, Y decoder outputs (before the
 first layer and after each), T target masks of one image, M matched masks of all images. Labels are (B, H, W) with
@@ -109,7 +109,7 @@ def pixel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") / labels.numel()
 
 
-def upernet_losses(prediction: tuple[Tensor, Tensor], labels: Tensor, _: object = None) -> dict[str, Tensor]:
+def upernet_losses(prediction: tuple[Tensor, Tensor], labels: Tensor, _normalizers: object = None) -> dict[str, Tensor]:
     """Losses by name, of the logits (B, K, h, w) of UperNet and of the auxiliary head, which weighs 0.4."""
     logits, auxiliary_logits = prediction
     auxiliary = pixel_cross_entropy(auxiliary_logits, labels)
@@ -123,13 +123,8 @@ class Prediction(NamedTuple):
     """What Q queries predict after each of Y decoder layers."""
 
     class_logits: Tensor  # (Y, B, Q, K + 1), the last class is "no object"
-    mask_embeds: Tensor  # (Y, B, Q, C)
+    mask_embeds: Tensor  # (Y, B, Q, C); times the features of every pixel they are the logits of the queries' masks
     mask_features: Tensor  # (B, C, H/4, W/4)
-
-    @property
-    def mask_logits(self) -> Tensor:
-        """(Y, B, Q, H/4, W/4): every query's embedding times the features of every pixel."""
-        return torch.einsum("ybqc,bchw->ybqhw", self.mask_embeds, self.mask_features)
 
 
 def sine_positions(h: int, w: int, channels: int, like: Tensor) -> Tensor:
@@ -151,7 +146,8 @@ def sine_positions(h: int, w: int, channels: int, like: Tensor) -> Tensor:
 
 
 class PixelDecoderLayer(nn.Module):
-    """Deformable self-attention over three levels, then feed-forward; both post-norm (Zhu et al., ICLR 2021)."""
+    """Deformable self-attention over three levels, then feed-forward; both post-norm (Zhu et al., ICLR 2021).
+    Official: mmcv, BaseTransformerLayer."""
 
     def __init__(self, channels: int, hidden: int, num_heads: int):
         super().__init__()
@@ -234,7 +230,8 @@ class MultiheadAttention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Masked cross-attention first, then self-attention, then feed-forward; all post-norm (Mask2Former, 3.2.1)."""
+    """Masked cross-attention first, then self-attention, then feed-forward; all post-norm (Mask2Former, 3.2.1).
+    Official: transformer.py, DetrTransformerDecoderLayer."""
 
     def __init__(self, channels: int, hidden: int, num_heads: int):
         super().__init__()
@@ -297,7 +294,8 @@ class Mask2Former(nn.Module):
 
 
 def where_to_look(mask_embed: Tensor, level_features: Tensor) -> Tensor:
-    """(B, Q, C), (B, C, S) -> bool (B, Q, S): the pixels in a query's mask, or all where its mask is empty."""
+    """(B, Q, C), (B, C, S) -> bool (B, Q, S): the pixels in a query's mask, or all where its mask is empty.
+    Official: Mask2FormerHead.forward_head."""
     attend = mask_embed @ level_features >= 0  # sigmoid >= 0.5
     return attend | ~attend.any(dim=2, keepdim=True)  # a row with nothing to attend to would softmax to NaN
 
@@ -311,7 +309,7 @@ def xavier_normal_matrices(module: nn.Module) -> None:
 
 def semantic_scores(prediction: Prediction) -> Tensor:
     """The last layer's queries -> (B, K, H/4, W/4): class probabilities weigh mask probabilities, "no object" left out
-    (section 3.4)."""
+    (MaskFormer, Cheng et al., NeurIPS 2021, section 3.4). Official: Mask2FormerHead.forward_test."""
     class_logits, mask_embeds, mask_features = prediction
     classes = full_precision(class_logits[-1]).softmax(dim=2)[..., :-1]
     masks = full_precision(torch.einsum("bqc,bchw->bqhw", mask_embeds[-1], mask_features)).sigmoid()
@@ -365,7 +363,8 @@ def mask_costs(logits: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def match(class_logits: Tensor, mask_logits: Tensor, target: Target, num_points: int) -> tuple[Tensor, Tensor]:
-    """Hungarian matching for one image (section 3.2.3). Official: assigner.py, MaskHungarianAssigner.
+    """Hungarian matching for one image, as in DETR, at sampled points (section 3.3).
+    Official: assigner.py, MaskHungarianAssigner.
 
     class_logits (Q, K + 1), mask_logits (Q, h, w) -> matched queries and their targets, both (min(Q, T),), such that
     the total cost is least. Masks are compared at P fresh random points.
@@ -376,21 +375,20 @@ def match(class_logits: Tensor, mask_logits: Tensor, target: Target, num_points:
     class_cost = -class_logits.softmax(dim=1)[:, target.classes]
     cost = CLASS_WEIGHT * class_cost + mask_costs(logits, masks)
     pairs = linear_sum_assignment(cost.nan_to_num(1e6, 1e6, -1e6).cpu().numpy())  # SciPy refuses non-finite costs
-    queries, targets = (torch.from_numpy(index).to(cost.device) for index in pairs)
-    return queries, targets
+    return tuple(torch.from_numpy(index).to(cost.device) for index in pairs)
 
 
-def class_loss(class_logits: Tensor, wanted: Tensor, class_weight: Tensor | None = None) -> Tensor:
-    """Weighted cross-entropy of all queries, (..., B, Q, K + 1), with the classes (..., B, Q) to be predicted -> (...).
+def class_loss(class_logits: Tensor, target_classes: Tensor, divisor: Tensor | None = None) -> Tensor:
+    """Weighted cross-entropy of all queries, summed over images: (..., B, Q, K + 1) and (..., B, Q) -> (...).
 
-    `class_weight`, (B,), is what each image's sum is divided by; by default the weights of all these images' queries.
+    `divisor`, (B,), is what each image's sum is divided by; by default the weights of all these images' queries.
     """
     weight = class_logits.new_ones(class_logits.shape[-1])
     weight[-1].fill_(NO_OBJECT_WEIGHT)  # an assignment would copy the number from the host, and wait
-    if class_weight is None:
-        class_weight = weight[wanted].sum(dim=(-2, -1))[..., None]
-    per_query = F.cross_entropy(class_logits.flatten(0, -2), wanted.flatten(), weight, reduction="none")
-    return (per_query.view_as(wanted).sum(dim=-1) / class_weight).sum(dim=-1)
+    if divisor is None:
+        divisor = weight[target_classes].sum(dim=(-2, -1))[..., None]
+    per_query = F.cross_entropy(class_logits.flatten(0, -2), target_classes.flatten(), weight, reduction="none")
+    return (per_query.view_as(target_classes).sum(dim=-1) / divisor).sum(dim=-1)
 
 
 @torch.no_grad()
@@ -399,13 +397,13 @@ def uncertain_points(mask_logits: Tensor, num_points: int) -> Tensor:
     from PointRend)."""
     candidates = torch.rand(len(mask_logits), OVERSAMPLE * num_points, 2, device=mask_logits.device,
                             dtype=mask_logits.dtype)
-    num_important = int(IMPORTANT * num_points)
+    num_uncertain = int(IMPORTANT * num_points)
     certainty = point_sample(mask_logits[:, None], candidates)[:, 0].abs()
-    nearest = certainty.topk(num_important, dim=1, largest=False, sorted=False).indices
-    important = candidates.gather(1, nearest[..., None].expand(-1, -1, 2))
-    anywhere = torch.rand(len(mask_logits), num_points - num_important, 2, device=mask_logits.device,
-                          dtype=mask_logits.dtype)
-    return torch.cat([important, anywhere], dim=1)
+    index = certainty.topk(num_uncertain, dim=1, largest=False, sorted=False).indices
+    uncertain = candidates.gather(1, index[..., None].expand(-1, -1, 2))
+    uniform = torch.rand(len(mask_logits), num_points - num_uncertain, 2, device=mask_logits.device,
+                         dtype=mask_logits.dtype)
+    return torch.cat([uncertain, uniform], dim=1)
 
 
 def mask_losses(mask_logits: Tensor, masks: Tensor, num_points: int) -> tuple[Tensor, Tensor]:
@@ -425,13 +423,14 @@ def point_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 class Normalizers(NamedTuple):
     """What the losses of some images are divided by when they are part of a larger batch."""
 
-    class_weight: Tensor  # (B,)
+    class_divisor: Tensor  # (B,)
     num_masks: Tensor  # ()
 
 
 def mask2former_losses(prediction: Prediction, labels: Tensor, normalizers: Normalizers | None = None, *,
                        num_points: int) -> dict[str, Tensor]:
     """Class, mask and dice losses of every decoder output, weighted, by name: "class/0" is that before the first layer.
+    Official: Mask2FormerHead.loss_single, for one decoder output.
 
     Args:
         prediction: the head's.
@@ -441,22 +440,21 @@ def mask2former_losses(prediction: Prediction, labels: Tensor, normalizers: Norm
     """
     losses = {}
     with torch.autocast(labels.device.type, enabled=False):  # matching and losses stay in float32
-        class_logits, mask_embeds, mask_features = map(full_precision, prediction)
-        no_object = class_logits.shape[-1] - 1
+        class_logits = full_precision(prediction.class_logits)
+        num_queries, no_object = class_logits.shape[2], class_logits.shape[3] - 1
         targets = targets_of(labels, no_object)
-        num_queries = class_logits.shape[2]
-        class_weight, num_masks = normalizers or (None, max(sum(min(len(t.classes), num_queries) for t in targets), 1))
-        for i, (classes, embeds) in enumerate(zip(class_logits, mask_embeds, strict=True)):
-            masks = torch.einsum("bqc,bchw->bqhw", embeds, mask_features)
-            wanted = labels.new_full(classes.shape[:2], no_object)  # a query without a match learns "no object"
+        divisor, num_masks = normalizers or (None, max(sum(min(len(t.classes), num_queries) for t in targets), 1))
+        for i, (classes, embeds) in enumerate(zip(class_logits, prediction.mask_embeds, strict=True)):
+            masks = full_precision(torch.einsum("bqc,bchw->bqhw", embeds, prediction.mask_features))
+            target_classes = labels.new_full(classes.shape[:2], no_object)  # a query without a match learns "no object"
             matched_logits, matched_masks = [], []
             for image, target in enumerate(targets):
-                queries, chosen = match(classes[image], masks[image], target, num_points)
-                wanted[image, queries] = target.classes[chosen]
+                queries, index = match(classes[image], masks[image], target, num_points)
+                target_classes[image, queries] = target.classes[index]
                 matched_logits.append(masks[image, queries])
-                matched_masks.append(target.masks[chosen])
+                matched_masks.append(target.masks[index])
             mask, dice = mask_losses(torch.cat(matched_logits), torch.cat(matched_masks), num_points)
-            losses[f"class/{i}"] = CLASS_WEIGHT * class_loss(classes, wanted, class_weight)
+            losses[f"class/{i}"] = CLASS_WEIGHT * class_loss(classes, target_classes, divisor)
             # Without a single match these two are 0, and still reach every parameter with a gradient of 0, for DDP.
             losses[f"mask/{i}"] = MASK_WEIGHT * mask.sum() / num_masks
             losses[f"dice/{i}"] = DICE_WEIGHT * dice.sum() / num_masks
@@ -475,14 +473,11 @@ def loss_normalizers(num_masks: Tensor, mine: slice, num_queries: int) -> Normal
     The official runs have two images on each of eight devices. There a class loss is divided by the class weights of a
     device's two images, and mask losses by the number of masks on a device, averaged over devices, at least 1. So the
     unit is a *pair* of images, wherever its images are; the mean over calls of equal size is the official loss.
-
-    Args:
-        num_masks: (N,) target masks of every image of the global batch, in order; images 2i and 2i + 1 are a pair.
-        mine: the images that the call holds.
+    `num_masks`: (N,) target masks of each image of the global batch; images 2i and 2i + 1 are a pair.
     """
     matched = num_masks.clamp(max=num_queries)
     weight = matched + NO_OBJECT_WEIGHT * (num_queries - matched).double()
     pair_weight = F.pad(weight, (0, len(weight) % 2)).view(-1, 2).sum(dim=1)  # an odd image is a pair of its own
     pairs = len(pair_weight) * len(num_masks[mine]) / len(num_masks)  # in this call
-    class_weight = pair_weight.repeat_interleave(2, output_size=2 * len(pair_weight))[mine]
-    return Normalizers(pairs * class_weight, pairs * (matched.sum() / len(pair_weight)).clamp(min=1))
+    class_divisor = pairs * pair_weight.repeat_interleave(2, output_size=2 * len(pair_weight))[mine]
+    return Normalizers(class_divisor, pairs * (matched.sum() / len(pair_weight)).clamp(min=1))

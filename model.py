@@ -216,9 +216,8 @@ class Segmenter(nn.Module):
                              f"{window}: use evaluate.slide for other sizes, or build the model with another window")
         # Channels last, a map is a matrix of tokens: going from one to the other, all over the model, copies nothing.
         images = images.contiguous(memory_format=torch.channels_last)
-        cls_token, tokens = self.backbone.embed(images)
         stages = [partial(self.backbone.run_stage, i) for i in range(NUM_INTERACTIONS)]
-        return self.adapter(images, cls_token, tokens, stages)
+        return self.adapter(images, *self.backbone.embed(images), stages)
 
     def forward(self, images: Tensor, labels: Tensor | None = None,
                 normalizers: Normalizers | None = None) -> Tensor | dict[str, Tensor]:

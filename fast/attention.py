@@ -51,11 +51,11 @@ class FusedAttention(torch.autograd.Function):
         scale, precise = query.shape[-1] ** -0.5, torch.promote_types(bias.dtype, torch.float32)
         to_query, to_key, to_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         to_bias = bias.new_empty(bias.shape)  # without the padding of `bias`
-        along = (grad * output).sum(-1, keepdim=True)  # (B, M, N, 1): what the softmax's sum to 1 takes off
+        row_sums = (grad.to(precise) * output).sum(-1, keepdim=True)  # (B, M, N, 1): taken off, as a softmax sums to 1
         for m in range(query.shape[1]):
             q, k, v, g = (x[:, m].to(precise) for x in (query, key, value, grad))  # (B, N, D)
             p = torch.baddbmm(bias[:, m].to(precise), q, k.mT, alpha=scale).sub_(log_sums[:, m, :, None]).exp_()
-            to_scores = torch.bmm(g, v.mT).sub_(along[:, m]).mul_(p)  # (B, N, N)
+            to_scores = torch.bmm(g, v.mT).sub_(row_sums[:, m]).mul_(p)  # (B, N, N)
             to_value[:, m] = p.mT @ g
             to_query[:, m] = (to_scores @ k).mul_(scale)
             to_key[:, m] = (to_scores.mT @ q).mul_(scale)

@@ -31,7 +31,7 @@ def inference(model: nn.Module, enabled: bool = True) -> Iterator[None]:
 
     PyTorch's functions go quicker ways, the position bias is gathered once, and in eval mode f4 goes through the
     head's first convolution on its way. At the end the model is as it was. To enter again inside is free; threads may
-    share a model.
+    share a model. Give the Segmenter itself, not a wrapper, and do not copy or pickle it inside.
     """
     models = vars(HERE).setdefault("models", set())
     if not enabled or model in models or not isinstance(model, Segmenter):
@@ -39,7 +39,8 @@ def inference(model: nn.Module, enabled: bool = True) -> Iterator[None]:
         return
     keep_freed_memory()
     # A mode costs the host 2 us for each function that the model calls: more than a small model can gain.
-    functions = KeptBias() if model.config.embed_dim >= 256 else nullcontext()
+    compiled = model._compiled_call_impl is not None  # a mode would break its graph
+    functions = nullcontext() if compiled or model.config.embed_dim < 256 else KeptBias()
     models.add(model)
     try:
         with torch.no_grad(), parts_of(model), functions:
@@ -78,7 +79,7 @@ class KeptBias(FastOperators):
     def __torch_function__(self, function: Callable, types: Any, args: Sequence = (),
                            kwargs: dict | None = None) -> Any:
         gather = function is torch.Tensor.__getitem__ and reads_position_table(*args)
-        cast = function is torch.Tensor.to and args[0].data_ptr() in self.biases
+        cast = function is torch.Tensor.to and len(args) == 2 and not kwargs and args[0].data_ptr() in self.biases
         if not (gather or cast) or torch.is_grad_enabled():
             return super().__torch_function__(function, types, args, kwargs)
         key = args[0].data_ptr(), args[1][1].data_ptr() if gather else args[1]
@@ -102,17 +103,17 @@ def f4_through_lateral(model: nn.Module) -> Part | None:
     norm, up, prior = adapter.norms[0], adapter.up, adapter.spatial_prior.fc1
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     shift = norm.bias + scale * (prior.bias + up.bias - norm.running_mean)
-    through = lateral.weight.flatten(1) * scale  # (C, D): batch norm, then the lateral
-    of_stem, bias = (through @ prior.weight.flatten(1))[:, :, None, None], lateral.weight.flatten(1) @ shift
-    of_c8 = torch.einsum("dehw,ce->dchw", up.weight, through)
-    of_vit = through[:, :, None, None]
+    fused = lateral.weight.flatten(1) * scale  # (C, D): batch norm, then the lateral
+    stem_weight, bias = (fused @ prior.weight.flatten(1))[:, :, None, None], lateral.weight.flatten(1) @ shift
+    up_weight = torch.einsum("dehw,ce->dchw", up.weight, fused)
+    vit_weight = fused[:, :, None, None]
 
     def merge(stem: Tensor, pyramid: Tensor, vit_maps: Sequence[Tensor], layout: TokenLayout) -> FeatureMaps:
         levels = pyramid.split([h * w for h, w in layout.pyramid_grids], dim=1)
         c8, *coarser = (to_map(level, grid) for level, grid in zip(levels, layout.pyramid_grids, strict=True))
         x4, *vit_maps = vit_maps
-        f4 = F.conv2d(stem, of_stem, bias) + F.conv_transpose2d(c8, of_c8, stride=2)
-        f4 = f4 + resize(F.conv2d(x4, of_vit), f4.shape[2:])
+        f4 = F.conv2d(stem, stem_weight, bias) + F.conv_transpose2d(c8, up_weight, stride=2)
+        f4 = f4 + resize(F.conv2d(x4, vit_weight), f4.shape[2:])
         sums = [c + resize(x, c.shape[2:]) for c, x in zip((c8, *coarser), vit_maps, strict=True)]
         return FeatureMaps(f4, *(norm(m) for norm, m in zip(adapter.norms[1:], sums, strict=True)))
 

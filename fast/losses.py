@@ -40,12 +40,12 @@ def mask2former_losses(prediction: Prediction, labels: Tensor, normalizers: Norm
         class_logits = prediction.class_logits
         num_queries, no_object = class_logits.shape[2], class_logits.shape[3] - 1
         present = classes_present(labels, no_object)
-        class_weight, num_masks = normalizers or (None, present.sum(dim=1).clamp(max=num_queries).sum().clamp(min=1))
+        divisor, num_masks = normalizers or (None, present.sum(dim=1).clamp(max=num_queries).sum().clamp(min=1))
         matches = match(matching_costs(prediction, labels, num_points), present)
-        wanted = torch.full(class_logits.shape[:3], no_object, device=class_logits.device)
-        wanted[matches.output, matches.image, matches.query] = matches.category
+        target_classes = torch.full(class_logits.shape[:3], no_object, device=class_logits.device)
+        target_classes[matches.output, matches.image, matches.query] = matches.category
         mask, dice = mask_losses(prediction, labels, matches, num_points)
-        terms = {"class": CLASS_WEIGHT * class_loss(class_logits, wanted, class_weight),
+        terms = {"class": CLASS_WEIGHT * class_loss(class_logits, target_classes, divisor),
                  "mask": MASK_WEIGHT * mask / num_masks, "dice": DICE_WEIGHT * dice / num_masks}
     return {f"{name}/{i}": value[i] for i in range(len(class_logits)) for name, value in terms.items()}
 

@@ -26,11 +26,14 @@ class FastOperators(TorchFunctionMode):
         return replacement(*args, **(kwargs or {}))
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-    """Scaled dot-product attention; on a CPU a bias that wants a gradient goes to FusedAttention."""
-    if query.device.type == "cpu" and attn_mask is not None and attn_mask.requires_grad and not kwargs:
+def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *others: Any,
+              **kwargs: Any) -> Tensor:
+    """Scaled dot-product attention; on a CPU one bias for all images that wants a gradient goes to FusedAttention."""
+    one_bias = (1, query.shape[1], query.shape[-2], key.shape[-2])
+    if query.device.type == "cpu" and attn_mask is not None and attn_mask.requires_grad \
+            and attn_mask.shape == one_bias and not (others or kwargs):
         return FusedAttention.apply(query, key, value, attn_mask)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask, **kwargs)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, *others, **kwargs)
 
 
 def reads_position_table(x: Tensor, index: Any) -> bool:
@@ -44,22 +47,22 @@ def get_item(x: Tensor, index: Any) -> Tensor:
     return gather_columns(x, index[1]) if reads_position_table(x, index) else x[index]
 
 
-def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
+def convolution(input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
                 dilation: Any = 1, groups: int = 1) -> Tensor:
     """Two-dimensional convolution; a wide 3x3 one on a large map of a CPU goes to Winograd."""
-    plain = all(pair in (1, (1, 1)) for pair in (stride, padding, dilation))
-    if weight.shape[2:] == (3, 3) and plain and bias is None and groups == 1 and winograd_pays(x):
-        return Winograd.apply(x, weight)
-    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    plain = all(pair in (1, (1, 1)) for pair in (stride, padding, dilation)) and bias is None and groups == 1
+    if plain and weight.shape[2:] == (3, 3) and winograd_pays(input):
+        return Winograd.apply(input, weight)
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
-def transposed_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
+def transposed_convolution(input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
                            output_padding: Any = 0, groups: int = 1, dilation: Any = 1) -> Tensor:
     """Transposed convolution; on a CPU one whose 2x2 blocks do not overlap is a matrix product."""
     plain = all(pair in (0, (0, 0)) for pair in (padding, output_padding)) and dilation in (1, (1, 1)) and groups == 1
-    if x.device.type == "cpu" and weight.shape[2:] == (2, 2) and stride in (2, (2, 2)) and plain:
-        return enlarge(x, weight, bias)
-    return F.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)
+    if plain and input.device.type == "cpu" and weight.shape[2:] == (2, 2) and stride in (2, (2, 2)):
+        return enlarge(input, weight, bias)
+    return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
 def softmax(scores: Tensor, dim: int, *others: Any, **kwargs: Any) -> Tensor:

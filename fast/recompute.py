@@ -1,6 +1,6 @@
 """Less kept for the backward pass, without a word of it in the model: `with recompute_cheap(): loss = model(...)`.
 
-Reading order: Recipe -> CheapResults (notes how a result can be made again) -> recompute_cheap.
+Reading order: Recomputation -> CheapResults (notes how a result can be made again) -> recompute_cheap.
 
 What a norm, a GELU or a sum gives is cheap to compute again, and what it was given is kept anyway, for gradients of its
 own. So wherever autograd would keep such a result, it keeps the recipe instead: a function and its arguments.
@@ -8,6 +8,7 @@ own. So wherever autograd would keep such a result, it keeps the recipe instead:
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,29 +24,35 @@ CHEAP = {F.layer_norm, F.gelu, F.interpolate, SUM, torch.Tensor.mul, torch.Tenso
 CASTING = {F.linear, F.conv2d, F.conv_transpose2d}  # autocast casts what these are given
 
 
-class Recipe:
+class Recomputation:
     """How to make a tensor again: a function, and its arguments, which may be recipes themselves."""
 
     def __init__(self, result: Tensor, function: Callable, args: Sequence, kwargs: dict):
         self.function, self.args, self.kwargs = function, args, kwargs
         self.shape, self.stride = result.shape, result.stride()
-        self.has_sum = function is SUM or any(x.has_sum for x in args if isinstance(x, Recipe))
-        self.waiting = 0  # so many will ask for the tensor
-        self.made: Tensor | None = None  # kept from the first who asks to the last
+        self.versions = [x._version for x in self.args if isinstance(x, Tensor)]
+        self.has_sum = function is SUM or any(x.has_sum for x in args if isinstance(x, Recomputation))
+        device = result.device.type  # again in the mixed precision of the first time
+        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        self.precision = partial(torch.autocast, device, low, enabled=low is not None)
+        self.consumers = 0  # so many will take the tensor
+        self.tensor: Tensor | None = None  # held from the first who takes it to the last
 
     def make(self) -> Tensor:
         """The tensor; autograd must be off."""
-        if self.made is not None:
-            return self.made
-        args = [x.make() if isinstance(x, Recipe) else x for x in self.args]
-        return REPLACEMENTS.get(self.function, self.function)(*args, **self.kwargs)
+        if self.tensor is not None:
+            return self.tensor
+        unchanged(self.versions == [x._version for x in self.args if isinstance(x, Tensor)])
+        args = [x.make() if isinstance(x, Recomputation) else x for x in self.args]
+        with self.precision():
+            return REPLACEMENTS.get(self.function, self.function)(*args, **self.kwargs)
 
-    def ask(self) -> Tensor:
-        """The tensor, for one of those who wait for it."""
-        made = self.make()
-        self.waiting -= 1
-        self.made = made if self.waiting else None
-        return made
+    def take(self) -> Tensor:
+        """The tensor, for one of its consumers."""
+        tensor = self.make()
+        self.consumers -= 1
+        self.tensor = tensor if self.consumers else None
+        return tensor
 
 
 class CheapResults(FastOperators):
@@ -53,26 +60,26 @@ class CheapResults(FastOperators):
 
     def __init__(self) -> None:
         super().__init__()
-        self.notes: dict[int, tuple[StorageWeakRef, Recipe]] = {}
+        self.notes: dict[int, tuple[StorageWeakRef, int, Recomputation]] = {}
 
-    def recipe_of(self, x: Tensor) -> Recipe | None:
+    def recipe_of(self, x: Tensor) -> Recomputation | None:
         """The recipe of what lies in the storage of `x`."""
         note = self.notes.get(x.untyped_storage()._cdata)
-        return note[1] if note else None
+        return note[2] if note and note[1] == x._version else None  # a layer like ReLU may have changed it since
 
     def note(self, result: Tensor, function: Callable, args: Sequence, kwargs: dict) -> Tensor:
         """Write down the recipe of a result, if that holds less than the result; gives the result."""
-        recipe = Recipe(result, function, [self.ingredient(x) for x in args], kwargs)
+        recipe = Recomputation(result, function, [self.ingredient(x) for x in args], kwargs)
         if function is SUM:
             first, second = recipe.args[:2]  # the first is a residual stream, kept anyway
             held = second.nbytes if isinstance(second, Tensor) else 0
             # A sum of sums would be made again from the beginning of the network.
-            if held >= result.nbytes or any(isinstance(x, Recipe) and x.has_sum for x in (first, second)):
+            if held >= result.nbytes or any(isinstance(x, Recomputation) and x.has_sum for x in (first, second)):
                 return result
         if len(self.notes) % 16 == 15:  # what nobody kept is forgotten, and with it what its recipe holds
             self.notes = {key: note for key, note in self.notes.items() if not note[0].expired()}
         storage = StorageWeakRef(result.untyped_storage())  # held, so that no other storage gets its address
-        self.notes[storage.cdata] = storage, recipe
+        self.notes[storage.cdata] = storage, result._version, recipe
         return result
 
     def ingredient(self, x: Any) -> Any:
@@ -93,12 +100,20 @@ class CheapResults(FastOperators):
     def __torch_function__(self, function: Callable, types: Any, args: Sequence = (),
                            kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if not args:  # all by keyword: nothing here would know them
+            return super().__torch_function__(function, types, args, kwargs)
         if function in CASTING and torch.is_autocast_enabled(args[0].device.type):
             args = [*map(self.cast, args[:2]), *args[2:]]
         result = super().__torch_function__(function, types, args, kwargs)
         if function in CHEAP and result.requires_grad and result.numel() >= SMALLEST and not is_view(result, args[0]):
             self.note(result, function, args, kwargs)
         return result
+
+
+def unchanged(yes: bool) -> None:
+    """Autograd does not look after tensors that hooks keep: refuse what it would refuse."""
+    if not yes:
+        raise RuntimeError("a tensor that the backward pass needs has been modified by an inplace operation")
 
 
 def is_view(x: Tensor, of: Any) -> bool:
@@ -114,16 +129,17 @@ def recompute_cheap() -> Iterator[None]:
     def pack(x: Tensor) -> Any:
         recipe = results.recipe_of(x)
         if recipe is None:
-            return x
-        recipe.waiting += 1
+            return x.detach(), x._version  # detached: a result that holds itself would never be freed
+        recipe.consumers += 1
         return recipe, x.shape, x.stride(), x.storage_offset()
 
     @torch.no_grad()
-    def unpack(kept: Any) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        recipe, *geometry = kept
-        return recipe.ask().as_strided(*geometry)
+    def unpack(saved: Any) -> Tensor:
+        source, *geometry = saved
+        if isinstance(source, Tensor):
+            unchanged(geometry == [source._version])
+            return source
+        return source.take().as_strided(*geometry)
 
     with results, torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from common import eval_mode
+
 
 class Part(NamedTuple):
     """What runs by another text, and a small example, a function of nothing, whose result must stay the same."""
@@ -51,28 +53,27 @@ def same_points(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor
     return points.to(device, dtype).expand(shape).clone()
 
 
-def agree(model: nn.Module, build: Builder) -> bool:
-    """Whether the example gives the same numbers by both texts, to rounding. Nothing of the model changes."""
-    modes = {module: module.training for module in model.modules()}
+def agree(model: nn.Module, build: Builder) -> bool | None:
+    """Whether the example gives the same numbers by both texts, to rounding; None where there is nothing to compare.
+
+    Nothing of the model changes, and no random state.
+    """
     results = []
     try:
         with torch.no_grad(), torch.autocast(model.backbone.cls_token.device.type, enabled=False):
-            part = build(model)
-            model.eval()  # no batch norm may take note of the example
-            for parts in ([], [part]) if part else ():
-                with swapped(parts), patch.object(torch, "rand", same_points):
+            if (part := build(model)) is None:
+                return None
+            for parts in ([], [part]):
+                with eval_mode(model), swapped(parts), patch.object(torch, "rand", same_points):
                     results.append(tree_leaves(part.example()))
-        return not results or len(results[0]) == len(results[1]) and all(map(close, *results))
+        return len(results[0]) == len(results[1]) and all(map(close, *results))
     except Exception:  # of any kind: a fork may have put anything there
         return False
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def close(a: Tensor, b: Tensor) -> bool:
     """Equal to rounding, relative to the largest entry."""
-    return a.shape == b.shape and bool((a - b).abs().max() <= 1e-3 * a.abs().max())
+    return a.shape == b.shape and bool((a - b).abs().max() <= max(1e-3, 8 * torch.finfo(a.dtype).eps) * a.abs().max())
 
 
 VERDICTS: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()  # model -> name of a builder -> agrees
@@ -83,12 +84,12 @@ def agreeing(model: nn.Module, builders: Sequence[Builder]) -> list[Part]:
     verdicts, parts = VERDICTS.setdefault(model, {}), []
     for build in builders:
         name = build.__name__
-        if name not in verdicts:
-            verdicts[name] = agree(model, build)
-            if not verdicts[name]:
+        if name not in verdicts and (verdict := agree(model, build)) is not None:
+            verdicts[name] = verdict
+            if not verdict:
                 warnings.warn(f"{name} of fast/ gives other numbers than the plain text (was that changed?): the plain "
                               "text is used", stacklevel=2)
-        if verdicts[name] and (part := build(model)):
+        if verdicts.get(name) and (part := build(model)):
             parts.append(part)
     return parts
 

@@ -1,7 +1,7 @@
 """`with fast.training(model):` around forward and backward pass: the same losses and gradients, sooner, in less memory.
 
-Reading order: training -> losses_at_once, levels_at_their_resolution, checkpoints_alike (parts of a model that have
-another text); then operators.py and recompute.py (what PyTorch's functions do inside).
+Reading order: training -> losses_at_once, levels_at_their_resolution, checkpoints_alike (parts of a model that are
+replaced); then operators.py and recompute.py (what PyTorch's functions do inside).
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,13 +31,17 @@ def training(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     The losses of Mask2Former come all at once, UperNet's fusion at each level's resolution, PyTorch's functions by
     quicker ways, and cheap results are computed again instead of kept. Under `torch.compile` the last two are the
     compiler's work. At the end the model is as it was; but the C library goes on keeping freed memory.
+
+    Give the Segmenter itself, not a wrapper, and do not copy or pickle it inside. Autograd's hooks for saved tensors
+    are in use inside.
     """
     if not enabled or not isinstance(model, Segmenter):
         yield
         return
     keep_freed_memory()
     compiled = model._compiled_call_impl is not None
-    parts = agreeing(model, [losses_at_once, levels_at_their_resolution, checkpoints_alike])
+    builders = [losses_at_once, levels_at_their_resolution, *([] if compiled else [checkpoints_alike])]
+    parts = agreeing(model, builders)
     with swapped(parts), nullcontext() if compiled else recompute_cheap():
         yield
 

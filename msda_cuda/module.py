@@ -4,7 +4,6 @@ Reading order: MSDeformAttn.forward -> sampling_locations -> reset_parameters ->
 
 Shapes: B batch, Q queries, C width, M heads, L levels, P points of a level, S = sum of h * w over levels.
 """
-
 import math
 
 import torch

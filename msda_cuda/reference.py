@@ -4,7 +4,6 @@ The operator in csrc/ is tested against this text.
 
 Shapes: B batch, Q queries, M heads, D channels of a head, L levels, P points of a level, S = sum of h * w over levels.
 """
-
 from collections.abc import Sequence
 
 import torch

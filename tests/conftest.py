@@ -31,6 +31,11 @@ def noise(name: str, *shape: int) -> torch.Tensor:
     return torch.from_numpy(fill.noise(name, shape)).double()
 
 
+def mask_logits(prediction) -> torch.Tensor:
+    """(Y, B, Q, H/4, W/4): every query's embedding times the features of every pixel."""
+    return torch.einsum("ybqc,bchw->ybqhw", prediction.mask_embeds, prediction.mask_features)
+
+
 def load_golden(name: str) -> dict:
     with np.load(GOLDEN / name) as file:
         return dict(file)

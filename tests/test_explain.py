@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import mask_logits
 from PIL import Image
 from test_predict import CLASSES, SMALL, photograph
 
@@ -34,7 +35,7 @@ def test_explain_shows_the_queries_with_the_highest_score(model, monkeypatch):
     explain.explain(model, photograph(64, 64), CLASSES, number=4)
     prediction = outputs[model.head]
     chances, found = prediction.class_logits[-1, 0].double().softmax(1), []
-    masks = prediction.mask_logits[-1, 0].double().sigmoid()
+    masks = mask_logits(prediction)[-1, 0].double().sigmoid()
     for q in range(6):
         inside = masks[q][masks[q] > 0.5]
         certainty = inside.mean().item() if len(inside) else 0.0

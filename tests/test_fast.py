@@ -163,6 +163,48 @@ def test_norm_and_gelu_are_computed_again_and_products_are_not():
     torch.testing.assert_close(gradients, expected, rtol=0, atol=0)
 
 
+SIDE = 128  # a matrix of as many numbers as are worth a recipe
+FORKS = {  # what a fork may write: of x, y (SIDE, SIDE), which both want gradients
+    "in place after a norm": lambda x, y: F.relu(F.layer_norm(x, (SIDE,)), inplace=True) * y,
+    "in place after a sum": lambda x, y: F.relu(x + F.gelu(y), inplace=True) * y,
+    "in place after a product": lambda x, y: (x * y).sigmoid_() * y,
+    "arguments by name": lambda x, y: F.gelu(input=F.linear(input=x, weight=F.gelu(input=y))),
+    "two uses of a norm": lambda x, y: (F.layer_norm(x, (SIDE,)) @ y) * F.gelu(F.layer_norm(x, (SIDE,))),
+    "a sum of sums": lambda x, y: F.layer_norm(x + y + F.gelu(x + F.gelu(y)), (SIDE,)) * y,
+}
+
+
+@pytest.mark.parametrize("fork", FORKS)
+def test_gradients_are_autograds_whatever_a_fork_writes(fork):
+    results = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        x, y = (torch.randn(SIDE, SIDE, dtype=torch.double, requires_grad=True) for _ in range(2))
+        with recompute_cheap() if enabled else torch.enable_grad():
+            result = FORKS[fork](1.0 * x, y)
+            results.append(torch.autograd.grad(result.square().sum(), [x, y]))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
+
+
+def test_changes_in_place_that_autograd_refuses_are_refused():
+    x = torch.randn(SIDE, SIDE, requires_grad=True)
+    with recompute_cheap():
+        y = x.exp()
+        total = (y * 2).sum()
+        y.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            total.backward()
+
+
+def test_a_forward_pass_without_a_backward_pass_leaves_nothing():
+    x = torch.randn(SIDE, SIDE, requires_grad=True)
+    with recompute_cheap():
+        result = F.layer_norm(x.exp(), (SIDE,)).sigmoid()
+    reference = StorageWeakRef(result.untyped_storage())
+    del result
+    assert reference.expired()
+
+
 # ---------------------------------------------------------------------------------------------- attention and softmax
 
 B, M, D, N, ROWS = 2, 3, 4, 7, 3 * 5 + 3
@@ -200,6 +242,17 @@ def test_attention_with_a_learned_bias_is_fused():
     torch.testing.assert_close(x, F.scaled_dot_product_attention(*inputs, attn_mask=bias))
     assert type(x.grad_fn).__name__ == "FusedAttentionBackward"
     assert calls.calls["_scaled_dot_product_flash_attention_for_cpu"] == 1
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 5), (1, 1, 5, 5), (2, 1, 5, 5), (5, 5)])
+def test_masks_of_other_shapes_are_left_to_pytorch(shape):
+    shapes, results = [(2, 3, 5, 4)] * 3 + [shape], []
+    query, key, value, mask = (torch.randn(each, dtype=torch.double, requires_grad=True) for each in shapes)
+    for mode in (torch.enable_grad(), FastOperators()):
+        with mode:
+            output = F.scaled_dot_product_attention(query, key, value, mask)
+        results.append(torch.autograd.grad(output.square().sum(), [query, key, value, mask]))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
 
 
 def test_softmax_over_a_short_axis():

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import mask_logits
 from scipy.optimize import linear_sum_assignment
 from test_heads import CLASSES, EXACT, POINTS, QUERIES, plain_cost, random_labels, random_prediction, sampled
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -85,7 +86,7 @@ def test_matching_costs_agree_with_a_plain_loop(monkeypatch):
     assert costs.shape == (2, 3, 4, CLASSES)
     for output, image, query, k in np.ndindex(*costs.shape):
         place = points[output, image][None]
-        logit = sampled(prediction.mask_logits[output, image, query][None, None], place).flatten()
+        logit = sampled(mask_logits(prediction)[output, image, query][None, None], place).flatten()
         target = sampled((labels[image] == k).double()[None, None], place).flatten()
         expected = plain_cost(prediction.class_logits[output, image, query], logit, target, k)
         torch.testing.assert_close(costs[output, image, query, k], expected, **EXACT)

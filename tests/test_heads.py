@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomized
+from conftest import mask_logits, randomized
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
@@ -212,14 +212,14 @@ def test_masked_attention_decoder_agrees_with_transformers(library):
     prediction = ours(features)
     mask_features, memory = ours.pixel_decoder(features)
     expected = theirs(memory, mask_features)
-    assert len(prediction.mask_logits) == len(expected.masks_queries_logits) == 5
+    assert len(mask_logits(prediction)) == len(expected.masks_queries_logits) == 5
     for i, masks in enumerate(expected.masks_queries_logits):
         classes = ours.class_embed(expected.intermediate_hidden_states[i].transpose(0, 1))
-        torch.testing.assert_close(prediction.mask_logits[i], masks, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(mask_logits(prediction)[i], masks, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(prediction.class_logits[i], classes, rtol=1e-9, atol=1e-9)
     weights = torch.randn_like(masks)
     gradients = [torch.autograd.grad(y, features, weights, retain_graph=True)
-                 for y in (prediction.mask_logits[-1], expected.masks_queries_logits[-1])]
+                 for y in (mask_logits(prediction)[-1], expected.masks_queries_logits[-1])]
     torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-7)
 
 
@@ -287,7 +287,7 @@ def test_match_minimises_the_papers_cost(monkeypatch, queries):
     points = torch.rand(1, POINTS, 2, dtype=torch.double)
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: points)
     monkeypatch.setattr(heads, "linear_sum_assignment", lambda c: costs.append(c) or linear_sum_assignment(c))
-    classes, masks = prediction.class_logits[0, 0], prediction.mask_logits[0, 0]
+    classes, masks = prediction.class_logits[0, 0], mask_logits(prediction)[0, 0]
     (target,) = targets_of(labels.masked_fill(labels == 1, IGNORE), CLASSES)
     assert target.classes.tolist() == [0, 2, 3, 4]
     chosen_queries, chosen = match(classes, masks, target, POINTS)
@@ -325,7 +325,7 @@ def library_losses(library, prediction: Prediction, labels: torch.Tensor, masks:
     if masks is not None:
         criterion.get_num_masks = lambda *_, **__: masks
     outputs = [{"masks_queries_logits": masks, "class_queries_logits": classes}
-               for classes, masks in zip(prediction.class_logits, prediction.mask_logits, strict=True)]
+               for classes, masks in zip(prediction.class_logits, mask_logits(prediction), strict=True)]
     *earlier, last = outputs
     theirs = criterion(*last.values(), *library_targets(labels), auxiliary_predictions=earlier)
     terms = {"class": ("loss_cross_entropy", 2.0), "mask": ("loss_mask", 5.0), "dice": ("loss_dice", 5.0)}
@@ -339,7 +339,7 @@ def test_matching_agrees_with_transformers(library, halton_points):
     prediction, labels = random_prediction(4), random_labels(4)
     labels[2] = IGNORE
     matcher = library.Mask2FormerHungarianMatcher(2.0, 5.0, 5.0, POINTS)
-    for classes, masks in zip(prediction.class_logits, prediction.mask_logits, strict=True):
+    for classes, masks in zip(prediction.class_logits, mask_logits(prediction), strict=True):
         expected = matcher(masks, classes, *library_targets(labels))
         for image, target in enumerate(targets_of(labels, CLASSES)):
             torch.testing.assert_close(match(classes[image], masks[image], target, POINTS), expected[image])
@@ -420,7 +420,7 @@ def test_normalizers_by_hand():
     """Images with 3, 1, 0, 12 masks and 9 queries: the last can match 9. Pairs weigh 4 + 1.4 and 9 + 0.9; there are 13
     matches in two pairs. Three of the four images are one and a half pairs."""
     normalizers = loss_normalizers(torch.tensor([3, 1, 0, 12]), slice(1, 4), num_queries=9)
-    assert normalizers.class_weight.tolist() == pytest.approx([1.5 * 5.4, 1.5 * 9.9, 1.5 * 9.9])
+    assert normalizers.class_divisor.tolist() == pytest.approx([1.5 * 5.4, 1.5 * 9.9, 1.5 * 9.9])
     assert normalizers.num_masks.item() == 1.5 * 13 / 2
     assert loss_normalizers(torch.tensor([1, 0, 0, 0]), slice(2), 9).num_masks == 1  # at least 1 a pair
 

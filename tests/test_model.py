@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, OFFICIAL, golden_config, load_golden, noise
+from conftest import GOLDEN, OFFICIAL, golden_config, load_golden, mask_logits, noise
 
 import fast
 from model import SIZES, ModelConfig, Segmenter, build_model, relative_position_index
@@ -56,7 +56,7 @@ def test_golden_evaluation(golden_model, head):
         for i in range(3):
             assert relative_error(memory[i], golden[f"memory{i}"]) < 1e-6
         prediction = model.head(features)
-        classes, masks = prediction.class_logits, prediction.mask_logits
+        classes, masks = prediction.class_logits, mask_logits(prediction)
         assert len(classes) == len(masks) == 5
         for i in range(5):
             assert relative_error(classes[i], golden[f"cls{i}"]) < 1e-6

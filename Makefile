@@ -17,7 +17,7 @@ demo: .venv/installed
 	@echo "Look at the overlays in runs/demo-pictures; the curves: $(BIN)/tensorboard --logdir runs"
 
 test: .venv/installed-dev lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test-slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m "slow or not slow"

@@ -280,11 +280,11 @@ def validate(model: Segmenter, dataset: SegmentationDataset, progress: run.Progr
 def draw_predictions(model: Segmenter, dataset: SegmentationDataset, device: torch.device) -> Image.Image:
     """Some images of the data set, always the same, each beside its labels and its prediction."""
     chosen, palette, rows = spread(dataset, PICTURES), dataset.info.palette, []
-    guesses = predictions(model.eval(), [dataset.image(i) for i in chosen], device=device)
+    with common.eval_mode(model):
+        guesses = list(predictions(model, [dataset.image(i) for i in chosen], device=device))
     for i, guess in zip(chosen, guesses, strict=True):
         colours = [draw.colorize(labels, palette) for labels in (dataset.labels(i), guess.cpu().numpy())]
         rows.append([dataset.image(i), *colours])
-    model.train()
     return draw.contact_sheet(rows)
 
 

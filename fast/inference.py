@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from adapter import FeatureMaps, TokenLayout, resize, to_map, token_layout
 from fast.allocator import keep_freed_memory
-from fast.operators import FastOperators, reads_position_table
+from fast.operators import FastOperators, pays, reads_position_table
 from fast.swap import Part, agreeing, example_of, swapped
 from fast.training import levels_at_their_resolution
 from heads import Mask2Former, UperNet
@@ -38,9 +38,7 @@ def inference(model: nn.Module, enabled: bool = True) -> Iterator[None]:
         yield
         return
     keep_freed_memory()
-    # A mode costs the host 2 us for each function that the model calls: more than a small model can gain.
-    compiled = model._compiled_call_impl is not None  # a mode would break its graph
-    functions = nullcontext() if compiled or model.config.embed_dim < 256 else KeptBias()
+    functions = KeptBias() if pays(model) else nullcontext()
     models.add(model)
     try:
         with torch.no_grad(), parts_of(model), functions:

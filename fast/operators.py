@@ -10,11 +10,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fast.attention import FusedAttention, gather_columns
 from fast.convolutions import Winograd, enlarge, winograd_pays
+
+# A mode costs the host 2 us for each function that the model calls: more than a ViT narrower than this can gain.
+NARROW = 256
+
+
+def pays(model: nn.Module) -> bool:
+    """Whether a mode is worth its while: not for a narrow model, nor for a compiled one, whose graph it would break."""
+    return model.config.embed_dim >= NARROW and model._compiled_call_impl is None
 
 
 class FastOperators(TorchFunctionMode):

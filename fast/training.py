@@ -17,7 +17,7 @@ import heads
 from fast import losses
 from fast.allocator import keep_freed_memory
 from fast.convolutions import conv3x3_of_enlarged
-from fast.operators import FastOperators
+from fast.operators import FastOperators, pays
 from fast.recompute import recompute_cheap
 from fast.swap import Part, agreeing, example_of, swapped
 from heads import Prediction, UperNet
@@ -29,8 +29,8 @@ def training(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     """Around forward **and** backward pass of a training step.
 
     The losses of Mask2Former come all at once, UperNet's fusion at each level's resolution, PyTorch's functions by
-    quicker ways, and cheap results are computed again instead of kept. Under `torch.compile` the last two are the
-    compiler's work. At the end the model is as it was; but the C library goes on keeping freed memory.
+    quicker ways, and cheap results are computed again instead of kept; the last two not where they do not pay: in a
+    narrow or a compiled model. At the end the model is as it was; but the C library goes on keeping freed memory.
 
     Give the Segmenter itself, not a wrapper, and do not copy or pickle it inside. Autograd's hooks for saved tensors
     are in use inside.
@@ -39,10 +39,8 @@ def training(model: nn.Module, enabled: bool = True) -> Iterator[None]:
         yield
         return
     keep_freed_memory()
-    compiled = model._compiled_call_impl is not None
-    builders = [losses_at_once, levels_at_their_resolution, *([] if compiled else [checkpoints_alike])]
-    parts = agreeing(model, builders)
-    with swapped(parts), nullcontext() if compiled else recompute_cheap():
+    builders = [losses_at_once, levels_at_their_resolution, *([checkpoints_alike] if pays(model) else [])]
+    with swapped(agreeing(model, builders)), recompute_cheap() if pays(model) else nullcontext():
         yield
 
 

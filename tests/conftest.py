@@ -36,6 +36,12 @@ def mask_logits(prediction) -> torch.Tensor:
     return torch.einsum("ybqc,bchw->ybqhw", prediction.mask_embeds, prediction.mask_features)
 
 
+@pytest.fixture
+def modes_for_narrow_models(monkeypatch):
+    """fast/ treats the small models of the tests as it treats large ones."""
+    monkeypatch.setattr("fast.operators.NARROW", 0)
+
+
 def load_golden(name: str) -> dict:
     with np.load(GOLDEN / name) as file:
         return dict(file)

@@ -51,7 +51,7 @@ def test_peak_memory_of_a_call_includes_what_is_freed_within_it():
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_the_fast_text_has_the_loss_of_the_plain_text_and_keeps_no_more(head, monkeypatch):
+def test_the_fast_text_has_the_loss_of_the_plain_text_and_keeps_no_more(head, monkeypatch, modes_for_narrow_models):
     subject, rand = Subject(False, f"{head}-tiny", 2, "cpu", {"window": 64}), torch.rand
     assert subject.labels.unique().tolist() == list(range(bench.PRESENT))
     # Both texts compare masks at the same points, in whatever order they draw them.

@@ -28,7 +28,7 @@ from fast.recompute import recompute_cheap
 from heads import UperNet
 from model import Segmenter, build_model, relative_position_index
 
-pytestmark = pytest.mark.usefixtures("seed")
+pytestmark = pytest.mark.usefixtures("seed", "modes_for_narrow_models")
 both_heads = pytest.mark.parametrize("head", OFFICIAL)
 
 

@@ -11,6 +11,7 @@ import fast
 from model import SIZES, ModelConfig, Segmenter, build_model, relative_position_index
 from weights import rename_official
 
+pytestmark = pytest.mark.usefixtures("modes_for_narrow_models")
 HEADS = ["mask2former", "upernet"]
 LOSS_NAMES = {"decode.loss_ce": "pixel", "aux.loss_ce": "auxiliary"}
 

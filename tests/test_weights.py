@@ -27,10 +27,12 @@ import timm
 import torch
 from conftest import GOLDEN, ROOT, fill, golden_config, load_golden, noise, official_state
 
+import fast
 import msda_cuda
 import weights
+from adapter import resize
 from common import UserError
-from heads import resize
+from heads import semantic_scores
 from model import ModelConfig, Segmenter, build_model
 from weights import FORMAT, infer_config, load_model, load_weights, rename_official, resize_position_table
 
@@ -577,16 +579,21 @@ def test_released_models_at_full_size(tmp_path, name):
     model, info = load_model(path)
     path.unlink()
     image = noise("image480", 1, 3, 480, 480).float()
-    with torch.inference_mode():
+    with torch.no_grad():
         features = model.features(image)
-        scores = model.scores(image)
+        prediction = model.head(features)
+        scores = prediction if isinstance(prediction, torch.Tensor) else semantic_scores(prediction)
         full = resize(scores, (480, 480))
+    with fast.inference(model):
+        full_fast = model(image)
     assert info == {"iteration": 40000}
     for feature, key, (every, step) in ((features.f4, "f1", (16, 12)), (features.f16, "f3", (16, 3))):
         actual = feature[:, ::every, ::step, ::step].numpy()
         assert np.abs(actual - golden[key]).max() / np.abs(golden[key]).max() < 1e-4, key
-    for actual, key in ((scores[:, :, ::8, ::8], "seg_4th"), (full[:, :, ::16, ::16], "scores_every16")):
+    for actual, key in ((scores[:, :, ::8, ::8], "seg_4th"), (full[:, :, ::16, ::16], "scores_every16"),
+                        (full_fast[:, :, ::16, ::16], "scores_every16")):
         difference = np.abs(actual.numpy() - golden[key]) / np.ptp(golden[key])
         assert (difference < 1e-3).mean() >= 0.999, key
     clear = ~golden["margin480_small"]
-    assert np.array_equal(full.argmax(dim=1).numpy()[clear], golden["argmax480"][clear])
+    for each in (full, full_fast):
+        assert np.array_equal(each.argmax(dim=1).numpy()[clear], golden["argmax480"][clear])

@@ -6,6 +6,7 @@ Reading order: join_processes -> open_run -> save, load_last, restore -> StopSig
 """
 
 import argparse
+import contextlib
 import json
 import math
 import multiprocessing
@@ -421,6 +422,9 @@ def peak_memory(device: torch.device) -> float:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a log.jsonl; a last line that a kill left unfinished is dropped."""
-    whole = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in whole]
+    """The lines of a log.jsonl; one that is damaged, or that a kill left unfinished, is dropped."""
+    lines = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines

@@ -158,3 +158,10 @@ def test_runs_are_found_by_name_age_and_command_line(tmp_path, monkeypatch):
     (tmp_path / "a/config.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         run.read_config(run.find_run("a"))
+
+
+def test_damaged_lines_of_a_log_are_dropped(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"iteration": 1}\nga\xffrbage\n{"iteration": 2}\n{"itera')
+    assert run.read_log(path) == [{"iteration": 1}, {"iteration": 2}]
+    assert run.read_log(tmp_path / "absent") == []

@@ -36,7 +36,7 @@ import data
 import run
 import weights
 from common import UserError
-from fast import inference
+from fast import inference, keep_freed_memory
 
 Save = Callable[[int, np.ndarray], None]  # takes the index of an image and its prediction, uint8 (H, W)
 REMEDY = "evaluate it on the data that it was trained on (--data DIR)"
@@ -268,6 +268,8 @@ def evaluate(model: nn.Module, dataset: data.SegmentationDataset, *, multi_scale
     total = torch.zeros(len(dataset.info.classes), len(dataset.info.classes), dtype=torch.int64, device=device)
     silent = None if progress and rank == 0 else True  # None: silent only where stderr is no terminal
     bar = tqdm(mine, desc="evaluating", unit="image", disable=silent, dynamic_ncols=True)
+    if fast:
+        keep_freed_memory()
     precision = torch.autocast(torch.device(device).type, amp, enabled=amp is not None)
     with common.eval_mode(model), inference(model, fast), precision:
         images = (dataset.image(i) for i in mine)

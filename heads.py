@@ -280,7 +280,7 @@ class Mask2Former(nn.Module):
         # Masks are linear in the mask features: resizing these once a level spares resizing Q masks in every layer.
         level_features = [resize(mask_features.detach(), m.shape[2:]).flatten(2) for m in maps]  # (B, C, h*w)
 
-        x = self.query_feat.expand(len(mask_features), -1, -1)  # (Q, C) -> (B, Q, C)
+        x = self.query_feat.expand(mask_features.shape[0], -1, -1)  # (Q, C) -> (B, Q, C)
         query_embed = self.query_embed.expand_as(x)
         outputs = [self.norm(x)]
         mask_embeds = [self.mask_embed(outputs[0])]

@@ -9,7 +9,9 @@ from functools import cache
 def keep_freed_memory() -> None:
     """Have the C library keep what this process frees, where it can.
 
-    Large tensors come and go in every layer; by default each is mapped anew, at a page fault for every 4 kB.
+    Large tensors come and go in every layer; by default each is mapped anew, at a page fault for every 4 kB. Not for
+    single huge pictures: between tensors of many sizes the heap frays, and its peak is more than twice as high (4.2
+    for 1.8 GB).
     """
     trim_threshold, mmap_max = -1, -4  # mallopt(3)
     with suppress(OSError, AttributeError):  # another system, another C library

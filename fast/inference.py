@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapter import FeatureMaps, TokenLayout, resize, to_map, token_layout
-from fast.allocator import keep_freed_memory
 from fast.operators import FastOperators, pays, reads_position_table
 from fast.swap import Part, agreeing, example_of, swapped
 from fast.training import levels_at_their_resolution
@@ -37,7 +36,6 @@ def inference(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     if not enabled or model in models or not isinstance(model, Segmenter):
         yield
         return
-    keep_freed_memory()
     functions = KeptBias() if pays(model) else nullcontext()
     models.add(model)
     try:

@@ -13,6 +13,7 @@ import torch
 from test_sync_batchnorm import two_processes
 from torch.nn.parallel import DistributedDataParallel
 
+import fast
 import run
 import train
 from data import Batch
@@ -73,7 +74,7 @@ def one_step(head: str, layout: str, ignored: bool, frozen: str, rank: int = 0, 
     for i, batch in enumerate(batches):
         first = mine.start + i * share
         normalizers = loss_normalizers(counts, slice(first, first + share), model.config.num_queries)
-        with train.averaging(parallel, i == accumulation - 1):
+        with train.averaging(parallel, i == accumulation - 1), fast.training(model):
             loss = parallel(batch.images.double() / 128 - 1, batch.labels.long(), normalizers)["loss"]
             (loss / accumulation).backward()
         losses += loss.detach() / accumulation

@@ -8,11 +8,9 @@ Shapes: H, W height and width of an image, w side of the training window, B batc
 Images are RGB uint8 (H, W, 3); labels are uint8 (H, W) with the class index 0..K-1, or 255 where there is none.
 """
 
-import contextlib
 import itertools
 import json
 import math
-import struct
 from collections import namedtuple
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -22,15 +20,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import common
 from common import IGNORE, UserError, reason
+from pictures import EXTENSIONS, check_size, default_palette, read_image, read_labels
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, in grey levels, RGB
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 TEST_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 CONTEXT_CLASSES = Path(__file__).with_name("pascal_context.json")
 
@@ -143,11 +140,15 @@ def check_names(names: list[str], source: str) -> None:
         raise UserError(f"{source}: {len(names)} names, {repeated} repeated: give 1 to {IGNORE} different ones")
 
 
-def default_palette(num_classes: int) -> np.ndarray:
-    """Distinct colours, uint8 (K, 3): hues near a golden angle apart, with saturation and brightness in turn."""
-    k = np.arange(num_classes)
-    hsv = np.stack([k * 113 % 180, 150 + k % 3 * 50, 240 - k % 2 * 80 - k // 180 * 30], axis=-1).astype(np.uint8)
-    return hsv_to_rgb(hsv[None])[0]
+def read_lines(path: Path, remedy: str) -> list[str]:
+    """The lines of a UTF-8 text file, stripped, without empty ones. Raises UserError if there are none."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({reason(error)}): {remedy}") from None
+    if not any(lines):
+        raise UserError(f"{path} is empty: {remedy}")
+    return [line for line in lines if line]
 
 
 def read_split(path: Path) -> list[str]:
@@ -174,66 +175,6 @@ def find_file(folder: Path, name: str, extensions: Iterable[str], split_file: Pa
             return path
     raise UserError(f"{split_file} names '{name}', but {folder} has no {name} ending in {' or '.join(extensions)}: "
                     "add the file or remove the name")
-
-
-def check_size(image: Path, labels: Path | str, shape: tuple[int, int]) -> None:
-    """Raises UserError unless the labels' shape (H, W) is that of the upright image; reads only the image's header."""
-    with open_picture(image) as picture:
-        width, height = picture.size
-        if picture.getexif().get(0x0112, 1) >= 5:  # the EXIF orientations 5..8 swap the sides
-            width, height = height, width
-    if shape != (height, width):
-        raise UserError(f"{image} is {width}x{height} pixels but {labels} is {shape[1]}x{shape[0]}: make them one size")
-
-
-# ------------------------------------------------------------------------------------------------- text and image files
-def read_lines(path: Path, remedy: str) -> list[str]:
-    """The lines of a UTF-8 text file, stripped, without empty ones. Raises UserError if there are none."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({reason(error)}): {remedy}") from None
-    if not any(lines):
-        raise UserError(f"{path} is empty: {remedy}")
-    return [line for line in lines if line]
-
-
-@contextlib.contextmanager
-def open_picture(path: Path) -> Iterator[Image.Image]:
-    """The Pillow image of a file. Raises UserError if the file, or later its pixels, cannot be read or are too many."""
-    try:
-        with Image.open(path) as picture:
-            yield picture
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable image ({reason(error)}): replace it or take its name out") from None
-
-
-def read_image(path: Path) -> np.ndarray:
-    """RGB uint8 (H, W, 3) of any picture, like OpenCV's IMREAD_COLOR: upright, alpha dropped, 16 bits cut to 8."""
-    with open_picture(path) as picture:
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith("I"):  # 16-bit gray; Pillow would clip it to white
-            picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
-        return np.array(picture.convert("RGB"))
-
-
-def read_labels(path: Path) -> np.ndarray:
-    """The values of a label image, int32 (H, W); never rotated. Raises UserError for a picture that holds colours."""
-    with open_picture(path) as picture:
-        mode = picture.mode
-        if mode in ("L", "P", "1") or mode.startswith("I"):
-            return np.array(picture).astype(np.int32)
-    raise UserError(f"{path} has mode {mode}, not one value a pixel: convert it with `python data.py from-folders`")
-
-
-def save_labels(labels: np.ndarray, path: Path, palette: np.ndarray | None = None) -> None:
-    """Write labels, uint8 or uint16 (H, W), as a PNG of these values; uint8 may have a palette (K, 3) for viewers."""
-    picture = Image.fromarray(labels)
-    if palette is not None:
-        # All 256 colours: with 16 or fewer Pillow writes 4 bits a pixel, and 255 becomes 15.
-        picture.putpalette([*np.ravel(palette)] + [205, 205, 208] * (256 - len(palette)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    common.write_whole(path, lambda file: picture.save(file, "PNG"))
 
 
 # ---------------------------------------------------------------------------------------------- resizes and test images

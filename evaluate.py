@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 import common
 import data
+import pictures
 import run
 import weights
 from common import UserError
@@ -324,7 +325,7 @@ def label_writer(folder: Path, dataset: data.SegmentationDataset, original_ids: 
             raise UserError(f"{dataset.info.name} has no original ids: leave out --original-ids")
         values, palette = np.uint16([ids[name] for name in dataset.info.classes]), None
     common.make_folder(folder, "--save-labels")
-    return lambda i, prediction: data.save_labels(values[prediction], folder / f"{dataset.names[i]}.png", palette)
+    return lambda i, prediction: pictures.save_labels(values[prediction], folder / f"{dataset.names[i]}.png", palette)
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:

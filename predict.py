@@ -29,6 +29,7 @@ import evaluate
 import weights
 from common import UserError
 from fast import inference
+from pictures import EXTENSIONS, default_palette, read_image, save_labels
 from tools import draw
 from tools.explain import explain
 
@@ -81,19 +82,19 @@ def names_and_colors(facts: dict, num_classes: int) -> tuple[list[str], np.ndarr
     info = data.context_info()
     if len(info.classes) == num_classes:
         return list(info.classes), info.palette
-    return [f"class {k}" for k in range(num_classes)], data.default_palette(num_classes)
+    return [f"class {k}" for k in range(num_classes)], default_palette(num_classes)
 
 
 def as_array(picture: Picture) -> np.ndarray:
     """RGB uint8 (H, W, 3). Files are turned upright by their EXIF tag; gray, alpha, CMYK and 16 bits are converted."""
     if isinstance(picture, str | Path):
-        return data.read_image(Path(picture))
+        return read_image(Path(picture))
     return np.array(picture.convert("RGB")) if isinstance(picture, Image.Image) else picture
 
 
 def write_results(predictor: Predictor, picture: Path, stem: Path, options: argparse.Namespace) -> None:
     """Write `stem`_overlay.jpg and _labels.png, on request also _probabilities.npz (float16) and _explain.png."""
-    image = data.read_image(picture)
+    image = read_image(picture)
     if options.probabilities:
         volume = predictor.probabilities(image)
         labels = volume.argmax(0).astype(np.uint8)
@@ -105,7 +106,7 @@ def write_results(predictor: Predictor, picture: Path, stem: Path, options: argp
     overlay = draw.overlay(image, labels, predictor.palette, options.opacity, ignore_index=-1)
     sheet = draw.with_legend(overlay, labels, predictor.classes, predictor.palette, ignore_index=-1)
     common.write_whole(Path(f"{stem}_overlay.jpg"), lambda file: sheet.save(file, "JPEG", quality=92))
-    data.save_labels(labels, Path(f"{stem}_labels.png"), predictor.palette)
+    save_labels(labels, Path(f"{stem}_labels.png"), predictor.palette)
     if options.explain:
         explanation = explain(predictor.model, image, predictor.classes)
         common.write_whole(Path(f"{stem}_explain.png"), lambda file: explanation.save(file, "PNG"))
@@ -117,7 +118,7 @@ def find_pictures(arguments: Sequence[str]) -> list[Path]:
     for argument in arguments:
         path = Path(argument)
         if path.is_dir():
-            found = [file for file in sorted(path.iterdir()) if file.suffix.lower() in data.EXTENSIONS]
+            found = [file for file in sorted(path.iterdir()) if file.suffix.lower() in EXTENSIONS]
         else:
             found = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(argument, recursive=True))]
         if not found:

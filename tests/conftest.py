@@ -5,18 +5,21 @@ Reading order: noise, load_golden -> golden_config -> golden_model -> randomized
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(ROOT))
 
 from model import ModelConfig, Segmenter  # noqa: E402
+from tools import prepare  # noqa: E402
 from weights import rename_official  # noqa: E402
 
 spec = importlib.util.spec_from_file_location("fill", GOLDEN / "fill.py")
@@ -106,3 +109,22 @@ def halton_points(monkeypatch):
         return torch.from_numpy(fill.halton(shape[-2])).to(device, dtype).expand(shape).clone()
 
     monkeypatch.setattr(torch, "rand", rand)
+
+
+@pytest.fixture
+def make_own(tmp_path: Path) -> Callable[..., Path]:
+    """Write images and labels with noise of two classes and an ignored value; then from-folders makes tmp_path/own."""
+    def make(classes: str = "2", *more: str, table=(0, 1, 255), spoil: Callable = lambda: None) -> Path:
+        rng = np.random.default_rng(0)
+        for folder in ("photos", "masks"):
+            (tmp_path / folder).mkdir()
+        for i in range(10):
+            Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(tmp_path / "photos" / f"p{i}.jpg")
+            Image.fromarray(np.uint8(table)[rng.integers(0, 3, (20, 30))]).save(tmp_path / "masks" / f"p{i}.png")
+        spoil()
+        options = f"from-folders --images {tmp_path}/photos --labels {tmp_path}/masks --out {tmp_path}/own --workers 1"
+        options = vars(prepare.build_parser().parse_args([*options.split(), "--classes", classes, *more]))
+        options.pop("command")(**options)
+        return tmp_path / "own"
+
+    return make

@@ -217,25 +217,6 @@ def test_pascal_context_tree(tmp_path: Path) -> None:
     np.testing.assert_array_equal(dataset.labels(0), OPS["reduce_zero_out"])
 
 
-def test_modes_and_rotation_are_read_as_opencv_does(tmp_path: Path) -> None:
-    grey = np.arange(200, dtype=np.uint8).reshape(10, 20)
-    Image.fromarray(grey).save(tmp_path / "grey.png")
-    Image.fromarray(np.dstack([grey] * 3 + [grey * 0])).save(tmp_path / "rgba.png")
-    Image.fromarray(grey.astype(np.uint16) * 256 + 7).save(tmp_path / "deep.png")
-    for name in ("grey", "rgba", "deep"):
-        np.testing.assert_array_equal(data.read_image(tmp_path / f"{name}.png"), np.dstack([grey] * 3))
-    Image.new("CMYK", (4, 4), (255, 0, 0, 0)).save(tmp_path / "cmyk.jpg")
-    assert data.read_image(tmp_path / "cmyk.jpg")[0, 0].tolist() == [0, 255, 255]
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn a quarter clockwise to see it upright
-    Image.fromarray(np.dstack([grey] * 3)).save(tmp_path / "turned.png", exif=exif)
-    turned = data.read_image(tmp_path / "turned.png")
-    np.testing.assert_array_equal(turned, np.rot90(np.dstack([grey] * 3), -1))
-    data.check_size(tmp_path / "turned.png", "labels", turned.shape[:2])
-    with pytest.raises(UserError, match="turned.png is 10x20 pixels but labels is 20x10"):
-        data.check_size(tmp_path / "turned.png", "labels", (10, 20))
-
-
 NOISE = np.random.default_rng(0).integers(0, 3, (40, 60), dtype=np.uint8)
 FOREIGN = np.where(NOISE == 2, np.uint8(17), NOISE)
 
@@ -286,17 +267,6 @@ def test_decompression_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
         data.open_dataset(write_plain(tmp_path / "d"), "val").image(0)
 
 
-def test_saved_labels_keep_values_and_palette(tmp_path: Path) -> None:
-    labels, palette = np.uint8([[0, 1, 2], [255, 1, 0]]), np.uint8([[200, 0, 0], [0, 200, 0], [0, 0, 200]])
-    data.save_labels(labels, tmp_path / "sub" / "x.png", palette)
-    np.testing.assert_array_equal(data.read_labels(tmp_path / "sub" / "x.png"), labels)
-    with Image.open(tmp_path / "sub" / "x.png") as picture:
-        assert picture.mode == "P" and picture.getpalette()[:9] == palette.flatten().tolist()
-    data.save_labels(np.uint16([[459, 1]]), tmp_path / "ids.png")
-    assert data.read_labels(tmp_path / "ids.png").tolist() == [[459, 1]]
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["ids.png", "sub", "x.png"]
-
-
 @pytest.mark.parametrize(("folder", "message"), [
     (None, "no data at .*prepare-context --voc .*--data toy"),
     ("", "no plain folder .*and no VOC2010 tree.*from-folders"),
@@ -307,11 +277,6 @@ def test_a_root_without_data_says_how_to_get_them(tmp_path: Path, folder: str | 
         (tmp_path / "d" / folder).mkdir(parents=True)
     with pytest.raises(UserError, match=message):
         data.open_dataset(tmp_path / "d", "train")
-
-
-def test_default_palette_has_distinct_colours() -> None:
-    palette = data.default_palette(255)
-    assert palette.shape == (255, 3) and len(np.unique(palette, axis=0)) == 255
 
 
 @pytest.mark.skipif(not CAMVID.is_dir(), reason=f"no CamVid at {CAMVID}; set VITSEG_CAMVID")

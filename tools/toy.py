@@ -21,7 +21,8 @@ import numpy as np
 from PIL import Image
 
 from common import UserError, in_parallel, new_folder
-from data import IGNORE, save_labels, write_split
+from data import IGNORE, write_split
+from pictures import save_labels
 
 CLASSES = ("sky", "grass", "road", "water", "house", "tree", "crate", "ball", "pole", "sign")
 SKY, GRASS, ROAD, WATER, HOUSE, TREE, CRATE, BALL, POLE, SIGN = range(len(CLASSES))

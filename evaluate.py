@@ -4,7 +4,8 @@
     python evaluate.py --ms --checkpoint FILE --data DIR
     torchrun --nproc_per_node=8 evaluate.py --ms       the same numbers, shared out over 8 devices
 
-Reading order: window_places -> sliding_scores -> make_views -> vote -> predictions -> metrics -> evaluate.
+Reading order: window_places -> sliding_scores -> make_views -> vote -> predictions -> metrics -> evaluate
+-> match_classes -> evaluate_checkpoint.
 
 A *view* is one resized, perhaps mirrored copy of a picture. The scores of its windows are averaged where they overlap,
 resized to the picture, soft-maxed, and vote with those of the other views.
@@ -47,7 +48,6 @@ STRIP = 2**27  # numbers in a slab of probabilities (512 MiB of float32): larger
 
 class View(NamedTuple):
     """A normalised image (1, 3, h, w), whether it was mirrored, and how many equal views it stands for."""
-
     image: Tensor
     flipped: bool = False
     weight: float = 1.0
@@ -204,7 +204,6 @@ def confusion_matrix(prediction: Tensor, labels: Tensor, num_classes: int) -> Te
 
 class Metrics(NamedTuple):
     """Per class (K,): IoU, accuracy and labelled pixels; over all: pixel accuracy and the two class means."""
-
     iou: np.ndarray
     accuracy: np.ndarray
     pixels: np.ndarray

@@ -22,6 +22,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
@@ -349,12 +350,12 @@ class Log:
         self.sums, self.iterations = Counter(), 0
 
     def count(self, iteration: int, losses: dict[str, float]) -> bool:
-        """Take note of an iteration. Returns whether to report: after the first, the fifth and each `every` ones."""
+        """Take note of an iteration. Returns whether to report: the first, the fifth, each `every`th and the last."""
         self.sums.update(losses)  # adds them
         self.iterations += 1
         self.bar.update()
         self.bar.set_postfix_str(f"loss {losses['loss']:.3f}", refresh=False)
-        return iteration - self.start in (1, 5) or iteration % self.every == 0
+        return iteration - self.start in (1, 5) or iteration % self.every == 0 or iteration == self.total
 
     def report(self, iteration: int, seconds: dict[str, float], lr: float, gradient_norm: float,
                loss_scale: float = 1.0) -> None:
@@ -375,7 +376,7 @@ class Log:
                                         "memory_gb": memory, "eta_seconds": left, **split})
         text = ", ".join(f"{name} {term:.3f}" for name, term in terms.items())
         self.say(f"{iteration}/{self.total}  loss {loss:.4f} ({text})  lr {lr:.2e}  gradient {gradient_norm:.2f}  "
-                 f"{elapsed:.2f} s/it  {memory:.1f} GB  ETA {tqdm.format_interval(left)}")
+                 f"{elapsed:.2f} s/it  {memory:.1f} GB  ETA {timedelta(seconds=round(left))}")
         self.foresee(iteration - self.start, elapsed, left)
         self.sums, self.iterations = Counter(), 0
 
@@ -384,7 +385,7 @@ class Log:
         if done == 1:
             much = ": fewer --iterations will do" if self.epochs > 1000 else ""
             self.say(f"the first iteration took {elapsed:.2f} s; at this rate {self.total:,} iterations end in "
-                     f"{tqdm.format_interval(left)}; they are {self.epochs:,.1f} epochs{much}")
+                     f"{timedelta(seconds=round(left))}; they are {self.epochs:,.1f} epochs{much}")
         if done == 5 and (days := left / 86_400) > 7:
             self.say(f"warning: this run ends in {days:.0f} days: use a GPU, a smaller --size, fewer --iterations")
 

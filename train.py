@@ -1,6 +1,7 @@
 """Train a ViT-Adapter segmenter on one device or many.
 
     python train.py --data toy                                            a first try on a CPU: makes its own data
+    python train.py --data DIR --size tiny --window 192 --iterations 800  your own 60 photographs on a CPU
     torchrun train.py --head mask2former --size large                     Pascal Context on one GPU
     torchrun --nproc_per_node=8 train.py --head upernet --size large      on eight: the same run, sooner
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...   on two nodes
@@ -328,7 +329,7 @@ def find_pretrained(name: str | None, size: str) -> Path | None:
     if name:
         raise UserError(f"--pretrained {name}: no such file; 'none' starts from random weights")
     raise UserError(f"no pre-trained BEiT weights at {' or '.join(usual)}: put there https://huggingface.co/timm/{timm}/"
-                    f"resolve/main/model.safetensors as {usual[1]}, or use --pretrained FILE or --pretrained none")
+                    f"resolve/main/model.safetensors as {usual[1]}, or use --pretrained FILE|none or --size tiny")
 
 
 def start_stream(options: argparse.Namespace, dataset: SegmentationDataset, window: int, iteration: int,

@@ -194,6 +194,16 @@ def test_means_without_classes_are_those_of_the_others(without, means):
         np.testing.assert_array_equal(ours, whole)
 
 
+def test_json_holds_fractions_in_full_precision_and_null_for_no_number():
+    confusion = torch.tensor([[2, 1], [0, 0]])
+    text = evaluate.to_json(metrics(confusion), ["a", "b"], metrics(confusion, [0, 1]), ["a", "b"], split="test")
+    assert json.loads(text) == {
+        "split": "test", "all_accuracy": 2 / 3, "mean_iou": 1 / 3, "mean_accuracy": 2 / 3,
+        "without": {"classes": ["a", "b"], "all_accuracy": None, "mean_iou": None, "mean_accuracy": None},
+        "classes": [{"class": "a", "iou": 2 / 3, "accuracy": 2 / 3, "pixels": 3},
+                    {"class": "b", "iou": 0.0, "accuracy": None, "pixels": 0}]}
+
+
 ABC = ["sky", "Road", "car"]
 
 

@@ -215,9 +215,8 @@ class Metrics(NamedTuple):
 def metrics(confusion: Tensor, without: Sequence[int] = ()) -> Metrics:
     """Metrics of a confusion matrix (K, K) summed over the data set, fractions in 0 ... 1, float64.
 
-    A class in neither labels nor predictions has the IoU NaN and is left out of the mean. The last three numbers are
-    those of the classes that are not in `without`: their labelled pixels, their means. A pixel of a class in `without`
-    that is predicted as another class still lowers that other class's IoU.
+    A class in neither labels nor predictions has the IoU NaN and is left out of the mean. So are the classes `without`
+    in the last three numbers, but their pixels still lower the IoU of a class that is predicted there.
     """
     confusion = confusion.cpu()
     hits, labelled, predicted = confusion.diagonal().double(), confusion.sum(1), confusion.sum(0)
@@ -253,8 +252,8 @@ def to_json(result: Metrics, classes: Sequence[str], rest: Metrics, without: Seq
                      for each in (result, rest))
     columns = {"class": classes, **{name: numbers.pop(name) for name in ("iou", "accuracy", "pixels")}}
     per_class = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    facts["without"] = {"classes": without, **{name: rest[name] for name in numbers}}
-    return json.dumps({**facts, **numbers, "classes": per_class}, indent=1)
+    without = {"classes": without, **{name: rest[name] for name in numbers}}
+    return json.dumps({**facts, **numbers, "without": without, "classes": per_class}, indent=1)
 
 
 def evaluate(model: nn.Module, dataset: data.SegmentationDataset, *, multi_scale: bool = False,
@@ -313,13 +312,13 @@ def match_classes(model: nn.Module, info: data.DatasetInfo, theirs: Sequence[str
     index of each. Raises UserError for other classes.
     """
     ours, number, note = list(info.classes), model.config.num_classes, ""
-    names = list(theirs or data.context_info().classes)  # the released checkpoints are for these
-    order = class_order(ours, names)
     if len(ours) != number:
         raise UserError(f"{info.name} has {len(ours)} classes, the checkpoint {number}: {REMEDY}")
+    names = list(theirs or data.context_info().classes)  # the released checkpoints are for these
+    order = class_order(ours, names)
     if theirs and order is None:
-        only = [sorted(set(one).difference(other))[:3] for one, other in ((ours, names), (names, ours))]
-        raise UserError(f"{info.name} has {only[0]} where the checkpoint has {only[1]}: {REMEDY}")
+        only, lacks = (sorted(set(a).difference(b))[:3] for a, b in ((ours, names), (names, ours)))
+        raise UserError(f"{info.name} has {only} where the checkpoint has {lacks}: {REMEDY}")
     if order is None:
         names, order, note = ours, list(range(number)), f"the checkpoint names no classes: {info.name}'s are taken"
     elif names != ours:

@@ -383,9 +383,9 @@ class Log:
     def foresee(self, done: int, elapsed: float, left: float) -> None:
         """Say after the first iteration what the whole run is; warn after the fifth if it is longer than a week."""
         if done == 1:
-            much = ": fewer --iterations will do" if self.epochs > 1000 else ""
-            self.say(f"the first iteration took {elapsed:.2f} s; at this rate {self.total:,} iterations end in "
-                     f"{timedelta(seconds=round(left))}; they are {self.epochs:,.1f} epochs{much}")
+            much, length = ": fewer --iterations will do" if self.epochs > 1000 else "", timedelta(seconds=round(left))
+            self.say(f"the first iteration took {elapsed:.2f} s: at this rate the run ends in {length}; "
+                     f"its {self.total:,} iterations are {self.epochs:,.1f} epochs{much}")
         if done == 5 and (days := left / 86_400) > 7:
             self.say(f"warning: this run ends in {days:.0f} days: use a GPU, a smaller --size, fewer --iterations")
 

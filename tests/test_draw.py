@@ -1,9 +1,10 @@
-"""draw.py: the colour of every pixel where it can be said in advance, sizes and layout elsewhere."""
+"""draw.py: the colour of every pixel where it can be said in advance, sizes and layout elsewhere; default colours."""
 
 import numpy as np
 import pytest
-from PIL import ImageFont
+from PIL import Image, ImageCms, ImageFont
 
+from pictures import default_palette
 from tools import draw
 
 PALETTE = np.uint8([[200, 0, 0], [0, 200, 0], [0, 0, 200]])
@@ -105,3 +106,51 @@ def test_captions_stand_above_their_pictures():
     assert head > 12 and (sheet[: head + 6] < 128).any() and (sheet[head + 6 :] == plain[6:]).all()
     one = np.asarray(draw.with_caption(black, "road 0.93"))
     assert one.shape[1] == 60 and len(one) > 52 and (one[-40:] == 0).all()
+
+
+def ciede2000(lab: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The colour difference of ISO/CIE 11664-6 between CIELAB colours (..., 3)."""
+    (l1, a1, b1), (l2, a2, b2) = np.moveaxis(np.float64(lab), -1, 0), np.moveaxis(np.float64(other), -1, 0)
+    chroma = (np.hypot(a1, b1) + np.hypot(a2, b2)) / 2
+    stretch = 1.5 - 0.5 * np.sqrt(chroma**7 / (chroma**7 + 25.0**7))
+    c1, c2 = np.hypot(a1 * stretch, b1), np.hypot(a2 * stretch, b2)
+    h1, h2 = np.arctan2(b1, a1 * stretch), np.arctan2(b2, a2 * stretch)
+    turn = (h2 - h1 + np.pi) % (2 * np.pi) - np.pi
+    light, chroma, hue = (l1 + l2) / 2, (c1 + c2) / 2, h1 + turn / 2
+    t = (1 - 0.17 * np.cos(hue - np.pi / 6) + 0.24 * np.cos(2 * hue) + 0.32 * np.cos(3 * hue + np.radians(6))
+         - 0.2 * np.cos(4 * hue - np.radians(63)))
+    dl = (l2 - l1) / (1 + 0.015 * (light - 50) ** 2 / np.sqrt(20 + (light - 50) ** 2))
+    dc = (c2 - c1) / (1 + 0.045 * chroma)
+    dh = 2 * np.sqrt(c1 * c2) * np.sin(turn / 2) / (1 + 0.015 * chroma * t)
+    blue = np.exp(-(((np.degrees(hue) % 360 - 275) / 25) ** 2))
+    rotation = -2 * np.sqrt(chroma**7 / (chroma**7 + 25.0**7)) * np.sin(np.radians(60) * blue)
+    return np.sqrt(dl**2 + dc**2 + dh**2 + rotation * dc * dh)
+
+
+def to_lab(colours: np.ndarray) -> np.ndarray:
+    """CIELAB of sRGB colours, float (K, 3), by LittleCMS: independent of ours, and rounded to whole steps."""
+    convert = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+    lab = np.asarray(ImageCms.applyTransform(Image.fromarray(np.uint8(colours)[None]), convert))[0]
+    return np.stack([lab[:, 0] / 2.55, *lab[:, 1:].view(np.int8).T], -1)
+
+
+def test_ciede2000_is_that_of_the_published_pairs() -> None:
+    for first, second, expected in [((50, 2.6772, -79.7751), (50, 0, -82.7485), 2.0425),
+                                    ((50, 2.5, 0), (73, 25, -18), 27.1492),
+                                    ((22.7233, 20.0904, -46.694), (23.0331, 14.973, -42.5619), 2.0373)]:
+        assert ciede2000(np.array(first), np.array(second)) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(("classes", "apart", "apart_76"), [
+    (2, 53, 113), (8, 21, 26), (20, 18, 26), (59, 12, 16), (150, 5.5, 12), (255, 5.5, 9),
+])
+def test_default_colours_can_be_told_apart(classes: int, apart: float, apart_76: float) -> None:
+    """The docstring's distances, to the rounding of `to_lab`; also from white, black and the hatches' grays."""
+    palette = default_palette(classes)
+    assert palette.dtype == np.uint8 and palette.shape == (classes, 3) and len(np.unique(palette, axis=0)) == classes
+    np.testing.assert_array_equal(palette, default_palette(300)[:classes])  # whatever the number of classes
+    lab, taken = to_lab(palette), to_lab(np.array([(255, 255, 255), (0, 0, 0), draw.HATCH_LIGHT, draw.HATCH_DARK]))
+    first, second = (lab[index] for index in np.triu_indices(classes, 1))
+    assert ciede2000(first, second).min() > apart - 0.6
+    assert np.linalg.norm(first - second, axis=-1).min() > apart_76 - 1.5
+    assert ciede2000(lab[:, None], taken).min() > (13 if classes < 60 else 9) - 0.6

@@ -1,5 +1,8 @@
 """draw.py: the colour of every pixel where it can be said in advance, sizes and layout elsewhere; default colours."""
 
+import tracemalloc
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFont
@@ -73,7 +76,7 @@ def test_a_narrow_legend_has_one_column_and_cuts_long_names():
         picture = np.asarray(draw.legend(CLASSES, PALETTE, width))
         lefts = [np.nonzero((picture == c).all(-1))[1].min() for c in PALETTE]
         assert picture.shape[1] == width and len(set(lefts)) == columns
-    font = ImageFont.load_default(12)
+    font = draw.font_with(CLASSES[2], 12)
     short = draw.shorten(CLASSES[2], font, 60)
     assert short.endswith("...") and font.getlength(short) <= 60 and draw.shorten("sky", font, 60) == "sky"
 
@@ -84,6 +87,64 @@ def test_with_legend_lists_what_is_in_the_labels_below_the_picture(labels):
     result = np.asarray(draw.with_legend(image, wide, CLASSES, PALETTE))
     assert result.shape[1] == 260 and (result[:30] == 7).all()
     assert colors_in(result[30:]) & (colors_in([PALETTE]) | HATCHED) == {(200, 0, 0), (0, 0, 200), *HATCHED}
+
+
+def test_long_pictures_take_little_memory_and_have_thin_lines():
+    """Few bytes a pixel, of which 3 are the result, though most of these pixels are ignored."""
+    labels, image = np.full((100, 20_000), 255, np.uint8), np.full((100, 20_000, 3), 90, np.uint8)
+    labels[:, ::1000] = 0
+    for work, limit in [(lambda: draw.colorize(labels, PALETTE), 5), (lambda: draw.overlay(image, labels, PALETTE), 7),
+                        (lambda: draw.error_map(labels, labels), 7)]:
+        tracemalloc.start()
+        picture = work()
+        assert tracemalloc.get_traced_memory()[1] < limit * labels.size
+        tracemalloc.stop()
+    assert colors_in(picture[:, 1:990]) == HATCHED and draw.legend(CLASSES, PALETTE, 20_000).height < 400
+    assert draw.line_width((100, 100_000)) == 1 and draw.line_width((6000, 8000)) == 11
+    assert draw.text_size(640) == 17 and draw.text_size(8000) == 89 and draw.text_size(66_000) == 96
+
+
+@pytest.fixture
+def fonts(monkeypatch):
+    """fonts(file) -> the machine has that font and Pillow's own only, as fontconfig says; None: no fontconfig."""
+    original = ImageFont.truetype
+
+    def install(file):
+        def truetype(name, *arguments, **options):
+            if not isinstance(name, str) or name == file:  # Pillow opens its own by this function too
+                return original(name, *arguments, **options)
+            raise OSError
+        monkeypatch.setattr(ImageFont, "truetype", truetype)
+        monkeypatch.setattr(draw.shutil, "which", lambda _: file)
+        monkeypatch.setattr(draw.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=file))
+        draw.font_with.cache_clear()
+        draw.boxes.clear()
+
+    yield install
+    draw.font_with.cache_clear()
+
+
+def test_the_font_has_the_letters_of_the_names(fonts, capsys):
+    """Pillow's own for ASCII; else the machine's, for names and widths alike; one warning names what none has."""
+    try:
+        file = ImageFont.truetype("DejaVuSans.ttf").path
+    except OSError:
+        pytest.skip("no DejaVu font here")
+    fonts(file)
+    assert draw.font_with("road", 20).getname()[0] != "DejaVu Sans"
+    assert draw.font_with("Straße дорога", 20).getname()[0] == "DejaVu Sans" and not capsys.readouterr().err
+    pictures = [np.asarray(draw.legend([name], PALETTE, 300)) for name in ("дорога", "дерево")]
+    assert (pictures[0] != pictures[1]).any()  # letters, not six boxes each
+    for name in ("дорога 道", "道"):
+        draw.legend([name], PALETTE, 300)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "no font here has 道, drawn as boxes" in error and "fonts-noto-cjk" in error
+
+
+def test_without_any_font_the_letters_are_boxes_and_a_warning_says_so(fonts, capsys):
+    fonts(None)
+    draw.with_caption(np.zeros((9, 90, 3), np.uint8), "道路")
+    assert capsys.readouterr().err.startswith("warning: no font here has 路道, drawn as boxes; install one")
 
 
 @pytest.mark.parametrize(("share", "text"), [(0.345, "34 %"), (1, "100 %"), (0.0042, "0.4 %"), (1e-5, "< 0.1 %")])

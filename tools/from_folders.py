@@ -232,19 +232,15 @@ def split_names(names: Iterable[str], val_fraction: float = 0.2, group_by: str |
     together: `group_by` is a regular expression, and what it finds in a name (its first bracket, if it has one) is the
     group. Without it, frames of videos are told by a number of four digits or more at the end.
     """
-    names = list(names)
+    names = sorted(names)
     groups = defaultdict(list)
     for name in names:
-        if group_by:
-            found = re.search(group_by, name)
-            groups[found[found.re.groups and 1] if found else name].append(name)
-        else:
-            groups[re.sub(r"\d{4,}$", "", name)].append(name)
-    if not group_by and not (1 < len(groups) <= len(names) / 3):
-        groups = {name: [name] for name in names}
-    elif len(groups) < len(names):
-        print(f"{len(groups)} groups stay together ({', '.join(repr(group) for group in [*groups][:3])} ...), as frames "
-              "of a video: none is learned from and judged by; --group-by can say otherwise")
+        found = re.search(group_by, name) if group_by else None
+        groups[found[found.re.groups and 1] if found else name].append(name)
+    if not group_by and (videos := find_videos(names)):
+        groups = videos
+        print(f"frames of {len(groups)} videos ({', '.join(map(repr, [*groups][:3]))} ...): those of one video are not "
+              "both learned from and judged by; --group-by can say otherwise, '.*' splits frame by frame")
     if len(groups) < 2:
         raise UserError("one image, or one group of images, cannot be split into training and validation: give more, "
                         "or other groups with --group-by")
@@ -258,6 +254,23 @@ def split_names(names: Iterable[str], val_fraction: float = 0.2, group_by: str |
         few = few or [min(ordered, key=lambda group: (len(groups[group]), rank[group]))]
         val = [name for group in few[:len(groups) - 1] for name in groups[group]]
     return {"train": sorted({*names} - {*val}), "val": sorted(val)}
+
+
+def find_videos(names: Sequence[str]) -> dict[str, list[str]]:
+    """Names by what stands before their numbers, if these are numbers of frames; else {}.
+
+    They are if they have four digits or more, mostly follow one another in one step, and there are three in a video.
+    """
+    videos, steps = defaultdict(list), Counter()
+    for name in names:  # sorted
+        before, number = re.fullmatch(r"(.*?)(\d{4,}|)", name, re.S).groups()
+        if not number:
+            return {}
+        if videos[before]:
+            steps[int(number) - int(videos[before][-1][len(before):])] += 1
+        videos[before].append(name)
+    regular = steps and max(steps.values()) >= steps.total() / 2
+    return dict(videos) if regular and 1 < len(videos) <= len(names) / 3 else {}
 
 
 # ----------------------------------------------------------------------------------------------------------- the labels

@@ -91,7 +91,8 @@ def from_zero(labels: np.ndarray) -> np.ndarray:
     (shuffled, LIST, (), same, "labels: by the colours of their palettes\n"),
     (lambda path, labels, i: Image.fromarray(COLOURS[labels]).quantize(3 + i).save(path), LIST, (), same, "palettes"),
     (lambda path, labels, i: Image.fromarray(np.dstack([COLOURS[labels], labels * 0])).save(path), LIST, (), same, ""),
-    (lambda path, labels, i: palette_png(path, labels, COLOURS), NAMES, (), same, ""),
+    (lambda path, labels, i: palette_png(path, labels, COLOURS), NAMES, (), same,
+     "labels: palette indices as they are: sky is drawn in 70 130 180, road in 128 64 128, car in 0 0 142\n"),
     (gray([0, 1, 2]), NAMES, (), same, ""),
     (gray([0, 1, 2]), LIST, (), same, "labels: class indices as they are; the colours of the list are for drawing\n"),
     (gray([0, 1, 255]), "2", (), lambda labels: np.where(labels == 2, 255, labels), ""),
@@ -134,7 +135,7 @@ def mixed(one: Callable, other: Callable) -> Callable:
 
 @pytest.mark.parametrize(("save", "classes", "message"), [
     (shuffled, NAMES, "value 0 is drawn in .* the palettes differ, so the values say nothing; give each class its col"),
-    (shuffled, LIST.replace("128 64 128", "1 2 3"), "label colour 128 64 128 is none .* in 6 of 6 files, .*indices are"),
+    (shuffled, LIST.replace("128 64 128", "1 2 3"), "label colour 128 64 128 is none .* in 6 of 6 files, .*indices"),
     (coloured, NAMES, "holds colours: give each class its colour .* the files have 3: "),
     (coloured, LIST.replace("142", "143"), "label colour 0 0 142 is none of the classes: in 6 of 6 files, first"),
     (gray([0, 1, 3]), NAMES, "label value 3 is none of the classes: .*: if 0 is unlabelled and the classes are 1 to 3, "

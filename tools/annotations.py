@@ -19,10 +19,11 @@ import os
 import re
 import shutil
 import tempfile
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -51,27 +52,34 @@ class Annotated(NamedTuple):
     objects: list[tuple[str, Outline]]
 
 
+def files_below(root: Path, extensions: Sequence[str]) -> list[Path]:
+    """The files with one of the extensions below a folder, without hidden ones and what macOS adds to archives."""
+    return [path for path in sorted(root.rglob("*")) if path.suffix.lower() in extensions
+            and not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(root).parts)]
+
+
 class Library:
     """The picture files below a folder; it also counts what is left out."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.files, self.left_out = Path(os.path.normpath(root)), defaultdict(list), Counter()
-        for file in sorted(root.rglob("*")):
-            if file.suffix.lower() in pictures.EXTENSIONS and not file.name.startswith("."):
-                self.files[file.name].append(file)
+        self.root, self.left_out = Path(os.path.normpath(root)), Counter()
+        self.files = files_below(self.root, pictures.EXTENSIONS)
+        self.by_name = defaultdict(list)  # a file's name -> its paths, each with the parts below the root
+        for file in self.files:
+            parts = unicodedata.normalize("NFC", file.relative_to(self.root).as_posix()).split("/")
+            self.by_name[parts[-1]].append((file, parts))
 
     def find(self, name: str, near: Path, split: str) -> Path | None:
         """The picture that a JSON file in the folder `near` calls `name`: a path of any system, or an address.
 
-        The longer of the two paths must end with the shorter: `cam1/7.jpg` is not `cam2/7.jpg`. Raises UserError if
-        several do.
+        The longer path must end with the shorter: `cam1/7.jpg` is not `cam2/7.jpg`. Raises UserError if several do.
         """
         name = unquote(urlsplit(name).path) if "://" in name else name.replace("\\", "/")
         if (near / name).is_file():
             return Path(os.path.normpath(near / name))
-        parts = [part for part in PurePosixPath(name).parts if part not in ("..", "/")]
-        ends = [(file, file.relative_to(self.root).parts) for file in self.files[parts[-1]]]
-        found = [file for file, own in ends if all(a == b for a, b in zip(own[::-1], parts[::-1], strict=False))]
+        parts = [part for part in unicodedata.normalize("NFC", name).split("/") if part not in ("", ".", "..")]
+        found = [file for file, own in self.by_name[parts[-1]]
+                 if all(a == b for a, b in zip(own[::-1], parts[::-1], strict=False))]
         if len(found) > 1 and split:
             found = [file for file in found if find_split(file.relative_to(self.root)) == split]
         if len(found) > 1:
@@ -109,7 +117,7 @@ def reading(path: Path, tool: str) -> Iterator[None]:
 def from_coco(images: Path, json_path: Path | None, no_background: bool, out: Path, workers: int) -> None:
     """Make a plain data set of a COCO file, or of a folder with one file for each split. Raises UserError."""
     json_path = json_path or images
-    files = sorted(json_path.rglob("*.json")) if json_path.is_dir() else [json_path]
+    files = files_below(json_path, (".json",)) if json_path.is_dir() else [json_path]
     splits = [find_split(file.relative_to(json_path)) if len(files) > 1 else "" for file in files]
     if not files or len(files) > 1 and not all(splits):
         raise UserError(f"{json_path} holds {len(files)} .json files, not one for each of train, val and test: "
@@ -170,12 +178,12 @@ def polygon_outline(polygons: list[np.ndarray], left_out: Counter) -> Outline | 
 
 def from_labelme(images: Path, classes: str | None, no_background: bool, out: Path, workers: int) -> None:
     """Make a plain data set of a folder with labelme's .json files, beside or among the pictures. Raises UserError."""
-    files = sorted(images.rglob("*.json"))
+    library, annotated = Library(images), []
+    files = files_below(library.root, (".json",))
     if not files:
         raise UserError(f"{images} holds no .json files: give the folder that labelme saved to")
-    splits = [find_split(file.relative_to(images).parent) for file in files]
+    splits = [find_split(file.relative_to(library.root).parent) for file in files]
     splits = splits if all(splits) else [""] * len(files)
-    library, annotated = Library(images), []
     with tempfile.TemporaryDirectory() as embedded:
         for file, split in zip(files, splits, strict=True):
             with reading(file, "labelme"):
@@ -246,6 +254,7 @@ def make_classes(found: list[str], classes: str | None, no_background: bool) -> 
     if background is None and not no_background:
         names, background = ["background", *names], 0
         palette = palette if palette is None else np.vstack([np.zeros((1, 3), np.uint8), palette])
+    data.check_names(names, f"--classes {classes}" if classes else "the annotations")
     # From the weakest rule to the strongest: a list may hold `void`, and may hold `A` and `a`.
     table = {**dict.fromkeys(IGNORE_NAMES, IGNORE), **dict.fromkeys(BACKGROUND_NAMES, background),
              **{bare(name): k for k, name in enumerate(names)}, **{name: k for k, name in enumerate(names)}}
@@ -286,12 +295,13 @@ def convert(annotated: list[Annotated], found: list[str], classes: str | None, l
         for split, names in splits.items():
             data.write_split(draft / f"{split}.txt", names)
         (draft / "dataset.json").write_text(json.dumps(info, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    bare_pictures = sum(not picture.objects for picture in annotated)
-    print(f"pixels outside of all objects: {'unlabelled' if no_background else repr(table.names[table.outside])}; "
-          f"{bare_pictures} pictures have no object: take them out if they were not labelled yet")
-    named = {picture.path.resolve() for picture in annotated}
-    library.left_out["pictures without annotations"] = sum(
-        file.resolve() not in named for files in library.files.values() for file in files)
+        for split in {"train", "val", *splits}:  # what cannot be opened is not made
+            data.open_dataset(draft, split)
+    outside = "unlabelled" if no_background else f"of the class '{table.names[table.outside]}'"
+    print(f"pixels outside of all objects are {outside}")
+    if number := sum(not picture.objects for picture in annotated):
+        print(f"{number} pictures have no object: all their pixels are {outside}; take out what is not labelled yet")
+    library.left_out["pictures without annotations"] = len({*library.files} - {picture.path for picture in annotated})
     library.left_out["objects that cover no pixel's centre"] = empty
     if left_out := [f"{number} {what}" for what, number in library.left_out.items() if number]:
         print(f"left out: {', '.join(left_out)}")

@@ -196,7 +196,7 @@ def pictures(*entries: tuple[int, str, int, int]) -> dict:
     (pictures((10, "a.png", 10, 12), (10, "b.png", 10, 12)), "two images have the id 10"),
     (pictures((10, "a.png", 10, 12), (11, "a.png", 10, 12)), "2 pictures have the name a, or one is listed twice"),
     (pictures((10, "z.png", 10, 12)), "none of the pictures in the annotations is below"),
-    (pictures((10, "a.png", 20, 24), (11, "b.png", 10, 12)), "a.png is 12x10 pixels, but 24x20 in .*c.json: give the p"),
+    (pictures((10, "a.png", 20, 24), (11, "b.png", 10, 12)), "a.png is 12x10 pixels, but 24x20 in .*c.json: give the"),
     (pictures((10, "a.png", 12, 10), (11, "b.png", 10, 12)),
      "a.png is 12x10 pixels, but 10x12 in .*c.json: the tool did not turn it as its EXIF tag says"),
 ])

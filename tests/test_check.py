@@ -76,9 +76,11 @@ def test_check_finds_what_is_wrong_in_files(make_own: Callable, tmp_path: Path, 
         prepare.main(["check", str(own), "--sheet", str(tmp_path / "sheet.png"), "--workers", "2"])
     printed = capsys.readouterr().out
     assert leaving.value.code == 1 and printed.endswith(f"faults in {own}: 3, named above; mend them before training\n")
-    for line in (f"fault: {train.image_paths[1]}: not a readable image", " (1 more pairs have this fault)\n",
+    for line in (f"fault: {train.image_paths[1]}: not a readable image",
+                 f": 2 (train/{train.names[1]}, train/{train.names[7]})\n",
                  f"fault: label value 200 is no class: in 1 of 10 files, first {train.label_paths[0]}: use 0..1, or",
-                 f"fault: an image in two splits: 1 (val/{val.names[0]} = train/{train.names[2]}): a score on it",
+                 "fault: an image in two splits, so that its score says nothing: 1 "
+                 f"(val/{val.names[0]} = train/{train.names[2]})",
                  f"remark: no labelled pixel: 1 (train/{train.names[3]})",
                  f"remark: mode L, converted to RGB: 1 (train/{train.names[4]})",
                  f"remark: turned upright by its EXIF tag: 1 (train/{train.names[5]})",
@@ -91,8 +93,8 @@ BACKGROUND, LEAVES = ["background", "leaf", "stem"], ["leaf", "stem", "flower"]
 ZERO_HINT = ("if 0 means unlabelled in the files, make the data set again with "
              "`from-folders --zero-is-unlabelled`")
 
-ONE_CLASS = ("is all that is labelled in training: there is nothing to tell apart; label the rest of the pictures as a "
-             "class of its own")
+ONE_CLASS = ("is all that is labelled in training: nothing to tell apart; label the rest of the pictures as a class of "
+             "its own")
 BINARY = ("0 and 255, which is no class here: if it means 'obj', make the data set again from files of one kind with "
           "`from-folders`, which takes 0 and 255 as two classes")
 
@@ -101,11 +103,11 @@ BINARY = ("0 and 255, which is no class here: if it means 'obj', make the data s
     (LEAVES, [half(0, 1), half(1, 2)], [half(0, 2)], []),
     (BACKGROUND, [half(0, 2), half(0, 1)], [half(0, 0)], []),
     (LEAVES, [half(0, 1), half(0, 1)], [half(0, 1)],  # ids from 1 on, and no picture shows the last class
-     ["classes never labelled in training: 1 (flower): label them or take them out of the list; " + ZERO_HINT]),
+     ["classes never labelled in training: 1 (flower): label them, or take them away; " + ZERO_HINT]),
     (BACKGROUND, [half(0, 1), half(0, 1)], [half(0, 1)],
-     ["classes never labelled in training: 1 (stem): label them or take them out of the list"]),
+     ["classes never labelled in training: 1 (stem): label them, or take them away"]),
     (LEAVES, [half(0, 1), half(0, 1)], [half(0, 2)],
-     ["classes never labelled in training: 1 (flower): label them or take them out of the list"]),
+     ["classes never labelled in training: 1 (flower): label them, or take them away"]),
     (LEAVES, [half(1, 3), half(0, 1), half(1, 2)], [half(0, 3)],
      [f"label value 3 is no class: in 2 of 4 files, first {{labels}}/t0.png: use 0..2, or 255 for none; {ZERO_HINT}"]),
     (LEAVES, [half(0, 17), half(99, 17), half(1, 2), half(0, 1)], [half(0, 1)],
@@ -128,6 +130,15 @@ def test_what_the_label_values_say(tmp_path: Path, capsys: pytest.CaptureFixture
     own = write_set(tmp_path / "own", labels | {f"val/v{i}": values for i, values in enumerate(val)}, classes)
     status, printed = checked(own, capsys)
     assert printed == [f"fault: {fault.format(labels=own / 'labels')}" for fault in faults] and status == bool(faults)
+
+
+def test_a_large_class_0_may_mean_unlabelled(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    sets = {"train/a": half(0, 1), "train/b": half(0, 2), "train/c": half(0, 0), "val/d": half(0, 1)}
+    for classes, hints in ((LEAVES, 1), (BACKGROUND, 0)):
+        own = write_set(tmp_path / classes[0], sets, classes)
+        assert check.check(own, own / "sheet.png", workers=1) == 0
+        hint = f"remark: '{classes[0]}', value 0, fills over half of what is labelled; {ZERO_HINT}: 4 (train/a, train/b"
+        assert capsys.readouterr().out.count(hint) == hints
 
 
 RED, GREEN, BLUE = COLOURS
@@ -159,8 +170,8 @@ def test_names_twice_and_the_test_split(tmp_path: Path, capsys: pytest.CaptureFi
         file.write("a\n")
     status, printed = checked(own, capsys)
     assert status == 1 and printed == [
-        f"fault: label value 7 is no class: in 1 of 5 files, first {own}/labels/d.png: use 0..2, or 255 for none",
-        "fault: an image in two splits: 1 (val/a = train/a): a score on it says nothing; take it out of one"]
+        "fault: an image in two splits, so that its score says nothing: 1 (val/a = train/a)",
+        f"fault: label value 7 is no class: in 1 of 5 files, first {own}/labels/d.png: use 0..2, or 255 for none"]
     with (own / "train.txt").open("a") as file:
         file.write("b\n")
     try:

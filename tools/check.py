@@ -1,7 +1,7 @@
 """The faults of a data set, before a GPU finds them: `python data.py check`.
 
-Reading order: check -> inspect_pair -> file_faults, split_faults, class_faults, palette_faults ->
-collect_remarks, frequency_table, draw_sheet.
+Reading order: check -> inspect_pair -> collect, value_faults, class_faults, palette_faults -> frequency_table,
+draw_sheet.
 
 Shapes: H, W height and width, K classes.
 """
@@ -57,15 +57,16 @@ def check(root: Path, sheet: Path | None, workers: int) -> int:
     info = datasets[0].info
     print(f"{info.name} at {root}: {len(info.classes)} classes, "
           + ", ".join(f"{len(dataset)} {dataset.split} images" for dataset in datasets))
-    faults = [*file_faults(datasets[0], findings), *split_faults(findings)]
+    named_faults, remarks = collect(info, findings)
+    faults = [f"{text}: {some(names)}" for text, names in named_faults.items()] + value_faults(datasets[0], findings)
     sound = [finding for finding in findings if finding.digest]
-    if sound:  # otherwise every class is absent, for a reason told already
+    if 2 * len(sound) > len(findings):  # otherwise classes are absent for a reason told already
         faults += [*class_faults(info, sound), *palette_faults(info, sound)]
     for fault in faults[:MOST_FAULTS]:
         print(f"fault: {fault}")
     if len(faults) > MOST_FAULTS:
         print(f"... and {len(faults) - MOST_FAULTS} more faults")
-    for text, names in collect_remarks(info, findings).items():
+    for text, names in remarks.items():
         print(f"remark: {text}: {some(names)}")
     print(frequency_table(info, findings))
     draw_sheet([pair for pair, finding in zip(pairs, findings, strict=True) if finding.digest], info, sheet)
@@ -109,23 +110,33 @@ def inspect_pair(pair: tuple[SegmentationDataset, int]) -> Finding:
                           digest=hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def file_faults(dataset: SegmentationDataset, findings: list[Finding]) -> list[str]:
-    """One line for each kind of broken pair, and one for all label values that are no class."""
-    groups = defaultdict(list)
+def collect(info: DatasetInfo, findings: list[Finding]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """The names of the images by fault and by remark. Faults that differ in the name of the file only are one."""
+    faults, remarks, first_text, first_of = defaultdict(list), defaultdict(list), {}, {}
     for finding in findings:
         if finding.fault:
-            groups[finding.fault.replace(finding.name.partition("/")[2], "")].append(finding.fault)
-    faults = [group[0] + (f" ({len(group) - 1} more pairs have this fault)" if group[1:] else "")
-              for group in groups.values()]
-    files = [finding.label_path for finding in findings if finding.foreign]
-    if files:
-        values = sorted({value for finding in findings for value in finding.foreign})
-        first, number = dataset.layout.first_class, len(dataset.info.classes)
-        which = f"label value {values[0]} is" if len(values) == 1 else f"label values {some(values, 8)} are"
-        faults += [f"{which} no class: in {len(files)} of {len(findings)} files, first {files[0]}: use {first}.."
-                   f"{first + number - 1}, or {dataset.info.ignore_index} for none"
-                   + (zero_hint(dataset.info) if values == [number] and not first else "")]
-    return faults
+            kind = finding.fault.replace(finding.name.partition("/")[2], "")
+            faults[first_text.setdefault(kind, finding.fault)].append(finding.name)
+        for remark in finding.remarks:
+            remarks[remark].append(finding.name)
+        twin = first_of.setdefault(finding.digest or finding.name, finding)
+        if twin.split != finding.split:
+            faults["an image in two splits, so that its score says nothing"].append(f"{finding.name} = {twin.name}")
+        elif twin.name != finding.name:
+            remarks["the same image twice in a split"].append(f"{finding.name} = {twin.name}")
+    if repeated := [name for name, count in Counter(finding.name for finding in findings).items() if count > 1]:
+        faults["a name twice in a split list"] = repeated
+    training = [finding for finding in findings if finding.split == "train"]
+    if len(training) < FEW_IMAGES:
+        remarks[f"fewer than {FEW_IMAGES} training images"] = [finding.name for finding in training]
+    validated = sum(finding.pixels for finding in findings if finding.split == "val")
+    if absent := [name for name, count in zip(info.classes, validated, strict=False) if not count]:
+        remarks["a class never in validation, which gets no IoU"] = absent
+    total = sum(finding.pixels for finding in findings)[:IGNORE]
+    if 2 * total[0] > total.sum() and (hint := zero_hint(info)):
+        remarks[f"'{info.classes[0]}', value 0, fills over half of what is labelled{hint}"] = [
+            finding.name for finding in findings if finding.pixels[0]]
+    return faults, remarks
 
 
 def zero_hint(info: DatasetInfo) -> str:
@@ -135,20 +146,15 @@ def zero_hint(info: DatasetInfo) -> str:
     return "; if 0 means unlabelled in the files, make the data set again with `from-folders --zero-is-unlabelled`"
 
 
-def twins(findings: list[Finding]) -> list[tuple[Finding, Finding]]:
-    """Pairs of items whose image files are equal byte for byte, each with the first one like it."""
-    first_of = {}
-    pairs = [(finding, first_of.setdefault(finding.digest, finding)) for finding in findings if finding.digest]
-    return [(finding, twin) for finding, twin in pairs if finding.name != twin.name]
-
-
-def split_faults(findings: list[Finding]) -> list[str]:
-    """Names twice in a list, and images in two splits."""
-    repeated = [name for name, count in Counter(finding.name for finding in findings).items() if count > 1]
-    shared = [f"{finding.name} = {twin.name}" for finding, twin in twins(findings) if finding.split != twin.split]
-    faults = {f"a name twice in a split list: {some(repeated)}: take one out": repeated,
-              f"an image in two splits: {some(shared)}: a score on it says nothing; take it out of one": shared}
-    return [fault for fault, names in faults.items() if names]
+def value_faults(dataset: SegmentationDataset, findings: list[Finding]) -> list[str]:
+    """One line for all label values that are no class."""
+    files = [finding.label_path for finding in findings if finding.foreign]
+    values = sorted({value for finding in findings for value in finding.foreign})
+    first, number = dataset.layout.first_class, len(dataset.info.classes)
+    which = f"label value {values[0]} is" if len(values) == 1 else f"label values {some(values, 8)} are"
+    hint = zero_hint(dataset.info) if values == [number] and not first else ""
+    return [f"{which} no class: in {len(files)} of {len(findings)} files, first {files[0]}: use {first}.."
+            f"{first + number - 1}, or {dataset.info.ignore_index} for none{hint}"] if files else []
 
 
 def class_faults(info: DatasetInfo, findings: list[Finding]) -> list[str]:
@@ -163,15 +169,14 @@ def class_faults(info: DatasetInfo, findings: list[Finding]) -> list[str]:
     absent = [name for name, count in zip(info.classes, training, strict=False) if not count]
     faults = []
     if len(info.classes) - len(absent) < 2:
-        present = [f"'{name}'" for name in info.classes if name not in absent]
-        faults += [f"{' '.join(present) or 'no class'} is all that is labelled in training: there is nothing to tell "
-                   "apart; label the rest of the pictures as a class of its own"]
+        present = "".join(f"'{name}'" for name in info.classes if name not in absent)
+        faults += [f"{present or 'no class'} is all that is labelled in training: nothing to tell apart; label the "
+                   "rest of the pictures as a class of its own"]
     elif absent:
-        faults += [f"classes never labelled in training: {some(absent, 8)}: label them or take them out of the list"
-                   + ("" if total[len(info.classes) - 1] else zero_hint(info))]
-    if total[IGNORE] > MOST_UNLABELLED * total.sum():
-        faults += [f"{total[IGNORE] / total.sum():.1%} of all pixels are unlabelled: if they are background, give them "
-                   "a class"]
+        hint = "" if total[len(info.classes) - 1] else zero_hint(info)
+        faults += [f"classes never labelled in training: {some(absent, 8)}: label them, or take them away{hint}"]
+    if (share := total[IGNORE] / total.sum()) > MOST_UNLABELLED:
+        faults += [f"{share:.1%} of all pixels are unlabelled: if they are background, give them a class"]
     return faults
 
 
@@ -181,27 +186,12 @@ def palette_faults(info: DatasetInfo, findings: list[Finding]) -> list[str]:
     for k, name in enumerate(info.classes):
         files = {f.colours[k]: f.label_path for f in findings if k in f.colours}  # colour -> a file with it
         places = [f"{' '.join(map(str, colour))} in {file}" for colour, file in files.items()]
-        places += [f"the colour of '{owners[colour]}'" for colour in files if owners.get(colour, name) != name]
+        places += [f"the colour of '{owners[colour]}'" for colour in files
+                   if owners.get(colour, name) != name and [*colour] != info.palette[k].tolist()]
         if len(places) > 1:
             return [f"by the palettes of the label files, '{name}' is {' and '.join(places[:3])}: if the colours are "
                     "right, make the data set again with `from-folders` and a class list with colours"]
     return []
-
-
-def collect_remarks(info: DatasetInfo, findings: list[Finding]) -> dict[str, list[str]]:
-    """The names of the images, or classes, by remark."""
-    result = defaultdict(list)
-    for finding in findings:
-        for remark in finding.remarks:
-            result[remark].append(finding.name)
-    for finding, twin in twins(findings):
-        if finding.split == twin.split:
-            result["the same image twice in a split"].append(f"{finding.name} = {twin.name}")
-    validated = sum(finding.pixels for finding in findings if finding.split == "val")
-    absent = [name for name, count in zip(info.classes, validated, strict=False) if not count]
-    training = [finding.name for finding in findings if finding.split == "train"]
-    return result | ({"a class never in validation, which gets no IoU": absent} if absent else {}) \
-        | ({f"fewer than {FEW_IMAGES} training images": training} if len(training) < FEW_IMAGES else {})
 
 
 def frequency_table(info: DatasetInfo, findings: list[Finding]) -> str:

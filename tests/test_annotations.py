@@ -121,6 +121,7 @@ def test_coco_outlines(tmp_path: Path, capsys: pytest.CaptureFixture, objects: l
     ({0: "animals", 4: "car", 9: "dog", 12: "cow"}, False, ["background", "car", "dog"], [0, 1, 2]),  # a placeholder
     ({4: "car", 9: "_Background_"}, False, ["car", "_Background_"], [1, 0, 1]),
     ({4: "car", 9: "bg"}, True, ["car", "bg"], [255, 0, 1]),
+    ({2: "BG", 4: "car", 9: "dog"}, False, ["BG", "car", "dog"], [0, 1, 2]),  # without an annotation of its own
     ({4: "car", 9: "__ignore__"}, False, ["background", "car"], [0, 1, 255]),
     ({4: "car", 9: "Car "}, False, ["background", "car"], [0, 1, 1]),
 ])
@@ -184,14 +185,15 @@ def pictures(*entries: tuple[int, str, int, int]) -> dict:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"images": None}, "c.json is no COCO file, or broken"),
-    ({"categories": [{"id": 3}]}, "c.json is no COCO file, or broken .KeyError: 'name'"),
+    ({"images": None}, "c.json: not what COCO writes"),
+    ({"categories": [{"id": 3}]}, "c.json: not what COCO writes .KeyError: 'name'"),
     (one(SQUARE, 4), "c.json, annotation 8: category_id 4 is none of the categories"),
-    (one([["a", 1, 2, 3, 4, 5]]), "c.json is no COCO"), (one([[1, 2, 3, 4, 5, 6, 7]]), "c.json is no COCO"),
+    (one([["a", 1, 2, 3, 4, 5]]), "c.json, annotation 8: not what COCO"),
+    (one([[1, 2, 3, 4, 5, 6, 7]]), "c.json, annotation 8: not what COCO"),
     (one([[float("nan"), 2, 3, 4, 5, 6]]), "ValueError: a coordinate is no number"),
     (one({"size": [12, 10], "counts": RUNS}), r"annotation 8: a mask of size \(12, 10\) for an image of \(10"),
-    (one({"size": [10, 12], "counts": [4, 9]}), "annotation 8: run lengths that do not fill 10 x 12 pixels"),
-    (one({"size": [10, 12], "counts": "g06"}), "is no compressed run-length code of 10 x 12 pixels"),
+    (one({"size": [10, 12], "counts": [4, 9]}), "annotation 8: its runs do not fill 10 x 12 pixels"),
+    (one({"size": [10, 12], "counts": "g06"}), "annotation 8: its runs do not fill 10 x 12 pixels"),
     ({"annotations": []}, "hold no polygon, rectangle, circle or mask"),
     (pictures((10, "a.png", 10, 12), (10, "b.png", 10, 12)), "two images have the id 10"),
     (pictures((10, "a.png", 10, 12), (11, "a.png", 10, 12)), "2 pictures have the name a, or one is listed twice"),
@@ -307,10 +309,11 @@ def test_labelme_takes_the_picture_inside_the_file_if_there_is_no_other(tmp_path
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ('{"images": []}', "x.json is no labelme file, or broken .KeyError: 'shapes'.: export it again, or take it out"),
-    ("[1, 2]", "x.json is no labelme file"), ("{", "x.json is no labelme file"),
-    (b"\xff\xfe\xfd", "x.json is no labelme file"),
-    (json.dumps({"shapes": [shape("b", "mask", (0, 0), (1, 1), mask="no png")], "imagePath": "a.png"}), "x.json is no"),
+    ('{"images": []}', "x.json: not what labelme writes .KeyError: 'shapes'.: export it again, or take it out"),
+    ("[1, 2]", "x.json: not what labelme"), ("{", "x.json: not what labelme"),
+    (b"\xff\xfe\xfd", "x.json: not what labelme"),
+    (json.dumps({"shapes": [shape("b", "mask", (0, 0), (1, 1), mask="no png")], "imagePath": "a.png"}),
+     "x.json: not what labelme"),
 ])
 def test_labelme_refuses_files_of_other_tools(tmp_path: Path, content: str | bytes, message: str) -> None:
     write_pictures(tmp_path / "p", "a.png", "b.png")

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import data
+import pictures
 from tools import check, prepare
 
 
@@ -161,6 +162,15 @@ def test_palettes_that_permute_the_classes(tmp_path: Path, capsys: pytest.Captur
     assert status == bool(fault) and len(printed) == status
     if fault:
         assert printed[0].startswith("fault: " + fault.format(a=own / "labels/a.png", c=own / "labels/c.png"))
+
+
+@pytest.mark.skipif(not hasattr(pictures, "read_label_image"), reason="label files are read by values alone")
+def test_lossy_label_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    own = write_set(tmp_path / "own", {f"train/{name}": half(0, 1) for name in "abc"} | {"val/d": half(1, 2)}, LEAVES)
+    for name in "ab":
+        Image.fromarray(half(0, 1)).save(own / f"labels/{name}.png", "JPEG")
+    status, printed = checked(own, capsys)
+    assert status == 1 and f"fault: {own}/labels/a.png" in printed[0] and "2 (train/a, train/b)" in printed[0]
 
 
 def test_names_twice_and_the_test_split(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -103,15 +103,15 @@ def find_split(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def reading(path: Path, tool: str) -> Iterator[None]:
-    """Inside, an error of a JSON file with other fields than expected becomes a UserError that names the file."""
+def reading(where: str | Path, tool: str) -> Iterator[None]:
+    """Inside, the error that a JSON file with unexpected fields causes becomes a UserError with its place."""
     try:
         yield
     except UserError:
         raise
     except (OSError, KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
-        raise UserError(f"{path} is no {tool} file, or broken ({type(error).__name__}: {reason(error)}): export it "
-                        "again, or take it out of the folder") from None
+        raise UserError(f"{where}: not what {tool} writes ({type(error).__name__}: {reason(error)}): export it again, "
+                        "or take it out of the folder") from None
 
 
 def from_coco(images: Path, json_path: Path | None, no_background: bool, out: Path, workers: int) -> None:
@@ -127,6 +127,8 @@ def from_coco(images: Path, json_path: Path | None, no_background: bool, out: Pa
         with reading(file, "COCO"):
             annotated += read_coco(file, split, library, categories)
     used = {label for picture in annotated for label, _ in picture.objects}
+    if not no_background:  # drawn or not, it is the class of the pixels outside of all objects
+        used |= {name for name in categories if bare(name) in BACKGROUND_NAMES}
     if unused := [name for name in categories if name not in used]:
         print(f"categories without an outline, left out: {', '.join(unused)}")
     convert(annotated, [name for name in categories if name in used], None, library, no_background, out, workers)
@@ -141,8 +143,9 @@ def read_coco(path: Path, split: str, library: Library, categories: dict[str, No
         where, category = f"{path}, annotation {annotation.get('id')}", str(annotation["category_id"])
         if category not in names:
             raise UserError(f"{where}: category_id {category} is none of the categories: export the file again")
-        if outline := coco_outline(annotation.get("segmentation"), where, library.left_out):
-            objects[str(annotation["image_id"])].append((names[category], outline))
+        with reading(where, "COCO"):
+            if outline := coco_outline(annotation.get("segmentation"), where, library.left_out):
+                objects[str(annotation["image_id"])].append((names[category], outline))
     for entry in content["images"]:
         number, size = str(entry["id"]), (entry.get("height"), entry.get("width"))
         if number in numbers:
@@ -278,7 +281,7 @@ def convert(annotated: list[Annotated], found: list[str], classes: str | None, l
         raise UserError(f"{out} exists: remove it or choose another folder with --out")
     if not annotated:
         raise UserError(f"none of the pictures in the annotations is below {library.root}: give their folder")
-    if not found:
+    if not any(picture.objects for picture in annotated):
         raise UserError(f"the annotations of {library.root} hold no polygon, rectangle, circle or mask: export these")
     name, count = Counter(picture.name for picture in annotated).most_common(1)[0]
     if count > 1:
@@ -317,7 +320,7 @@ def add_picture(draft: Path, classes: Classes, picture: Annotated) -> int:
                         f"{picture.source}: " + ("the tool did not turn it as its EXIF tag says; save it upright "
                         "without the tag and label it again" if picture.size == size[::-1] else
                         "give the pictures that were labelled"))
-    with reading(Path(picture.source), "whole"):
+    with reading(picture.source, "labelme"):  # its masks are decoded here
         labels, empty = draw_labels(picture.objects, classes, size)
     pictures.save_labels(labels, draft / "labels" / f"{picture.name}.png", classes.palette)
     copy = draft / "images" / f"{picture.name}{picture.path.suffix.lower()}"
@@ -362,11 +365,12 @@ def run_pixels(counts: str | list[int], coded_size: tuple[int, int], where: str,
     """The pixels of COCO's run lengths: a list down the columns, the first outside the object; or their short code."""
     if coded_size != size:
         raise UserError(f"{where}: a mask of size {coded_size} for an image of {size}: export the file again")
-    if isinstance(counts, str):
-        return np.flatnonzero(decode_runs(counts, size))
-    if min(counts, default=-1) < 0 or sum(counts) != size[0] * size[1]:
-        raise UserError(f"{where}: run lengths that do not fill {size[0]} x {size[1]} pixels: export the file again")
-    return np.flatnonzero(np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(size[::-1]).T)
+    try:
+        if isinstance(counts, str):
+            return np.flatnonzero(decode_runs(counts, size))
+        return np.flatnonzero(np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(size[::-1]).T)
+    except ValueError:  # a run below 0, or a sum that is not H * W; UserError is one of these
+        raise UserError(f"{where}: its runs do not fill {size[0]} x {size[1]} pixels: export the file again") from None
 
 
 def bitmap_pixels(code: str, corner: tuple[int, int], size: tuple[int, int]) -> np.ndarray:

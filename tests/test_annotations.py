@@ -290,7 +290,7 @@ def test_labelme_classes_of_a_list(tmp_path: Path, capsys: pytest.CaptureFixture
     np.testing.assert_array_equal(labels["a"], FILLED * 2)
     np.testing.assert_array_equal(labels["b"], FILLED)
     assert "taken for the class of another spelling: 'car '\n" in capsys.readouterr().out
-    with pytest.raises(UserError, match="'tree' is none of the classes of .*list.txt: add it, or correct"):
+    with pytest.raises(UserError, match="b.json: label 'tree' is none of the classes of .*list.txt: add it there"):
         (tmp_path / "list.txt").write_text("Car\n")
         annotations.from_labelme(tmp_path / "p", str(tmp_path / "list.txt"), False, tmp_path / "out2", workers=1)
 

@@ -131,7 +131,8 @@ def from_coco(images: Path, json_path: Path | None, no_background: bool, out: Pa
         used |= {name for name in categories if bare(name) in BACKGROUND_NAMES}
     if unused := [name for name in categories if name not in used]:
         print(f"categories without an outline, left out: {', '.join(unused)}")
-    convert(annotated, [name for name in categories if name in used], None, library, no_background, out, workers)
+    found = {name: str(json_path) for name in categories if name in used}
+    convert(annotated, found, None, library, no_background, out, workers)
 
 
 def read_coco(path: Path, split: str, library: Library, categories: dict[str, None]) -> list[Annotated]:
@@ -191,9 +192,9 @@ def from_labelme(images: Path, classes: str | None, no_background: bool, out: Pa
         for file, split in zip(files, splits, strict=True):
             with reading(file, "labelme"):
                 annotated += read_labelme(file, split, library, Path(embedded))
-        labels = {label for picture in annotated for label, _ in picture.objects}
-        names = sorted(labels, key=lambda name: (bare(name) not in BACKGROUND_NAMES, bare(name), name))
-        convert(annotated, names, classes, library, no_background, out, workers)
+        found = {label: picture.source for picture in annotated for label, _ in picture.objects}
+        order = sorted(found, key=lambda name: (bare(name) not in BACKGROUND_NAMES, bare(name), name))
+        convert(annotated, {name: found[name] for name in order}, classes, library, no_background, out, workers)
 
 
 def read_labelme(path: Path, split: str, library: Library, embedded: Path) -> list[Annotated]:
@@ -243,10 +244,10 @@ class Classes(NamedTuple):
     outside: int  # the label of the pixels outside of all objects
 
 
-def make_classes(found: list[str], classes: str | None, no_background: bool) -> Classes:
+def make_classes(found: dict[str, str], classes: str | None, no_background: bool) -> Classes:
     """The classes of the list, or the names in the annotations in their order; before them `background`, if absent.
 
-    Raises UserError for a name that is not in the list.
+    `found` has for each name in the annotations a file with it. Raises UserError for a name that is not in the list.
     """
     if classes:
         names, palette = read_classes(classes)[:2]
@@ -258,12 +259,14 @@ def make_classes(found: list[str], classes: str | None, no_background: bool) -> 
         names, background = ["background", *names], 0
         palette = palette if palette is None else np.vstack([np.zeros((1, 3), np.uint8), palette])
     data.check_names(names, f"--classes {classes}" if classes else "the annotations")
+    background = IGNORE if background is None else background
     # From the weakest rule to the strongest: a list may hold `void`, and may hold `A` and `a`.
     table = {**dict.fromkeys(IGNORE_NAMES, IGNORE), **dict.fromkeys(BACKGROUND_NAMES, background),
              **{bare(name): k for k, name in enumerate(names)}, **{name: k for k, name in enumerate(names)}}
     labels = {name: table.get(name, table.get(bare(name))) for name in found}
     if unknown := [name for name, label in labels.items() if label is None]:
-        raise UserError(f"'{unknown[0]}' is none of the classes of {classes}: add it, or correct the annotations")
+        raise UserError(f"{found[unknown[0]]}: label '{unknown[0]}' is none of the classes of {classes}: add it there, "
+                        "or correct the file")
     for text, chosen in (("no class", [name for name in found if labels[name] == IGNORE]),
                          ("taken for the class of another spelling",
                           [name for name in found if labels[name] != IGNORE and name != names[labels[name]]])):
@@ -273,9 +276,9 @@ def make_classes(found: list[str], classes: str | None, no_background: bool) -> 
                    IGNORE if no_background else background)
 
 
-def convert(annotated: list[Annotated], found: list[str], classes: str | None, library: Library, no_background: bool,
-            out: Path, workers: int) -> None:
-    """Draw the labels and write the data set; `found` are the class names in the annotations. Raises UserError."""
+def convert(annotated: list[Annotated], found: dict[str, str], classes: str | None, library: Library,
+            no_background: bool, out: Path, workers: int) -> None:
+    """Draw the labels and write the data set; `found` are the class names, each with its file. Raises UserError."""
     common.make_folder(out.parent, "--out")
     if out.exists():
         raise UserError(f"{out} exists: remove it or choose another folder with --out")

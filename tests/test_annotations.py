@@ -216,6 +216,8 @@ def test_coco_files_that_are_no_splits_are_refused(tmp_path: Path) -> None:
         write_coco(tmp_path / name, ["a.png"], [(0, 3, SQUARE)], CATEGORIES)
     with pytest.raises(UserError, match="holds 2 .json files, not one for each of train, val and test: name the file"):
         annotations.from_coco(tmp_path, None, False, tmp_path / "out", workers=1)
+    with pytest.raises(UserError, match="no.json does not exist: name the COCO file with --json"):
+        annotations.from_coco(tmp_path, tmp_path / "no.json", False, tmp_path / "out", workers=1)
 
 
 def test_a_turned_picture_keeps_its_labels(tmp_path: Path) -> None:

@@ -117,6 +117,8 @@ def reading(where: str | Path, tool: str) -> Iterator[None]:
 def from_coco(images: Path, json_path: Path | None, no_background: bool, out: Path, workers: int) -> None:
     """Make a plain data set of a COCO file, or of a folder with one file for each split. Raises UserError."""
     json_path = json_path or images
+    if not json_path.exists():
+        raise UserError(f"{json_path} does not exist: name the COCO file with --json")
     files = files_below(json_path, (".json",)) if json_path.is_dir() else [json_path]
     splits = [find_split(file.relative_to(json_path)) if len(files) > 1 else "" for file in files]
     if not files or len(files) > 1 and not all(splits):

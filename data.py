@@ -11,8 +11,9 @@ Images are RGB uint8 (H, W, 3); labels are uint8 (H, W) with the class index 0..
 import itertools
 import json
 import math
-from collections import namedtuple
-from collections.abc import Iterable, Iterator
+import unicodedata
+from collections import Counter, defaultdict, namedtuple
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -52,9 +53,12 @@ class SegmentationDataset:
     def __init__(self, root: Path, split: str, info: DatasetInfo, layout: Layout) -> None:
         self.root, self.split, self.info, self.layout = root, split, info, layout
         split_file = root / layout.splits / f"{split}.txt"
-        self.names = read_split(split_file)
-        self.image_paths = [find_file(root / layout.images, name, EXTENSIONS, split_file) for name in self.names]
-        self.label_paths = [find_file(root / layout.labels, name, (".png",), split_file) for name in self.names]
+        self.image_paths = find_files(root / layout.images, read_split(split_file), EXTENSIONS, split_file)
+        self.names = [path.relative_to(root / layout.images).with_suffix("").as_posix() for path in self.image_paths]
+        if repeated := [name for name, number in Counter(self.names).items() if number > 1]:
+            raise UserError(f"{split_file} names '{repeated[0]}' more than once: leave one of its lines")
+        label_files = [f"{name}.png" for name in self.names]
+        self.label_paths = find_files(root / layout.labels, label_files, (".png",), split_file)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -64,16 +68,36 @@ class SegmentationDataset:
         return read_image(self.image_paths[i])
 
     def labels(self, i: int) -> np.ndarray:
-        """Class index or 255, uint8 (H, W). Raises UserError for an unreadable file, a foreign value, a wrong size."""
+        """Class index or 255, uint8 (H, W).
+
+        Raises UserError for an unreadable file, a foreign value, a wrong size, a palette with the classes in another
+        order.
+        """
         path, first, ignore = self.label_paths[i], self.layout.first_class, self.info.ignore_index
         last = first + len(self.info.classes) - 1
-        values = read_labels(path)
+        values, palette = read_labels(path)
         check_size(self.image_paths[i], path, values.shape)
+        if palette is not None:
+            self.check_palette(path, np.unique(values), palette)
         ignored = (values < first) | (values == ignore)
         foreign = values[~ignored & (values > last)]
         if foreign.size:
             raise UserError(f"{path}: label value {foreign[0]} is no class: use {first}..{last}, or {ignore} for none")
         return np.where(ignored, IGNORE, values - first).astype(np.uint8)
+
+    def check_palette(self, path: Path, values: np.ndarray, palette: np.ndarray) -> None:
+        """Raises UserError if the file draws a value that occurs in the colour that the data set gives another class.
+
+        Editors reorder palettes: the picture looks right, and every value means another class. Colours that no class
+        has are those of a tool, and tell nothing.
+        """
+        class_of = {colour.tobytes(): k for k, colour in enumerate(self.info.palette)}
+        for value in values[values < len(palette)].tolist():
+            own, drawn = value - self.layout.first_class, class_of.get(palette[value].tobytes())
+            if drawn is not None and 0 <= own < len(class_of) and drawn != own:
+                raise UserError(f"{path} draws value {value}, '{self.info.classes[own]}', in the colour of "
+                                f"'{self.info.classes[drawn]}': its palette has another order; make the data set with "
+                                "`python data.py from-folders`, which goes by the colours")
 
 
 def open_dataset(root: str | Path, split: str) -> SegmentationDataset:
@@ -107,6 +131,10 @@ def context_info() -> DatasetInfo:
     return DatasetInfo("Pascal Context 59", tuple(c["name"] for c in classes), palette)
 
 
+KEYS = {"classes": ("class_names", "names", "labels", "categories"), "palette": ("colors", "colours", "color_map"),
+        "ignore_index": ("ignore_label", "ignore_value", "ignore", "void"), "name": (), "note": (), "made_by": ()}
+
+
 def read_info(path: Path) -> DatasetInfo:
     """Read dataset.json: {"classes": [...], "palette": [[r, g, b], ...], "ignore_index": 255, "name": ...}.
 
@@ -116,6 +144,14 @@ def read_info(path: Path) -> DatasetInfo:
         fields = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is no readable JSON ({reason(error)}): mend it") from None
+    for key in fields if isinstance(fields, dict) else ():
+        if key == "reduce_zero_label":
+            raise UserError(f'{path}: "{key}" is not known here: 0 stands for no class in such labels; make the data '
+                            "set with `python data.py from-folders --zero-is-unlabelled`")
+        if key not in KEYS:
+            meant = next((right for right, others in KEYS.items() if key.lower() in (right, *others)), None)
+            raise UserError(f'{path}: "{key}" is not known: ' + (f'write "{meant}"' if meant else
+                            f"keys are {', '.join(KEYS)}; put remarks into note"))
     classes = fields.get("classes") if isinstance(fields, dict) else None
     if not isinstance(classes, list) or not all(isinstance(name, str) and name for name in classes):
         raise UserError(f'{path}: "classes" must be a list of class names')
@@ -124,11 +160,11 @@ def read_info(path: Path) -> DatasetInfo:
     if type(ignore_index) is not int or not len(classes) <= ignore_index <= 255:
         raise UserError(f'{path}: "ignore_index" is {ignore_index!r} but must be one of {len(classes)}..255, no class')
     try:
-        palette = np.array(fields.get("palette", default_palette(len(classes))), np.int64)
-    except (TypeError, ValueError, OverflowError):
+        palette = np.array(fields.get("palette", default_palette(len(classes))))
+    except ValueError:  # rows of different lengths
         palette = np.empty(0)
-    if palette.shape != (len(classes), 3) or palette.min() < 0 or palette.max() > 255:
-        raise UserError(f'{path}: "palette" must hold {len(classes)} colours [red, green, blue] of 0..255')
+    if palette.shape != (len(classes), 3) or palette.dtype.kind not in "iu" or ((palette < 0) | (palette > 255)).any():
+        raise UserError(f'{path}: "palette" must hold {len(classes)} colours [red, green, blue], whole numbers 0..255')
     name = str(fields.get("name", path.parent.name))
     return DatasetInfo(name, tuple(classes), palette.astype(np.uint8), ignore_index)
 
@@ -141,9 +177,14 @@ def check_names(names: list[str], source: str) -> None:
 
 
 def read_lines(path: Path, remedy: str) -> list[str]:
-    """The lines of a UTF-8 text file, stripped, without empty ones. Raises UserError if there are none."""
+    """The lines of a text file in UTF-8 or, with a byte order mark, UTF-16; stripped, without empty ones.
+
+    Raises UserError if it cannot be read or has none. Only line feeds end a line: names may hold other separators.
+    """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        content = path.read_bytes()
+        utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+        lines = [line.strip() for line in content.decode("utf-16" if utf16 else "utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({reason(error)}): {remedy}") from None
     if not any(lines):
@@ -152,9 +193,9 @@ def read_lines(path: Path, remedy: str) -> list[str]:
 
 
 def read_split(path: Path) -> list[str]:
-    """The names in a split file, one a line, extension or not. Raises UserError if absent, empty or leading outside."""
-    names = read_lines(path, "write the names of the images there, one a line")
-    names = [str(Path(name).with_suffix("")) if name.lower().endswith(EXTENSIONS) else name for name in names]
+    """The names in a split file, one a line, extension or not. UserError if absent, empty, leading outside."""
+    others = ", ".join(sorted(file.stem for file in path.parent.glob("*.txt"))) or "none"
+    names = read_lines(path, f"write the names of the images there, one a line (splits here: {others})")
     for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"{path} names '{name}', which leads out of the data folder: use names below images/")
@@ -167,14 +208,31 @@ def write_split(path: Path, names: Iterable[str]) -> None:
     common.write_whole(path, lambda file: file.write(text))
 
 
-def find_file(folder: Path, name: str, extensions: Iterable[str], split_file: Path) -> Path:
-    """The file of that name with one of the extensions. Raises UserError if there is none."""
-    for extension in (*extensions, *map(str.upper, extensions)):
-        path = folder / f"{name}{extension}"
-        if path.is_file():
-            return path
-    raise UserError(f"{split_file} names '{name}', but {folder} has no {name} ending in {' or '.join(extensions)}: "
-                    "add the file or remove the name")
+def find_files(folder: Path, names: Iterable[str], extensions: Sequence[str], split_file: Path) -> list[Path]:
+    """The file of each name, with its extension or without, one of `extensions` in upper or lower case.
+
+    Names are compared in Unicode's composed form: some systems write accents decomposed. Raises UserError if there is
+    no file of a name, or several.
+    """
+    names = [(name, Path(unicodedata.normalize("NFC", name))) for name in names]
+    files: dict[Path, list[Path]] = defaultdict(list)  # by name with and without extension
+    for place in {Path(name).parent for name, _ in names}:
+        for file in sorted((folder / place).glob("*")):
+            if file.suffix.lower() in extensions:
+                whole = Path(unicodedata.normalize("NFC", str(place / file.name)))
+                files[whole].append(file)
+                files[whole.with_suffix("")].append(file)
+    paths = []
+    for name, whole in names:
+        found = files.get(whole) or whole.suffix.lower() in EXTENSIONS and files.get(whole.with_suffix("")) or []
+        if len(found) > 1:
+            raise UserError(f"{split_file} names '{name}', and {folder} has {found[0].name} and {found[1].name}: write "
+                            "the one that is meant there, with its extension")
+        if not found:
+            raise UserError(f"{folder} has no '{name}', which {split_file} names, as {' or '.join(extensions)}: "
+                            "add the file or remove the name")
+        paths += found
+    return paths
 
 
 # ---------------------------------------------------------------------------------------------- resizes and test images

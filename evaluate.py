@@ -4,7 +4,8 @@
     python evaluate.py --ms --checkpoint FILE --data DIR
     torchrun --nproc_per_node=8 evaluate.py --ms       the same numbers, shared out over 8 devices
 
-Reading order: window_places -> sliding_scores -> make_views -> vote -> predictions -> metrics -> evaluate.
+Reading order: window_places -> sliding_scores -> make_views -> vote -> predictions -> metrics -> evaluate
+-> match_classes -> evaluate_checkpoint.
 
 A *view* is one resized, perhaps mirrored copy of a picture. The scores of its windows are averaged where they overlap,
 resized to the picture, soft-maxed, and vote with those of the other views.
@@ -16,6 +17,7 @@ Shapes: B images, K classes, (h, w) size of a view, (H, W) size of the original 
 import argparse
 import json
 import math
+import os
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,13 +42,12 @@ from common import UserError
 from fast import inference, keep_freed_memory
 
 Save = Callable[[int, np.ndarray], None]  # takes the index of an image and its prediction, uint8 (H, W)
-REMEDY = "evaluate it on the data that it was trained on (--data DIR)"
+REMEDY = "evaluate it on data of its classes (--data DIR)"
 STRIP = 2**27  # numbers in a slab of probabilities (512 MiB of float32): larger pictures are voted on in strips
 
 
 class View(NamedTuple):
     """A normalised image (1, 3, h, w), whether it was mirrored, and how many equal views it stands for."""
-
     image: Tensor
     flipped: bool = False
     weight: float = 1.0
@@ -76,12 +77,8 @@ def sliding_scores(model: nn.Module, views: Iterable[View], window_batch: int | 
     cut = ((view.image[0], window_places(view.image.shape[2:], window, stride)) for view in views)
     ahead, current = tee(cut)  # the model is ahead of the sums: its batch may hold windows of the next views
     windows = (image[place] for image, places in ahead for place in places)
-
-    def all_scores() -> Iterator[Tensor]:
-        while batch := list(islice(windows, window_batch)):
-            yield from model(torch.stack(batch))
-
-    scores = all_scores()
+    batches = iter(lambda: list(islice(windows, window_batch)), [])
+    scores = (of_one for batch in batches for of_one in model(torch.stack(batch)))
     for image, places in current:
         dtype = torch.promote_types(image.dtype, torch.float32)  # sums and softmax never in half precision
         count = torch.zeros(image.shape[1:], dtype=dtype, device=image.device)
@@ -100,10 +97,9 @@ def slide(model: nn.Module, image: Tensor, window: int, stride: int, window_batc
 
 
 def automatic_window_batch(model: nn.Module, device: torch.device | str) -> int:
-    """How many windows go through the model at once.
+    """How many windows go through the model at once: on a CPU 4 of 480 pixels, or as many pixels in smaller ones.
 
     On CUDA the memory of one window is measured; the batch may fill 60 % of what is then free, 64 windows at most.
-    On a CPU a batch saves only the overhead of the calls: 4 windows of 480 pixels, or as many pixels in smaller ones.
     """
     window = model.config.window
     if torch.device(device).type != "cuda":
@@ -124,10 +120,9 @@ def make_views(image: np.ndarray, window: int, multi_scale: bool, device: torch.
 
     Scales that lead to the same size (the ratios .5 and .75 do) are computed once and counted twice.
     """
-    pictures = data.multi_scale_images(image, window) if multi_scale else [data.single_scale_image(image, window)]
-    counts = Counter(picture.shape for picture in pictures)
-    views = []
-    for shape, picture in {picture.shape: picture for picture in pictures}.items():
+    scaled = data.multi_scale_images(image, window) if multi_scale else [data.single_scale_image(image, window)]
+    counts, views = Counter(picture.shape for picture in scaled), []
+    for shape, picture in {picture.shape: picture for picture in scaled}.items():
         pixels = torch.from_numpy(picture).to(device).permute(2, 0, 1)[None]  # (h, w, 3) -> (1, 3, h, w)
         views.append(View(data.normalize(pixels), False, counts[shape]))
         if multi_scale:
@@ -209,7 +204,6 @@ def confusion_matrix(prediction: Tensor, labels: Tensor, num_classes: int) -> Te
 
 class Metrics(NamedTuple):
     """Per class (K,): IoU, accuracy and labelled pixels; over all: pixel accuracy and the two class means."""
-
     iou: np.ndarray
     accuracy: np.ndarray
     pixels: np.ndarray
@@ -218,16 +212,18 @@ class Metrics(NamedTuple):
     mean_accuracy: float
 
 
-def metrics(confusion: Tensor) -> Metrics:
+def metrics(confusion: Tensor, without: Sequence[int] = ()) -> Metrics:
     """Metrics of a confusion matrix (K, K) summed over the data set, fractions in 0 ... 1, float64.
 
-    A class in neither labels nor predictions has the IoU NaN and is left out of the mean.
+    A class in neither labels nor predictions has the IoU NaN and is left out of the mean. So are the classes `without`
+    in the last three numbers, but their pixels still lower the IoU of a class that is predicted there.
     """
     confusion = confusion.cpu()
     hits, labelled, predicted = confusion.diagonal().double(), confusion.sum(1), confusion.sum(0)
     iou, accuracy = hits / (labelled + predicted - hits), hits / labelled  # 0 / 0 is NaN: wanted
-    means = [value.item() for value in (hits.sum() / confusion.sum(), iou.nanmean(), accuracy.nanmean())]
-    return Metrics(iou.numpy(), accuracy.numpy(), labelled.numpy(), *means)
+    kept = [k not in without for k in range(len(confusion))]
+    means = hits[kept].sum() / labelled[kept].sum(), iou[kept].nanmean(), accuracy[kept].nanmean()
+    return Metrics(iou.numpy(), accuracy.numpy(), labelled.numpy(), *(mean.item() for mean in means))
 
 
 def table(result: Metrics, classes: Sequence[str]) -> str:
@@ -236,22 +232,28 @@ def table(result: Metrics, classes: Sequence[str]) -> str:
     line = "-" * (width + 30)
     rows = [f"{name:<{width}}  {in_percent(iou):>6}  {in_percent(accuracy):>6}  {pixels:>12,}"
             for name, iou, accuracy, pixels in zip(classes, *result[:3], strict=True)]
+    return "\n".join([f"{'class':<{width}}     IoU     acc        pixels", line, *rows, line, summary(result)])
+
+
+def summary(result: Metrics) -> str:
+    """Pixel accuracy and the two class means, in percent."""
     names = ("aAcc", "mIoU", "mAcc")
-    summary = "   ".join(f"{name} {in_percent(mean)}" for name, mean in zip(names, result[3:], strict=True))
-    return "\n".join([f"{'class':<{width}}     IoU     acc        pixels", line, *rows, line, summary])
+    return "   ".join(f"{name} {in_percent(mean)}" for name, mean in zip(names, result[3:], strict=True))
 
 
 def in_percent(fraction: float) -> str:
-    """A fraction as a percentage with two decimals; a dash where there is no number."""
-    return "-" if math.isnan(fraction) else f"{100 * fraction:.2f}"
+    """A fraction as people read it everywhere: percent with one decimal; a dash where there is no number."""
+    return "-" if math.isnan(fraction) else f"{100 * fraction:.1f}"
 
 
-def to_json(result: Metrics, classes: Sequence[str], **facts: object) -> str:
-    """The metrics as JSON; a class without a number gets null."""
-    numbers = {name: np.where(np.isnan(value), None, value).tolist() for name, value in result._asdict().items()}
+def to_json(result: Metrics, classes: Sequence[str], rest: Metrics, without: Sequence[str], **facts: object) -> str:
+    """The metrics, and the means of `rest`, as JSON: fractions in full precision, null where there is no number."""
+    numbers, rest = ({name: np.where(np.isnan(value), None, value).tolist() for name, value in each._asdict().items()}
+                     for each in (result, rest))
     columns = {"class": classes, **{name: numbers.pop(name) for name in ("iou", "accuracy", "pixels")}}
     per_class = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    return json.dumps({**facts, **numbers, "classes": per_class}, indent=1)
+    without = {"classes": without, **{name: rest[name] for name in numbers}}
+    return json.dumps({**facts, **numbers, "without": without, "classes": per_class}, indent=1)
 
 
 def evaluate(model: nn.Module, dataset: data.SegmentationDataset, *, multi_scale: bool = False,
@@ -267,26 +269,23 @@ def evaluate(model: nn.Module, dataset: data.SegmentationDataset, *, multi_scale
     rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
     mine = range(len(dataset))[:limit][rank::world]
     total = torch.zeros(len(dataset.info.classes), len(dataset.info.classes), dtype=torch.int64, device=device)
-    silent = None if progress and rank == 0 else True  # None: silent only where stderr is no terminal
-    bar = tqdm(mine, desc="evaluating", unit="image", disable=silent, dynamic_ncols=True)
+    bar = tqdm(mine, desc="evaluating", unit="image", dynamic_ncols=True,
+               disable=None if progress and rank == 0 else True)  # None: silent only where stderr is no terminal
     if fast:
         keep_freed_memory()
     precision = torch.autocast(torch.device(device).type, amp, enabled=amp is not None)
     with common.eval_mode(model), inference(model, fast), precision:
-        images = (dataset.image(i) for i in mine)
-        results = predictions(model, images, multi_scale=multi_scale, device=device, window_batch=window_batch)
+        results = predictions(model, map(dataset.image, mine), multi_scale=multi_scale, device=device,
+                              window_batch=window_batch)
         for index, prediction in zip(bar, results, strict=True):
             total += confusion_matrix(prediction, torch.from_numpy(dataset.labels(index)).to(device), len(total))
             if not bar.disable:
-                bar.set_postfix(mIoU=f"{100 * metrics(total).mean_iou:.2f}", refresh=False)
+                bar.set_postfix(mIoU=in_percent(metrics(total).mean_iou), refresh=False)
             if save:
                 save(index, prediction.cpu().numpy())
     if distributed:
         dist.all_reduce(total)
     return total
-
-
-# --------------------------------------------------------------------------------------------- the command line
 
 
 def newest_checkpoint() -> Path:
@@ -297,8 +296,41 @@ def newest_checkpoint() -> Path:
     return newest
 
 
+def class_order(ours: Sequence[str], theirs: Sequence[str]) -> list[int] | None:
+    """The index in `ours` of each of their names, whatever the case and blanks around them; None for other names."""
+    for key in (str, lambda name: name.strip().casefold()):
+        index = {key(name): k for k, name in enumerate(ours)}
+        if len(index) == len(ours) == len(theirs) and index.keys() == set(map(key, theirs)):
+            return [index[key(name)] for name in theirs]
+    return None
+
+
+def match_classes(model: nn.Module, info: data.DatasetInfo, theirs: Sequence[str] | None) -> dict:
+    """Have the model give its scores in the data set's order of the classes; a line says so if it is another order.
+
+    `theirs` are the checkpoint's names, None if it tells none. Returns them as "classes", and as "order" the data set's
+    index of each. Raises UserError for other classes.
+    """
+    ours, number, note = list(info.classes), model.config.num_classes, ""
+    if len(ours) != number:
+        raise UserError(f"{info.name} has {len(ours)} classes, the checkpoint {number}: {REMEDY}")
+    names = list(theirs or data.context_info().classes)  # the released checkpoints are for these
+    order = class_order(ours, names)
+    if theirs and order is None:
+        only, lacks = (sorted(set(a).difference(b))[:3] for a, b in ((ours, names), (names, ours)))
+        raise UserError(f"{info.name} has {only} where the checkpoint has {lacks}: {REMEDY}")
+    if order is None:
+        names, order, note = ours, list(range(number)), f"the checkpoint names no classes: {info.name}'s are taken"
+    elif names != ours:
+        model.register_forward_hook(lambda _, images, scores: scores[:, np.argsort(order)])
+        note = f"{info.name} has the checkpoint's classes in another order or case: they are matched by name"
+    if note and os.environ.get("RANK", "0") == "0":
+        print(note)
+    return {"classes": names, "order": order}
+
+
 def load_with_data(checkpoint: Path, root: str | None, split: str) -> tuple[data.SegmentationDataset, nn.Module, dict]:
-    """A data set (None: that of the checkpoint's run), the model and the other facts. UserError if classes differ."""
+    """A data set (None: that of the checkpoint's run), the model for its classes, and the other facts. UserError."""
     model, facts = weights.load_model(checkpoint)
     if root is None:
         config = checkpoint.parent / "config.json"
@@ -307,13 +339,7 @@ def load_with_data(checkpoint: Path, root: str | None, split: str) -> tuple[data
         except (OSError, ValueError, KeyError):
             raise UserError(f"{config} does not tell the data of {checkpoint.name}: name it with --data") from None
     dataset = data.open_dataset(root, split)
-    name, classes, number = dataset.info.name, dataset.info.classes, model.config.num_classes
-    if len(classes) != number:
-        raise UserError(f"{name} has {len(classes)} classes, the checkpoint {number}: {REMEDY}")
-    for ours, theirs in zip(classes, facts.get("classes", ()), strict=False):  # released checkpoints name no classes
-        if ours != theirs:
-            raise UserError(f"class '{ours}' of {name} is '{theirs}' in the checkpoint: {REMEDY}")
-    return dataset, model, facts
+    return dataset, model, facts | match_classes(model, dataset.info, facts.get("classes"))
 
 
 def label_writer(folder: Path, dataset: data.SegmentationDataset, original_ids: bool) -> Save:
@@ -341,7 +367,10 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 def evaluate_checkpoint(options: argparse.Namespace) -> None:
     """Evaluate the checkpoint that the options name; process 0 prints the table and writes the numbers."""
     checkpoint = options.checkpoint or newest_checkpoint()
-    dataset, model, _ = load_with_data(checkpoint, options.data, options.split)
+    dataset, model, facts = load_with_data(checkpoint, options.data, options.split)
+    classes, order = facts["classes"], facts["order"]
+    for name in set(options.without).difference(classes):
+        raise UserError(f"--without {name}: no class has this name; the classes are {', '.join(classes)}")
     save = label_writer(options.save_labels, dataset, options.original_ids) if options.save_labels else None
     if options.json:
         common.check_file(options.json, "--json")
@@ -352,11 +381,14 @@ def evaluate_checkpoint(options: argparse.Namespace) -> None:
                          window_batch=options.window_batch, amp=options.amp, fast=options.fast)
     if process.rank > 0:
         return
-    result = metrics(confusion)
+    confusion = confusion[order][:, order]  # the table is in the checkpoint's order, whatever the data set's
+    result, rest = metrics(confusion), metrics(confusion, [classes.index(name) for name in options.without])
     scales = "multi-scale + flip" if options.ms else "single-scale"
-    print(f"{checkpoint} on {dataset.info.name} {options.split}, {scales}\n{table(result, dataset.info.classes)}")
+    print(f"{checkpoint} on {dataset.info.name} {options.split}, {scales}\n{table(result, classes)}")
+    if options.without:
+        print(f"{summary(rest)}   without {', '.join(options.without)}")
     if options.json:
-        text = to_json(result, dataset.info.classes, checkpoint=str(checkpoint), data=str(dataset.root),
+        text = to_json(result, classes, rest, options.without, checkpoint=str(checkpoint), data=str(dataset.root),
                        split=options.split, scales=scales)
         common.write_whole(options.json, lambda file: file.write(f"{text}\n".encode()))
 
@@ -367,8 +399,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                            epilog="Share the work out with: torchrun --nproc_per_node=N evaluate.py ...")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: the newest runs/*/best.pt")
     parser.add_argument("--data", metavar="DIR", help="data set folder; default: the one the run was trained on")
-    parser.add_argument("--split", default="val", choices=["train", "val"])
+    parser.add_argument("--split", default="val", metavar="NAME", help="of the images: those of NAME.txt; default: val")
     parser.add_argument("--ms", action="store_true", help="multi-scale and flip: six scales, each mirrored")
+    parser.add_argument("--without", nargs="+", default=[], metavar="CLASS", help="means without these, too")
     parser.add_argument("--limit", type=common.positive, metavar="N", help="only the first N images")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     parser.add_argument("--save-labels", type=Path, metavar="DIR", help="write each prediction as a palette PNG")

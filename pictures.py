@@ -1,61 +1,230 @@
-"""Picture files: any photograph to RGB, label images in and out, the colours of classes.
+"""Pictures of any kind to RGB, label images in and out, the colours of classes.
 
-Reading order: open_picture -> read_image, check_size -> read_labels, save_labels -> default_palette.
+Reading order: as_rgb -> open_picture, upright -> array_as_rgb, eight_bits -> picture_size, check_size ->
+read_label_image, read_labels -> save_labels -> default_palette.
 
 Shapes: H, W height and width of a picture; K classes.
 """
 
 import colorsys
 import contextlib
+import io
+import re
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+import torch
+from PIL import Image
 
 import common
 from common import UserError, reason
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+Picture = str | Path | bytes | Image.Image | np.ndarray | torch.Tensor
+EXPECTED = ("a picture is a file name, the bytes of a file, a Pillow image, or an array or tensor (H, W), (H, W, 3) or "
+            "(3, H, W), with alpha or not, of whole numbers of 8 or 16 bits or of floats in 0..1 or 0..255")
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}  # by EXIF orientation: what makes a picture upright
+PLAIN_ALPHA = {"La": "LA", "RGBa": "RGBA", "PA": "RGBA"}  # modes that Pillow converts to RGB by way of another
+LOSSY = {"JPEG", "MPO", "JPEG2000", "AVIF"}  # formats that change values, and lossy WebP beside them
 
 
-@contextlib.contextmanager
-def open_picture(path: Path) -> Iterator[Image.Image]:
-    """The Pillow image of a file. Raises UserError if the file, or later its pixels, cannot be read or are too many."""
-    try:
-        with Image.open(path) as picture:
-            yield picture
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable image ({reason(error)}): replace it or take its name out") from None
+# ------------------------------------------------------------------------------------------------------------- pictures
+def as_rgb(picture: Picture) -> np.ndarray:
+    """RGB uint8 (H, W, 3) of a picture in any form; one picture in different forms gives one result.
+
+    Files and Pillow images are turned upright by their EXIF tag. Alpha is dropped. More than 8 bits are scaled to 8.
+    Raises UserError for a file or values that cannot be a picture, TypeError for what is none of the known forms.
+    """
+    if isinstance(picture, str | Path | bytes):
+        with open_picture(picture) as file:
+            return as_rgb(file)
+    if isinstance(picture, Image.Image):
+        name = getattr(picture, "filename", "") or "the picture"
+        bits, deep_colours = bits_of(picture), re.search(r"RGBA?;16", raw_mode(picture))
+        picture = upright(picture)
+        if picture.mode.startswith("I") or picture.mode == "F":
+            return array_as_rgb(np.asarray(picture), bits, name)
+        rgb = np.array(picture.convert(PLAIN_ALPHA.get(picture.mode, picture.mode)).convert("RGB"))
+        if deep_colours and rgb.any() and rgb.max() < 16:  # Pillow keeps the upper 8 of 16 bits of a colour
+            raise UserError(f"{name}: 16-bit colours of which only the lowest 12 bits are used: save it with 8 bits")
+        return rgb
+    if isinstance(picture, torch.Tensor):
+        picture = picture.detach().cpu()
+        picture = (picture.float() if picture.dtype == torch.bfloat16 else picture).numpy()
+    if not isinstance(picture, np.ndarray):
+        raise TypeError(f"{EXPECTED}; this is a {type(picture).__name__}")
+    return array_as_rgb(picture)
 
 
 def read_image(path: Path) -> np.ndarray:
-    """RGB uint8 (H, W, 3) of any picture, like OpenCV's IMREAD_COLOR: upright, alpha dropped, 16 bits cut to 8."""
+    """RGB uint8 (H, W, 3) of a file, as `as_rgb`; for 8-bit files the result is that of OpenCV's IMREAD_COLOR."""
+    return as_rgb(path)
+
+
+@contextlib.contextmanager
+def open_picture(source: str | Path | bytes) -> Iterator[Image.Image]:
+    """The Pillow image of a file or of its bytes. Raises UserError if it, or later its pixels, cannot be read."""
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+            yield picture
+    except UserError:
+        raise
+    except (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        name = "these bytes" if isinstance(source, bytes) else source
+        raise UserError(f"{name}: not a readable image ({reason(error)}): replace it or take it out") from None
+
+
+def orientation(picture: Image.Image) -> int:
+    """EXIF's orientation 1..8 of a picture that is not loaded yet; 1 where the tag makes no sense."""
+    value = picture.getexif().get(0x0112, 1)
+    return next((number for number in TURNS if value == number), 1)
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """The picture turned upright by its EXIF tag; the same size as `picture_size` says."""
+    picture.load()  # here Pillow turns a TIFF by itself, and takes its tag away
+    turn = orientation(picture)
+    return picture if turn == 1 else picture.transpose(TURNS[turn])
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """(H, W) of the upright picture, from the file's header."""
     with open_picture(path) as picture:
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith("I"):  # 16-bit gray; Pillow would clip it to white
-            picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
-        return np.array(picture.convert("RGB"))
+        # Pillow's size of a TIFF is that of the upright picture or of the stored one, depending on its version.
+        tags = getattr(picture, "tag_v2", None)
+        width, height = (tags[256], tags[257]) if tags else picture.size
+        return (width, height) if orientation(picture) >= 5 else (height, width)
+
+
+def raw_mode(picture: Image.Image) -> str:
+    """How a file that is not loaded yet stores its pixels, in Pillow's words: "RGB;16B", "L;2"; "" if unknown."""
+    arguments = picture.tile[0][3] if getattr(picture, "tile", None) else ""
+    return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
+
+
+def bits_of(picture: Image.Image) -> int | None:
+    """The bits of a sample that a TIFF says are used, where it says so: fewer than its 16."""
+    tags = getattr(picture, "tag_v2", {})
+    bits, most = (tags.get(tag, 0) for tag in (258, 281))  # BitsPerSample, MaxSampleValue
+    bits, most = (value[0] if isinstance(value, tuple) and value else value for value in (bits, most))
+    used = most.bit_length() if isinstance(most, int) and most else bits
+    return used if isinstance(used, int) and 8 <= used < 16 else None
+
+
+def array_as_rgb(array: np.ndarray, bits: int | None = None, name: str = "the array") -> np.ndarray:
+    """`as_rgb` of an array. Channels are last where both ends could be channels."""
+    shape = array.shape
+    if array.ndim == 3 and shape[-1] not in (1, 2, 3, 4) and shape[0] in (1, 2, 3, 4):
+        array = np.moveaxis(array, 0, -1)
+    array = array[..., None] if array.ndim == 2 else array
+    if array.dtype.kind not in "buif" or array.ndim != 3 or array.shape[-1] not in (1, 2, 3, 4) or not array.size:
+        raise TypeError(f"{EXPECTED}; this one is {array.dtype} of shape {shape}")
+    samples = eight_bits(array[..., :1] if array.shape[-1] < 3 else array[..., :3], bits, name)  # without alpha
+    return np.ascontiguousarray(np.broadcast_to(samples, (*samples.shape[:2], 3)))
+
+
+def eight_bits(values: np.ndarray, bits: int | None, name: str) -> np.ndarray:
+    """Samples of any type as uint8. `bits`: how many are used, None if nothing tells.
+
+    Then the largest sample tells: floats up to 1 are shares of white; other numbers have the fewest bits of 8, 10, 12,
+    14, 16 that hold it. Raises UserError for what is no brightness: negative, not finite, too large.
+    """
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == bool:
+        return values * np.uint8(255)
+    least, most = values.min(), values.max()
+    if not (least >= 0 and most < 1 << 16):  # also where there is a NaN
+        raise UserError(f"{name}: values from {least} to {most} are no brightness: scale them to 0..255 or 0..1")
+    if values.dtype.kind == "f" and most <= 1:
+        return np.rint(values * 255.0).astype(np.uint8)
+    if bits is None:
+        bits = next(bits for bits in (8, 10, 12, 14, 16) if most < 1 << bits)
+        if bits < 16 and (bits > 8 or values.dtype.itemsize == 2):
+            say_once("bits", f"{name}: the largest sample is {most:g}: taken as {bits} bits, like others of this kind")
+    if values.dtype.kind == "f":
+        return np.rint(values * (255 / ((1 << bits) - 1))).astype(np.uint8)
+    return (values >> (bits - 8)).astype(np.uint8)
+
+
+def say_once(kind: str, text: str) -> None:
+    """Print a remark on how a picture was understood, on stderr; one of each kind."""
+    if kind not in _said:
+        _said.add(kind)
+        print(text, file=sys.stderr)
+
+
+_said: set[str] = set()
+
+
+# --------------------------------------------------------------------------------------------------------------- labels
+class LabelImage(NamedTuple):
+    """The content of a label file."""
+    values: np.ndarray  # int32 (H, W): indices, or colours as numbers 0xRRGGBB
+    coloured: bool
+    palette: np.ndarray | None = None  # uint8 (N, 3): a palette image's; its values are indices into it
+
+
+def read_label_image(path: Path) -> LabelImage:
+    """Read a label file of any lossless format; alpha is dropped.
+
+    Raises UserError for a lossy format, for one with an orientation other than upright (viewers turn it, labelling
+    tools do not), and for pixels that are neither whole numbers nor RGB.
+    """
+    with open_picture(path) as picture:
+        stored = raw_mode(picture)
+        if picture.format in LOSSY or is_lossy(path, picture):
+            raise UserError(f"{path} is a lossy {picture.format}: its values are not those that were drawn; "
+                            "export the labels as PNG")
+        if orientation(picture) > 1:
+            raise UserError(f"{path} has an orientation tag, as if it were to be turned: save it upright, as PNG")
+        values = np.asarray(picture)
+        mode, palette = picture.mode, picture.getpalette("RGB") if picture.mode in ("P", "PA") else None
+    if mode in ("RGB", "RGBA", "RGBX"):
+        return LabelImage(values[..., :3].astype(np.int32) @ (1 << 16, 1 << 8, 1), True)
+    values = values[..., 0] if values.ndim == 3 else values
+    if mode not in ("1", "L", "LA", "P", "PA", "F") and not mode.startswith("I") or (values % 1).any():
+        raise UserError(f"{path} has mode {mode}, not one whole number or colour a pixel: save it as PNG of indices")
+    if few := re.fullmatch(r"L;([24])R?", stored):  # Pillow stretches 2 and 4 bits to 0..255
+        values = values // (255 // ((1 << int(few[1])) - 1))
+    colours = np.uint8(palette).reshape(-1, 3) if palette else None
+    if colours is not None and (colours == np.arange(len(colours))[:, None]).all():
+        colours = None  # a ramp of grays is no choice of colours
+    return LabelImage(values.astype(np.int32), False, colours)
+
+
+def is_lossy(path: Path, picture: Image.Image) -> bool:
+    """Whether a WebP or a TIFF is compressed with loss: Pillow does not tell of the one."""
+    if picture.format == "WEBP":
+        content = path.read_bytes()
+        at = 12
+        while at < len(content) and content[at:at + 4] not in (b"VP8 ", b"VP8L", b"ANMF"):  # from chunk to chunk
+            at += 8 + int.from_bytes(content[at + 4:at + 8], "little") + (content[at + 4] & 1)
+        return content[at:at + 4] != b"VP8L"
+    return "jpeg" in str(picture.info.get("compression"))
+
+
+def read_labels(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """The values of a label image, int32 (H, W), and its palette. Raises UserError for one that holds colours."""
+    values, coloured, palette = read_label_image(path)
+    if coloured:
+        raise UserError(f"{path} holds colours, not class indices: convert it with `python data.py from-folders`")
+    return values, palette
 
 
 def check_size(image: Path, labels: Path | str, shape: tuple[int, int]) -> None:
     """Raises UserError unless the labels' shape (H, W) is that of the upright image; reads only the image's header."""
-    with open_picture(image) as picture:
-        width, height = picture.size
-        if picture.getexif().get(0x0112, 1) >= 5:  # the EXIF orientations 5..8 swap the sides
-            width, height = height, width
+    height, width = picture_size(image)
     if shape != (height, width):
-        raise UserError(f"{image} is {width}x{height} pixels but {labels} is {shape[1]}x{shape[0]}: make them one size")
-
-
-def read_labels(path: Path) -> np.ndarray:
-    """The values of a label image, int32 (H, W); never rotated. Raises UserError for a picture that holds colours."""
-    with open_picture(path) as picture:
-        mode = picture.mode
-        if mode in ("L", "P", "1") or mode.startswith("I"):
-            return np.array(picture).astype(np.int32)
-    raise UserError(f"{path} has mode {mode}, not one value a pixel: convert it with `python data.py from-folders`")
+        turned = "; EXIF turns the image, so label it upright" if shape == (width, height) else ""
+        raise UserError(f"{image} is {width}x{height} pixels but {labels} is {shape[1]}x{shape[0]}{turned}: "
+                        "make them one size")
 
 
 def save_labels(labels: np.ndarray, path: Path, palette: np.ndarray | None = None) -> None:

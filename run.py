@@ -22,6 +22,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
@@ -45,11 +46,8 @@ RUNS = Path("runs")
 T = TypeVar("T")
 
 # ---------------------------------------------------------------------------------------------------------- processes
-
-
 class Process(NamedTuple):
     """This process among those that train one model together."""
-
     rank: int  # its number, from 0
     world: int  # how many there are
     device: torch.device
@@ -102,12 +100,10 @@ def gather(process: Process, value: T) -> list[T]:
 
 def on_first(process: Process, call: Callable[[], T]) -> T:
     """What `call()` returns on process 0, on all processes. If it raises UserError there, all processes raise it."""
-    result = None
-    if process.rank == 0:
-        try:
-            result = call()
-        except UserError as error:
-            result = error
+    try:
+        result = call() if process.rank == 0 else None
+    except UserError as error:
+        result = error
     result = gather(process, result)[0]
     if isinstance(result, UserError):
         raise result
@@ -120,12 +116,9 @@ def restarted(process: Process) -> bool:
 
 
 # --------------------------------------------------------------------------------- the run's folder and its checkpoints
-
-
 @dataclass
 class Progress:
     """How far a run has come; `iteration` counts the finished ones."""
-
     iteration: int = 0
     validated: int = 0  # the iteration of the last validation
     best: float = -1.0  # mIoU
@@ -271,8 +264,6 @@ def restore(state: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.Gra
 
 
 # ------------------------------------------------------------------------------------------------- stopping and the log
-
-
 class StopSignal:
     """SIGTERM and Ctrl-C set `wanted` and nothing else, so that the loop can finish its iteration; a second one kills.
 
@@ -307,10 +298,10 @@ def check_finite(losses: dict[str, float], scaler: torch.amp.GradScaler, folder:
         return
     path = folder / f"nonfinite-{progress.iteration}-process{process.rank}.pt"
     names = [name for batch in batches for name in batch.names]
-    crops = {field: [getattr(batch, field) for batch in batches] for field in ("images", "labels", "extents")}
     write_checkpoint(path, {
         "format": FORMAT, "model": model.state_dict(), "config": asdict(model.config), "iteration": progress.iteration,
-        "losses": losses, "names": names, "rng": rng, **crops,
+        "losses": losses, "names": names, "rng": rng,
+        **{field: [getattr(batch, field) for batch in batches] for field in ("images", "labels", "extents")},
     })
     bad = ", ".join(f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value))
     sys.exit(f"error: iteration {progress.iteration}: {bad}; images {', '.join(names)}; {path} has weights, crops and "
@@ -344,23 +335,27 @@ class Stopwatch:
 class Log:
     """The log of a run, on process 0: console, log.jsonl, TensorBoard. `images` of an iteration are on this device.
 
-    Lines of log.jsonl after iteration `start` of `total` are dropped: those iterations will be done again.
+    Lines of log.jsonl after iteration `start` of `total` are dropped: those iterations will be done again. Scores are
+    fractions 0 ... 1 of full precision there, percent elsewhere. TensorBoard sorts its groups: hence their numbers.
     """
 
-    def __init__(self, folder: Path, start: int, total: int, device: torch.device, images: int) -> None:
-        self.path, self.total, self.device, self.images = folder / "log.jsonl", total, device, images
+    def __init__(self, folder: Path, start: int, total: int, every: int, epochs: float, device: torch.device,
+                 images: int) -> None:
+        self.path, self.device, self.images, self.epochs = folder / "log.jsonl", device, images, epochs
+        self.start, self.total, self.every = start, total, max(1, min(every, total // 20))
         kept = [json.dumps(line) + "\n" for line in read_log(self.path) if line["iteration"] <= start]
         common.write_whole(self.path, lambda file: file.write("".join(kept).encode()))
         self.tensorboard = SummaryWriter(folder, purge_step=start + 1)
         self.bar = tqdm(total=total, initial=start, unit="it", smoothing=0.05, disable=not sys.stderr.isatty())
         self.sums, self.iterations = Counter(), 0
 
-    def count(self, losses: dict[str, float]) -> None:
-        """Take note of one iteration."""
+    def count(self, iteration: int, losses: dict[str, float]) -> bool:
+        """Take note of an iteration. Returns whether to report: the first, the fifth, each `every`th and the last."""
         self.sums.update(losses)  # adds them
         self.iterations += 1
         self.bar.update()
         self.bar.set_postfix_str(f"loss {losses['loss']:.3f}", refresh=False)
+        return iteration - self.start in (1, 5) or iteration % self.every == 0 or iteration == self.total
 
     def report(self, iteration: int, seconds: dict[str, float], lr: float, gradient_norm: float,
                loss_scale: float = 1.0) -> None:
@@ -368,33 +363,50 @@ class Log:
         losses, terms = {name: value / self.iterations for name, value in self.sums.items()}, Counter()
         for name, value in losses.items():
             terms[name.split("/")[0]] += value  # a sum over the decoder layers: "mask/0", "mask/1" ...
-        text = ", ".join(f"{name} {value:.3f}" for name, value in terms.items() if name != "loss")
+        loss = terms.pop("loss")
         split = {f"seconds/{name}": value / self.iterations for name, value in seconds.items()}
         elapsed = sum(split.values()) - split.get("seconds/pause", 0)
         memory, left = peak_memory(self.device), elapsed * (self.total - iteration)
-        self.write(iteration, "train", {**losses, "lr": lr, "gradient_norm": gradient_norm, "loss_scale": loss_scale})
+        charts = {"1 loss and mIoU/loss": loss, **{f"4 terms of the loss/{name}": term for name, term in terms.items()},
+                  "5 optimizer/learning rate": lr, "5 optimizer/gradient norm": gradient_norm,
+                  "6 speed/seconds an iteration": elapsed, "6 speed/memory in GB": memory}
+        steps = {"lr": lr, "gradient_norm": gradient_norm, "loss_scale": loss_scale}
+        self.write(iteration, "train", losses | steps, charts)
         self.write(iteration, "speed", {"seconds": elapsed, "images_per_second": self.images / elapsed,
                                         "memory_gb": memory, "eta_seconds": left, **split})
-        self.say(f"{iteration}/{self.total}  loss {losses['loss']:.4f} ({text})  lr {lr:.2e}  "
-                 f"gradient {gradient_norm:.2f}  {elapsed:.2f} s/it  {memory:.1f} GB  ETA {tqdm.format_interval(left)}")
+        text = ", ".join(f"{name} {term:.3f}" for name, term in terms.items())
+        self.say(f"{iteration}/{self.total}  loss {loss:.4f} ({text})  lr {lr:.2e}  gradient {gradient_norm:.2f}  "
+                 f"{elapsed:.2f} s/it  {memory:.1f} GB  ETA {timedelta(seconds=round(left))}")
+        self.foresee(iteration - self.start, elapsed, left)
         self.sums, self.iterations = Counter(), 0
 
-    def write(self, iteration: int, kind: str, values: dict) -> None:
-        """One line of log.jsonl, and one TensorBoard scalar for each number."""
+    def foresee(self, done: int, elapsed: float, left: float) -> None:
+        """Say after the first iteration what the whole run is; warn after the fifth if it is longer than a week."""
+        if done == 1:
+            much, length = ": fewer --iterations will do" if self.epochs > 1000 else "", timedelta(seconds=round(left))
+            self.say(f"the first iteration took {elapsed:.2f} s: at this rate the run ends in {length}; "
+                     f"its {self.total:,} iterations are {self.epochs:,.1f} epochs{much}")
+        if done == 5 and (days := left / 86_400) > 7:
+            self.say(f"warning: this run ends in {days:.0f} days: use a GPU, a smaller --size, fewer --iterations")
+
+    def write(self, iteration: int, kind: str, values: dict, charts: dict[str, float] | None = None) -> None:
+        """One line of log.jsonl, and a point in each of TensorBoard's charts, GROUP/NAME."""
         # No number is JSON for a norm that has overflowed in fp16, or the IoU of an absent class.
-        values = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
+        values, charts = ({k: v for k, v in each.items() if not isinstance(v, float) or math.isfinite(v)}
+                          for each in (values, charts or {}))
         with open(self.path, "a") as file:
             file.write(json.dumps({"iteration": iteration, "kind": kind, **values}) + "\n")
-        for name, value in values.items():
-            if isinstance(value, float):
-                self.tensorboard.add_scalar(f"{kind}/{name}", value, iteration)
+        for name, value in charts.items():
+            self.tensorboard.add_scalar(name, value, iteration)
 
-    def validation(self, iteration: int, values: dict[str, float], table: str) -> None:
-        """Write a validation's scores and its per-class table."""
-        self.write(iteration, "validation", values)
-        self.tensorboard.add_text("validation/classes", f"<pre>{table}</pre>", iteration)
-        means = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if "/" not in name)
-        self.say(f"{table}\n{iteration}/{self.total}  {means}")
+    def validation(self, iteration: int, values: dict[str, float], table: str, picture: Image.Image) -> None:
+        """Write a validation's scores, as fractions, its per-class table and a picture of predictions."""
+        groups = {"mIoU": "1 loss and mIoU/mIoU", "mAcc": "2 validation/mAcc", "aAcc": "2 validation/aAcc"}
+        percent = {f"{groups.get(name, f'3 {name}')}, %": 100 * value for name, value in values.items()}
+        self.write(iteration, "validation", values, percent)
+        self.tensorboard.add_text("2 validation/classes", f"<pre>{table}</pre>", iteration)
+        self.picture(iteration, "2 validation/image, labels, prediction", picture)
+        self.say(f"{iteration}/{self.total}  validation\n{table}")
 
     def picture(self, iteration: int, name: str, picture: Image.Image) -> None:
         """Show a picture in TensorBoard."""
@@ -405,11 +417,11 @@ class Log:
         tqdm.write(text)
         sys.stdout.flush()
 
-    def end(self, progress: Progress) -> None:
-        """Say how the run ended and what comes next; nothing is written after it."""
-        best, name = shlex.quote(f"{self.path.parent}/best.pt"), shlex.quote(self.path.parent.name)
-        done = f"done: best mIoU {progress.best:.4f}; python evaluate.py --checkpoint {best}"
-        self.say(done if progress.iteration == self.total else f"stopped: go on with --resume {name}")
+    def end(self, finished: bool, best: str) -> None:
+        """Say how the run ended, with its best mIoU in percent, and what comes next; nothing is written after it."""
+        folder = self.path.parent
+        done = f"done: best mIoU {best}; python evaluate.py --checkpoint {shlex.quote(f'{folder}/best.pt')}"
+        self.say(done if finished else f"stopped: go on with --resume {shlex.quote(folder.name)}")
         self.bar.close()
         self.tensorboard.close()
 

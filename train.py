@@ -1,6 +1,7 @@
 """Train a ViT-Adapter segmenter on one device or many.
 
     python train.py --data toy                                            a first try on a CPU: makes its own data
+    python train.py --data DIR --size tiny --window 192 --iterations 800  your own 60 photographs on a CPU
     torchrun train.py --head mask2former --size large                     Pascal Context on one GPU
     torchrun --nproc_per_node=8 train.py --head upernet --size large      on eight: the same run, sooner
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...   on two nodes
@@ -43,7 +44,7 @@ import run
 from adapter import Extractor, Injector
 from common import UserError
 from data import Batch, SegmentationDataset, normalize, open_dataset, positions, preflight, spread, training_loader
-from evaluate import evaluate, metrics, predictions, table
+from evaluate import evaluate, in_percent, metrics, predictions, table
 from heads import Normalizers, classes_present, loss_normalizers
 from model import Block, ModelConfig, Segmenter, build_model
 from run import Process
@@ -53,20 +54,17 @@ from weights import load_weights
 
 CONTEXT = Path("data/VOCdevkit/VOC2010")
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-LOG_EVERY = 50  # iterations
+LOG_EVERY = 50  # iterations; more often where a run would give fewer than 20 reports
 PICTURES = 4  # validation images that TensorBoard shows
 
 # ------------------------------------------------------------------------------------------------------------ recipes
-
-
 @dataclass(frozen=True)
 class Recipe:
     """How one model is trained. The command that uses a recipe is above it."""
-
     iterations: int
     lr: float
     layer_decay: float
-    validate_every: int  # iterations
+    validate_every: int  # iterations; in proportion when fewer iterations are asked for
     save_every: int = 1000
     batch: int = 2  # images on a device at once
     checkpoint_activations: bool = False
@@ -129,8 +127,6 @@ def lr_factor(iteration: int, iterations: int, warmup: int = 1500) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------- training
-
-
 def train(options: argparse.Namespace, process: Process) -> None:
     """One run, from its options to its last checkpoint: the preparation, then the loop."""
     device, accumulation = process.device, share_batch(options.global_batch, process.world, options.batch)
@@ -181,21 +177,17 @@ def train(options: argparse.Namespace, process: Process) -> None:
         progress.iteration += 1
         watch.lap("optimizer")
 
-        if log:
-            log.count(losses)
-        if log and progress.iteration % LOG_EVERY == 0:
+        if log and log.count(progress.iteration, losses):
             log.report(progress.iteration, watch.seconds(), lr, norm, scaler.get_scale())
         if progress.iteration % options.save_every == 0 and progress.iteration < options.iterations:
             save(folder / "last.pt", optimizer=optimizer, scaler=scaler)
     save(folder / "last.pt", optimizer=optimizer, scaler=scaler)
     stop.release()
     if log:
-        log.end(progress)
+        log.end(progress.iteration == options.iterations, in_percent(progress.best))
 
 
 # ------------------------------------------------------------------------------------------------- what the loop calls
-
-
 def share_batch(global_batch: int, world: int, batch: int) -> int:
     """Micro-batches in each device's share of the global batch. If it is no whole number, UserError names remedies."""
     unit = world * batch
@@ -268,10 +260,9 @@ def validate(model: Segmenter, dataset: SegmentationDataset, progress: run.Progr
         classes = dataset.info.classes
         scores = {"mIoU": result.mean_iou, "mAcc": result.mean_accuracy, "aAcc": result.all_accuracy}
         scores |= {f"IoU/{name}": iou for name, iou in zip(classes, result.iou, strict=True)}
-        log.validation(progress.iteration, scores, table(result, classes))
         with torch.autocast(device.type, amp, enabled=amp is not None):
             picture = draw_predictions(model, dataset, device)
-        log.picture(progress.iteration, "validation/image, labels, prediction", picture)
+        log.validation(progress.iteration, scores, table(result, classes), picture)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # validation fills the device on purpose: log what training needs
     return progress.best_iteration == progress.iteration
@@ -289,8 +280,6 @@ def draw_predictions(model: Segmenter, dataset: SegmentationDataset, device: tor
 
 
 # ------------------------------------------------------------------------------------------ what the preparation calls
-
-
 def make_model(options: argparse.Namespace, state: dict, classes: Sequence[str], process: Process) -> Segmenter:
     """The model on its device, from a checkpoint or new with pre-trained weights. Raises UserError."""
     if options.head == "upernet" and process.world * options.batch == 1:
@@ -340,7 +329,7 @@ def find_pretrained(name: str | None, size: str) -> Path | None:
     if name:
         raise UserError(f"--pretrained {name}: no such file; 'none' starts from random weights")
     raise UserError(f"no pre-trained BEiT weights at {' or '.join(usual)}: put there https://huggingface.co/timm/{timm}/"
-                    f"resolve/main/model.safetensors as {usual[1]}, or use --pretrained FILE or --pretrained none")
+                    f"resolve/main/model.safetensors as {usual[1]}, or use --pretrained FILE|none or --size tiny")
 
 
 def start_stream(options: argparse.Namespace, dataset: SegmentationDataset, window: int, iteration: int,
@@ -364,23 +353,25 @@ def start_log(options: argparse.Namespace, process: Process, folder: Path, model
         config = vars(options) | {"name": folder.name, "model": asdict(model.config), "classes": info.classes,
                                   "environment": facts}
         common.write_whole(folder / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode()))
-    log = run.Log(folder, iteration, options.iterations, process.device, images)
+    epochs = options.iterations * options.global_batch / len(dataset)
+    log = run.Log(folder, iteration, options.iterations, LOG_EVERY, epochs, process.device, images)
     log.say(f"{folder}: {options.head} {options.size}, {sum(p.numel() for p in model.parameters()):,} parameters, "
             f"window {model.config.window}, {len(dataset):,} images of {len(info.classes)} classes")
     log.say(f"global batch {options.global_batch} = {process.world} device(s) x {options.batch} images x "
             f"{images // options.batch} accumulated; iterations {iteration} to {options.iterations}")
     log.write(iteration, "start", facts)
-    shares = (pixels / pixels.sum()).tolist()  # the histogram of the labels, beside the picture of one of them
-    log.write(iteration, "labels", dict(zip(info.classes, shares, strict=False)) | {"ignored": shares[255]})
+    shares = (pixels / pixels.sum()).tolist()
+    shares = dict(zip(info.classes, shares, strict=False)) | {"ignored": shares[255]}
+    log.write(iteration, "labels", shares)
+    text = "\n".join(f"{in_percent(share):>6} %  {name}" for name, share in shares.items())
+    log.tensorboard.add_text("7 data/share of the labels", f"<pre>{text}</pre>", iteration)
     picture, labels = dataset.image(0), dataset.labels(0)
     picture = draw.with_legend(draw.overlay(picture, labels, info.palette), labels, info.classes, info.palette)
-    log.picture(iteration, "data", picture)
+    log.picture(iteration, "7 data/the first image and its labels", picture)
     return log
 
 
 # --------------------------------------------------------------------------------------------------------- command line
-
-
 def parser() -> common.Parser:
     """The options. None stands for the recipe's value."""
     p = common.Parser(prog="train.py", description="\n\n".join(__doc__.split("\n\n")[:2]),
@@ -431,7 +422,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.size = options.size or ("tiny" if options.data == "toy" else "large")
     recipe = RECIPES[options.head, options.size]
     length = (options.iterations or recipe.iterations) / recipe.iterations
-    for name, value in {**asdict(recipe), "warmup": round(recipe.warmup * length)}.items():
+    scaled = {"warmup": round(recipe.warmup * length),
+              "validate_every": max(1, round(recipe.validate_every * min(1, length)))}
+    for name, value in (asdict(recipe) | scaled).items():
         if name != "official" and getattr(options, name, None) is None:
             setattr(options, name, value)
     return options

@@ -234,22 +234,30 @@ def spoil(path: Path, content: np.ndarray | str | int | None) -> None:
 @pytest.mark.parametrize(("file", "content", "message"), [
     ("labels/a.png", FOREIGN, "labels/a.png: label value 17 is no class: use 0..2, or 255"),
     ("labels/a.png", NOISE[:-1], "images/a.png is 60x40 pixels but .*labels/a.png is 60x39"),
-    ("labels/a.png", np.dstack([NOISE] * 3), "labels/a.png has mode RGB.*from-folders"),
-    ("labels/a.png", None, "train.txt names 'a', but .*labels has no a ending in .png: add"),
+    ("labels/a.png", np.dstack([NOISE] * 3), "labels/a.png holds colours.*from-folders"),
+    ("labels/a.png", None, "labels has no 'a.png', which .*train.txt names, as .png: add"),
     ("images/a.png", 0, "images/a.png: not a readable image .*cannot identify"),
     ("images/a.png", 3000, "images/a.png: not a readable image .*truncated"),
     ("images/a.png", "not an image", "images/a.png: not a readable image"),
-    ("images/a.png", None, "train.txt names 'a', but .*images has no a ending in .*.png.*: add"),
-    ("train.txt", None, r"train.txt: cannot be read \(No such file or directory\)"),
+    ("images/a.png", None, "images has no 'a', which .*train.txt names, as .*.png.*: add"),
+    ("train.txt", None, r"train.txt: cannot be read \(No such file or directory\): .* \(splits here: val\)"),
+    ("train.txt", "a\nb\na.png\n", "train.txt names 'a' more than once: leave one"),
+    ("train.txt", "a\x0cb\n", r"images has no 'a\?b', which"),  # a form feed ends no line
     ("train.txt", "\n \n", "train.txt is empty"),
     ("train.txt", "../../secret\n", "train.txt names '../../secret', which leads out"),
     ("dataset.json", '{"classes": [\n"a",\n"b"\n"c"]}', "dataset.json .*Expecting ',' delimiter: line 4 column 1"),
-    ("dataset.json", '{"names": []}', '"classes" must be a list'),
+    ("dataset.json", '{"name": "x"}', '"classes" must be a list'),
     ("dataset.json", '{"classes": ["a", "a", "b"]}', 'dataset.json: "classes": 3 names, 1 repeated'),
     ("dataset.json", '{"classes": []}', '"classes": 0 names'),
     ("dataset.json", '{"classes": ["a", "b"], "palette": [[0, 0, 256], [1, 1, 1]]}', '"palette" must hold 2 colours'),
     ("dataset.json", '{"classes": ["a", "b"], "palette": [[0, 0, 25]]}', '"palette" must hold 2 colours'),
     ("dataset.json", '{"classes": ["a", "b"], "palette": "red"}', '"palette" must hold 2 colours'),
+    ("dataset.json", '{"classes": ["a"], "palette": [[0.9, 0.1, 0.1]]}', "1 colours .*, whole numbers 0..255"),
+    ("dataset.json", '{"classes": ["a"], "ignore_label": 0}', '"ignore_label" is not known: write "ignore_index"'),
+    ("dataset.json", '{"CLASSES": ["a"]}', '"CLASSES" is not known: write "classes"'),
+    ("dataset.json", '{"classes": ["a"], "colors": []}', '"colors" is not known: write "palette"'),
+    ("dataset.json", '{"classes": ["a"], "reduce_zero_label": true}', "from-folders --zero-is-unlabelled"),
+    ("dataset.json", '{"classes": ["a"], "licence": "x"}', '"licence" is not known: keys are classes, palette, .*note'),
     ("dataset.json", '{"classes": ["a", "b", "c"], "ignore_index": 2}', '"ignore_index" is 2 but must be .*3..255'),
 ])
 def test_a_fault_is_one_line_that_names_the_file(tmp_path: Path, file: str, content: object, message: str) -> None:
@@ -259,6 +267,52 @@ def test_a_fault_is_one_line_that_names_the_file(tmp_path: Path, file: str, cont
         dataset = data.open_dataset(root, "train")
         dataset.image(0), dataset.labels(0)
     assert "\n" not in str(raised.value)
+
+
+def test_a_palette_of_another_order_is_refused_and_a_tools_own_is_not(tmp_path: Path) -> None:
+    root = write_plain(tmp_path / "d")
+    colours = [[0, 0, 0], [128, 0, 0], [0, 128, 0]]
+    (root / "dataset.json").write_text(json.dumps({"classes": ["c0", "c1", "c2"], "palette": colours}))
+    for order, right in (([0, 1, 2], True), ([0, 2, 1], False), (None, True)):
+        picture = Image.fromarray(NOISE)
+        picture.putpalette([1, 1, 1, 9, 9, 9, 7, 7, 7] if order is None else sum((colours[k] for k in order), []))
+        picture.save(root / "labels" / "a.png")
+        dataset = data.open_dataset(root, "val")
+        if right:
+            np.testing.assert_array_equal(dataset.labels(0), NOISE)
+        else:
+            with pytest.raises(UserError, match="a.png draws value 1, 'c1', in the colour of 'c2': its palette has an"):
+                dataset.labels(0)
+
+
+@pytest.mark.parametrize(("image", "label", "line", "name"), [
+    ("e.Jpg", "e.png", "e", "e"),
+    ("e.JPEG", "e.PNG", "e.JPEG", "e"),
+    ("e.png.jpg", "e.png.png", "e.png", "e.png"),
+    ("e.png.jpg", "e.png.png", "e.png.jpg", "e.png"),
+    ("e.v2.jpg", "e.v2.png", "e.v2", "e.v2"),
+    ("e\u0301.jpg", "\u00e9.png", "\u00e9", "e\u0301"),  # an accent apart, as some systems write it
+    ("sub/e.jpg", "sub/e.png", "sub/e", "sub/e"),
+    ("e\x0cf.jpg", "e\x0cf.png", "e\x0cf", "e\x0cf"),
+])
+def test_files_are_found_by_name(tmp_path: Path, image: str, label: str, line: str, name: str) -> None:
+    root = write_plain(tmp_path / "d")
+    for folder, file in (("images", image), ("labels", label)):
+        (root / folder / file).parent.mkdir(exist_ok=True)
+        Image.fromarray(NOISE).save(root / folder / file, "PNG")
+    (root / "extra.txt").write_text(f"b\n{line}\n", encoding="utf-16")
+    dataset = data.open_dataset(root, "extra")
+    assert dataset.names == ["b", name] and dataset.image_paths[1] == root / "images" / image
+    assert dataset.label_paths[1] == root / "labels" / label
+    np.testing.assert_array_equal(dataset.labels(1), NOISE)
+
+
+def test_two_files_of_a_name_must_be_told_apart(tmp_path: Path) -> None:
+    root = write_plain(tmp_path / "d")
+    Image.new("RGB", (60, 40)).save(root / "images" / "a.jpg")
+    with pytest.raises(UserError, match="train.txt names 'a', and .*images has a.jpg and a.png: write the one"):
+        data.open_dataset(root, "train")
+    assert data.open_dataset(root, "val").image_paths == [root / "images" / "a.png"]
 
 
 def test_decompression_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

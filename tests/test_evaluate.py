@@ -176,8 +176,45 @@ def test_confusion_counts_rows_of_labels_and_columns_of_predictions_without_the_
 def test_table_shows_percent_and_a_dash_for_a_class_that_is_nowhere():
     text = evaluate.table(metrics(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])), ["sky", "road", "unicorn"])
     assert [line.split() for line in text.splitlines()[2:5]] == [
-        ["sky", "75.00", "75.00", "4"], ["road", "80.00", "100.00", "4"], ["unicorn", "-", "-", "0"]]
-    assert text.splitlines()[-1] == "aAcc 87.50   mIoU 77.50   mAcc 87.50"
+        ["sky", "75.0", "75.0", "4"], ["road", "80.0", "100.0", "4"], ["unicorn", "-", "-", "0"]]
+    assert text.splitlines()[-1] == "aAcc 87.5   mIoU 77.5   mAcc 87.5"
+
+
+@pytest.mark.parametrize(("without", "means"), [
+    ([], (14 / 20, (5 / 10 + 6 / 9 + 3 / 7) / 3, (5 / 8 + 6 / 6 + 3 / 6) / 3)),
+    ([0], (9 / 12, (6 / 9 + 3 / 7) / 2, (6 / 6 + 3 / 6) / 2)),  # the pixels of class 0 seen as 1 and 2 still count
+    ([0, 2], (6 / 6, 6 / 9, 6 / 6)),
+    ([0, 1, 2], (np.nan, np.nan, np.nan)),
+])
+def test_means_without_classes_are_those_of_the_others(without, means):
+    confusion = torch.tensor([[5, 2, 1, 0], [0, 6, 0, 0], [2, 1, 3, 0], [0, 0, 0, 0]])  # the last is nowhere
+    result = metrics(confusion, without)
+    np.testing.assert_allclose(result[3:], means, rtol=1e-12)
+    for ours, whole in zip(result[:3], metrics(confusion), strict=False):
+        np.testing.assert_array_equal(ours, whole)
+
+
+def test_json_holds_fractions_in_full_precision_and_null_for_no_number():
+    confusion = torch.tensor([[2, 1], [0, 0]])
+    text = evaluate.to_json(metrics(confusion), ["a", "b"], metrics(confusion, [0, 1]), ["a", "b"], split="test")
+    assert json.loads(text) == {
+        "split": "test", "all_accuracy": 2 / 3, "mean_iou": 1 / 3, "mean_accuracy": 2 / 3,
+        "without": {"classes": ["a", "b"], "all_accuracy": None, "mean_iou": None, "mean_accuracy": None},
+        "classes": [{"class": "a", "iou": 2 / 3, "accuracy": 2 / 3, "pixels": 3},
+                    {"class": "b", "iou": 0.0, "accuracy": None, "pixels": 0}]}
+
+
+ABC = ["sky", "Road", "car"]
+
+
+@pytest.mark.parametrize(("ours", "theirs", "order"), [
+    (ABC, ABC, [0, 1, 2]), (ABC, ["car", "sky", "Road"], [2, 0, 1]), (ABC, ["SKY ", "road", " Car"], [0, 1, 2]),
+    (["Car", "car", "sky"], ["sky", "car", "Car"], [2, 1, 0]),  # two classes that only their case tells apart
+    (["Car", "car", "sky"], ["sky", "car", "CAR"], None), (ABC, ["sky", "road", "bus"], None), (ABC, ABC[:2], None),
+    (ABC, ["sky", "sky", "road"], None), (["Straße", "été"], ["ÉTÉ", "STRASSE"], [1, 0]),
+])
+def test_classes_are_matched_by_name(ours, theirs, order):
+    assert evaluate.class_order(ours, theirs) == order
 
 
 @pytest.fixture
@@ -228,7 +265,7 @@ def test_progress_shows_the_time_left_and_the_running_miou_on_a_terminal_only(da
     monkeypatch.setattr(evaluate, "tqdm", functools.partial(evaluate.tqdm, mininterval=0))
     confusion = evaluate.evaluate(SmallModel(), dataset)
     lines = capsys.readouterr().err.split("\r")
-    assert "7/7" in lines[-1] and f"mIoU={100 * metrics(confusion).mean_iou:.2f}" in lines[-1]
+    assert "7/7" in lines[-1] and f"mIoU={100 * metrics(confusion).mean_iou:.1f}" in lines[-1]
     assert any(re.search(r"1/7 \[00:0\d<00:0\d", line) for line in lines)  # time gone < time left
 
 
@@ -290,10 +327,61 @@ def test_command_takes_the_newest_run_and_writes_table_json_and_labels(command, 
     assert total.equal(confusion)
 
 
+ORDER = [3, 0, 4, 1, 2]  # the data set's index of each of the checkpoint's classes a, b, c, d, e
+SHUFFLED = ["B", "D ", "E", "A", "C"]
+
+
+def copy_with_classes(root: Path, name: str, classes: list[str], order: list[int]) -> None:
+    """A copy of the data set whose class k has the index order[k] in the labels."""
+    shutil.copytree(root, name, ignore=shutil.ignore_patterns("runs"))
+    for path in Path(name, "labels").iterdir():
+        values = np.uint8([*order, *range(5, 256)])[np.array(Image.open(path))]
+        Image.fromarray(values).save(path)
+    palette = [PALETTE[order.index(k)] for k in range(5)]
+    Path(name, "dataset.json").write_text(json.dumps({"classes": classes, "palette": palette}))
+
+
+def test_a_data_set_in_another_order_gives_the_same_table_and_labels_in_its_own_order(command, dataset, capsys):
+    copy_with_classes(dataset.root, "other", SHUFFLED, ORDER)
+    (Path("other") / "val.txt").rename("other/held out.txt")
+    assert command("--save-labels own --json own.json --without b") == 0
+    plain = capsys.readouterr().out.splitlines()
+    options = ["--data", "other", "--split", "held out", "--save-labels", "shuffled", "--json", "shuffled.json"]
+    assert evaluate.main([*options, "--device", "cpu", "--without", "b"]) == 0
+    note, title, *rest = capsys.readouterr().out.splitlines()
+    assert note == "other has the checkpoint's classes in another order or case: they are matched by name"
+    assert title == "runs/new/best.pt on other held out, single-scale" and rest == plain[1:]
+    assert re.fullmatch(r"aAcc [\d.]+   mIoU [\d.]+   mAcc [\d.]+   without b", rest[-1])
+    own, shuffled = (json.loads(Path(name).read_text()) for name in ("own.json", "shuffled.json"))
+    assert own["classes"] == shuffled["classes"] and own["mean_iou"] == shuffled["mean_iou"]
+    ious = {one["class"]: one["iou"] for one in own["classes"]}
+    assert own["without"]["classes"] == ["b"]
+    assert own["without"]["mean_iou"] == pytest.approx(np.mean([ious[name] for name in "acde"]))
+    for path in Path("own").iterdir():  # the data set's own indices and colours: they compare with its label files
+        with Image.open(path) as ours, Image.open(Path("shuffled", path.name)) as theirs:
+            np.testing.assert_array_equal(np.array(theirs), np.uint8(ORDER)[np.array(ours)])
+            np.testing.assert_array_equal(theirs.convert("RGB"), ours.convert("RGB"))
+
+
+@pytest.mark.parametrize(("classes", "order", "note"), [
+    (data.context_info().classes, list(range(59)), ""),
+    (data.context_info().classes[::-1], list(range(59))[::-1], "matched by name"),
+    ([f"class {k}" for k in range(59)], list(range(59)), "the checkpoint names no classes: mine's are taken"),
+])
+def test_a_checkpoint_that_names_no_classes_is_for_pascal_context(capsys, classes, order, note):
+    model = SmallModel()
+    model.config.num_classes = 59
+    info = data.context_info()._replace(name="mine", classes=tuple(classes))
+    assert evaluate.match_classes(model, info, None)["order"] == order
+    assert note in capsys.readouterr().out.strip() if note else capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize(("options", "message"), [
     ("--data nowhere", "no data at nowhere"),
     ("--data seven", "has 7 classes, the checkpoint 5"),
-    ("--data renamed", "class 'X' of renamed is 'c' in the checkpoint"),
+    ("--data renamed", "renamed has ['X'] where the checkpoint has ['c']: evaluate it on data of its classes"),
+    ("--split nowhere", "nowhere.txt"),
+    ("--without a X", "--without X: no class has this name; the classes are a, b, c, d, e"),
     ("--checkpoint runs/alone.pt", "runs/config.json does not tell the data of alone.pt"),
     ("--device abacus", "device 'abacus' cannot be used here"),
     ("--original-ids --save-labels x", "has no original ids"),

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import run
 from common import UserError
@@ -126,12 +128,16 @@ def test_stopwatch_splits_time():
     assert not idle.marks  # processes that never read it must not gather marks
 
 
+def new_log(folder: Path, start: int = 0, total: int = 10, every: int = 50, epochs: float = 2.5) -> Log:
+    return Log(folder, start, total, every, epochs, CPU, images=4)
+
+
 def test_log_takes_means_and_drops_what_will_be_done_again(tmp_path, capsys):
-    log = Log(tmp_path, 0, 10, CPU, images=4)
-    for loss in (1.0, 3.0):
-        log.count({"loss": loss, "mask/0": loss / 2, "mask/1": loss / 2})
+    log = new_log(tmp_path)
+    for iteration, loss in ((1, 1.0), (2, 3.0)):
+        log.count(iteration, {"loss": loss, "mask/0": loss / 2, "mask/1": loss / 2})
     log.report(2, {"data": 1.0, "forward": 3.0, "pause": 100.0}, lr=1e-3, gradient_norm=math.inf, loss_scale=8.0)
-    log.end(run.Progress(iteration=2))
+    log.end(False, "-")
     output = capsys.readouterr().out
     assert "loss 2.0000 (mask 2.000)" in output and "stopped: go on with --resume" in output
     train, speed = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
@@ -141,9 +147,67 @@ def test_log_takes_means_and_drops_what_will_be_done_again(tmp_path, capsys):
     assert (speed["seconds"], speed["images_per_second"], speed["eta_seconds"]) == (2.0, 2.0, 16.0)
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"iteration": 3, "kind"')  # a kill in the middle of a line
-    Log(tmp_path, 1, 10, CPU, 4).end(run.Progress(iteration=10, best=0.5))
-    assert f"done: best mIoU 0.5000; python evaluate.py --checkpoint {tmp_path}/best.pt" in capsys.readouterr().out
+    new_log(tmp_path, start=1).end(True, "50.0")
+    assert f"done: best mIoU 50.0; python evaluate.py --checkpoint {tmp_path}/best.pt" in capsys.readouterr().out
     assert (tmp_path / "log.jsonl").read_text() == ""
+
+
+def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """The charts of TensorBoard in the order in which it shows them."""
+    events = EventAccumulator(str(folder)).Reload()
+    tags = sorted(events.Tags()["scalars"])
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
+def test_tensorboard_opens_on_loss_and_miou_in_percent_and_the_log_keeps_fractions(tmp_path, capsys):
+    log = new_log(tmp_path)
+    log.count(1, {"loss": 3.0, "mask/0": 1.0, "mask/1": 0.5, "dice/0": 1.5})
+    log.report(1, {"forward": 2.0}, lr=0.5, gradient_norm=4.0)
+    scores = {"mIoU": 0.8916, "mAcc": 0.75, "aAcc": 0.5, "IoU/sky": 0.125, "IoU/a/b": 1.0, "IoU/absent": math.nan}
+    log.validation(1, scores, "the table", Image.new("RGB", (9, 6), (200, 0, 0)))
+    log.end(True, "89.2")
+    charts = points(tmp_path)
+    memory = charts.pop("6 speed/memory in GB")
+    assert list(charts.items()) == [
+        ("1 loss and mIoU/loss", [(1, 3.0)]), ("1 loss and mIoU/mIoU, %", [(1, pytest.approx(89.16))]),
+        ("2 validation/aAcc, %", [(1, 50.0)]), ("2 validation/mAcc, %", [(1, 75.0)]),
+        ("3 IoU/a/b, %", [(1, 100.0)]), ("3 IoU/sky, %", [(1, 12.5)]),
+        ("4 terms of the loss/dice", [(1, 1.5)]), ("4 terms of the loss/mask", [(1, 1.5)]),
+        ("5 optimizer/gradient norm", [(1, 4.0)]), ("5 optimizer/learning rate", [(1, 0.5)]),
+        ("6 speed/seconds an iteration", [(1, 2.0)])]
+    assert len(memory) == 1 and "1/10  validation\nthe table\n" in capsys.readouterr().out
+    line = run.read_log(tmp_path / "log.jsonl")[-1]
+    del scores["IoU/absent"]
+    assert line == {"iteration": 1, "kind": "validation", **scores}
+
+
+@pytest.mark.parametrize(("start", "total", "every", "expected"), [
+    (0, 300, 50, [1, 5, 15, 30, 45]), (0, 2000, 50, [1, 5, 50, 100]), (0, 12, 50, list(range(1, 13))),
+    (310, 2000, 50, [311, 315, 350, 400]), (0, 300, 1, list(range(1, 301))), (0, 4000, 200, [1, 5, 200, 400]),
+    (0, 45, 50, [1, 2, 4, 5, 6]),
+])
+def test_a_report_is_due_after_the_first_the_fifth_each_twentieth_of_a_short_run_and_the_last(
+        tmp_path, start, total, every, expected):
+    log = new_log(tmp_path, start, total, every)
+    due = [i for i in range(start + 1, total + 1) if log.count(i, {"loss": 1.0})]
+    assert due[:len(expected)] == expected and len(due) >= min(20, total) and due[-1] == total
+
+
+@pytest.mark.parametrize(("start", "total", "epochs", "seconds", "said"), [
+    (0, 300, 16, 2.0, ["2.00 s: at this rate the run ends in 0:09:58; its 300 iterations are 16.0 epochs"]),
+    (100, 300, 16, 2.0, ["2.00 s: at this rate the run ends in 0:06:38; its 300 iterations are 16.0 epochs"]),
+    (0, 40_000, 10_667, 60.0, ["ends in 27 days, 18:39:00; its 40,000 iterations are 10,667.0 epochs: fewer "
+                               "--iterations will do", "28 days: use a GPU, a smaller --size, fewer --iterations"]),
+    (0, 40_000, 128, 15.1, ["128.0 epochs"]), (0, 40_000, 128, 15.2, ["128.0 epochs", "warning: this run ends in 7 d"]),
+])
+def test_the_length_of_a_run_is_said_after_its_first_iteration_and_a_warning_if_it_is_over_a_week(
+        tmp_path, capsys, start, total, epochs, seconds, said):
+    log = new_log(tmp_path, start, total, epochs=epochs)
+    for i in range(start + 1, start + 7):
+        if log.count(i, {"loss": 1.0}):
+            log.report(i, {"forward": seconds * log.iterations}, 1e-3, 1.0)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "this r" in line]
+    assert len(lines) == len(said) and all(text in line for line, text in zip(lines, said, strict=True)), lines
 
 
 def test_runs_are_found_by_name_age_and_command_line(tmp_path, monkeypatch):

@@ -107,7 +107,11 @@ def test_recipes_are_the_published_ones(head, size, iterations, lr, layer_decay,
 
 
 def test_defaults():
-    assert train.parse(["--size", "base", "--iterations", "4000"]).warmup == 150  # in proportion
+    for more, warmup, validate in (((), 1500, 4000), (("--iterations", "4000"), 150, 400),  # in proportion
+                                   (("--iterations", "2"), 0, 1), (("--iterations", "80000"), 3000, 4000),
+                                   (("--iterations", "4000", "--validate-every", "9"), 150, 9)):
+        options = train.parse(["--size", "base", *more])
+        assert (options.warmup, options.validate_every) == (warmup, validate)
     assert train.parse(["--data", "toy"]).size == "tiny" and train.parse([]).size == "large" and train.parse([]).fast
     assert train.LOG_EVERY == 50
 
@@ -215,7 +219,7 @@ def test_a_run_is_a_folder(place, capsys, head):
     terms = {f"{term}/{i}" for term in ("class", "mask", "dice") for i in range(4)}
     terms = {"pixel", "auxiliary"} if head == "upernet" else terms
     events = EventAccumulator(str(folder), {"images": 0}).Reload()
-    for step, event in zip(steps, events.Scalars("train/loss"), strict=True):
+    for step, event in zip(steps, events.Scalars("1 loss and mIoU/loss"), strict=True):
         assert step["loss"] == pytest.approx(sum(step[name] for name in terms), rel=1e-5)
         assert step["loss"] == pytest.approx(event.value) and step["gradient_norm"] > 0
     assert [line["lr"] for line in steps] == [1e-3 * train.lr_factor(i, 4, 0) for i in range(4)]
@@ -232,9 +236,14 @@ def test_a_run_is_a_folder(place, capsys, head):
     assert speed["eta_seconds"] == pytest.approx(3 * speed["seconds"]) and 0.1 < speed["memory_gb"] < 100
     validations = log(folder.name, "validation")
     assert [line["iteration"] for line in validations] == [2, 4]
-    pictures = events.Images("validation/image, labels, prediction")
+    text, = events.Tensors("7 data/share of the labels/text_summary")
+    assert f"{100 * (pixels == 1).mean():6.1f} %  disk\n" in text.tensor_proto.string_val[0].decode()
+    assert events.Images("7 data/the first image and its labels")[0].step == 0
+    scores = [event.value for event in events.Scalars("1 loss and mIoU/mIoU, %")]
+    assert scores == pytest.approx([100 * line["mIoU"] for line in validations])
+    pictures = events.Images("2 validation/image, labels, prediction")
     assert [picture.step for picture in pictures] == [2, 4] and pictures[0].width == pictures[1].width > 3 * 64
-    assert [event.step for event in events.Tensors("validation/classes/text_summary")] == [2, 4]
+    assert [event.step for event in events.Tensors("2 validation/classes/text_summary")] == [2, 4]
     best = load(folder / "best.pt")
     assert best["progress"]["best"] == max(line["mIoU"] for line in validations)
     assert "optimizer" not in best
@@ -243,7 +252,9 @@ def test_a_run_is_a_folder(place, capsys, head):
     assert facts["classes"] == small.CLASSES and len(facts["palette"]) == 3 and facts["iteration"] == best["iteration"]
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 3, 64, 64)
     output = capsys.readouterr().out
-    assert "global batch 4 = 1 device(s) x 2 images x 2 accumulated" in output and "done: best mIoU" in output
+    assert "global batch 4 = 1 device(s) x 2 images x 2 accumulated" in output
+    assert "its 4 iterations are 2.0 epochs\n" in output
+    assert f"done: best mIoU {100 * best['progress']['best']:.1f};" in output
 
 
 def test_config_json_starts_the_same_run(place):
@@ -422,7 +433,7 @@ def test_memory_does_not_grow(place, monkeypatch):
     monkeypatch.setattr(run, "peak_memory", memory)
     monkeypatch.setattr(train, "LOG_EVERY", 200)
     start("--iterations", "1200", "--validate-every", "10000", "--save-every", "10000", "--global-batch", "2")
-    first, *_, last = log("mask2former-tiny-data", "speed")
+    first, *_, last = [line for line in log("mask2former-tiny-data", "speed") if line["iteration"] >= 200]
     assert last["memory_gb"] - first["memory_gb"] < 0.02
 
 

@@ -198,9 +198,9 @@ def pictures(*entries: tuple[int, str, int, int]) -> dict:
     (pictures((10, "a.png", 10, 12), (10, "b.png", 10, 12)), "two images have the id 10"),
     (pictures((10, "a.png", 10, 12), (11, "a.png", 10, 12)), "2 pictures have the name a, or one is listed twice"),
     (pictures((10, "z.png", 10, 12)), "none of the pictures in the annotations is below"),
-    (pictures((10, "a.png", 20, 24), (11, "b.png", 10, 12)), "a.png is 12x10 pixels, but 24x20 in .*c.json: give the"),
+    (pictures((10, "a.png", 20, 24), (11, "b.png", 10, 12)), "a.png is 12x10 pixels but the one in .*c.json is 24x20"),
     (pictures((10, "a.png", 12, 10), (11, "b.png", 10, 12)),
-     "a.png is 12x10 pixels, but 10x12 in .*c.json: the tool did not turn it as its EXIF tag says"),
+     "a.png is 12x10 pixels but the one in .*c.json is 10x12; EXIF turns the image, so label it upright"),
 ])
 def test_coco_refusals_leave_nothing_behind(tmp_path: Path, change: dict, message: str) -> None:
     write_pictures(tmp_path / "p", "a.png", "b.png")

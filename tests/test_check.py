@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 import data
-import pictures
 from tools import check, prepare
 
 
@@ -148,11 +147,10 @@ RED, GREEN, BLUE = COLOURS
 @pytest.mark.parametrize(("palettes", "fault"), [
     ({"train/a": COLOURS, "train/b": [RED, GREEN]}, None),
     ({"train/a": [[9, 9, 9], GREEN, BLUE]}, None),  # another red is no permutation
-    ({"train/a": [[0, 0, 0], [1, 1, 1], [2, 2, 2]], "train/b": COLOURS}, None),  # a gray ramp says nothing
-    ({"train/a": COLOURS, "val/c": [GREEN, RED, BLUE]},
-     "by the palettes of the label files, 'leaf' is 255 0 0 in {a} and 0 255 0 in {c} and the colour of 'stem': if"),
-    ({"train/a": [RED, BLUE, GREEN], "val/c": [RED, BLUE, GREEN]},
-     "by the palettes of the label files, 'stem' is 0 0 255 in {c} and the colour of 'flower': if the colours are "),
+    ({"train/a": [[k, k, k] for k in range(256)], "train/b": COLOURS}, None),  # a gray ramp says nothing
+    ({"train/a": [[9, 9, 9], GREEN], "val/c": [[8, 8, 8], GREEN]},
+     "by the palettes of the label files, 'leaf' is 9 9 9 in {a} and 8 8 8 in {c}: if the colours are right, make the"),
+    ({"train/a": COLOURS, "val/c": [GREEN, RED, BLUE]}, "{c} draws value 0, 'leaf', in the colour of 'stem': its pal"),
 ])
 def test_palettes_that_permute_the_classes(tmp_path: Path, capsys: pytest.CaptureFixture, palettes: dict,
                                            fault: str | None) -> None:
@@ -164,7 +162,6 @@ def test_palettes_that_permute_the_classes(tmp_path: Path, capsys: pytest.Captur
         assert printed[0].startswith("fault: " + fault.format(a=own / "labels/a.png", c=own / "labels/c.png"))
 
 
-@pytest.mark.skipif(not hasattr(pictures, "read_label_image"), reason="label files are read by values alone")
 def test_lossy_label_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     own = write_set(tmp_path / "own", {f"train/{name}": half(0, 1) for name in "abc"} | {"val/d": half(1, 2)}, LEAVES)
     for name in "ab":
@@ -184,7 +181,5 @@ def test_names_twice_and_the_test_split(tmp_path: Path, capsys: pytest.CaptureFi
         f"fault: label value 7 is no class: in 1 of 5 files, first {own}/labels/d.png: use 0..2, or 255 for none"]
     with (own / "train.txt").open("a") as file:
         file.write("b\n")
-    try:
-        assert any("twice" in line and "b" in line for line in checked(own, capsys)[1])
-    except data.UserError as error:
-        assert "twice" in str(error)
+    with pytest.raises(data.UserError, match="train.txt names 'b' more than once"):
+        checked(own, capsys)

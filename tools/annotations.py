@@ -28,7 +28,7 @@ from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 import common
 import data
@@ -211,7 +211,7 @@ def read_labelme(path: Path, split: str, library: Library, embedded: Path) -> li
         library.left_out[f"images absent from {root}"] -= 1
         root, found = embedded, embedded / path.relative_to(root).with_suffix(".png")
         found.parent.mkdir(parents=True, exist_ok=True)
-        ImageOps.exif_transpose(Image.open(io.BytesIO(base64.b64decode(content["imageData"])))).save(found)
+        Image.fromarray(pictures.as_rgb(base64.b64decode(content["imageData"]))).save(found)
     return [Annotated(found, picture_name(found, root), split, size, str(path), objects)] if found else []
 
 
@@ -319,12 +319,9 @@ def convert(annotated: list[Annotated], found: dict[str, str], classes: str | No
 
 def add_picture(draft: Path, classes: Classes, picture: Annotated) -> int:
     """Bring a picture and its labels into the data set; returns the number of objects without a pixel."""
-    size = data.read_image(picture.path).shape[:2]
-    if all(picture.size) and picture.size != size:
-        raise UserError(f"{picture.path} is {size[1]}x{size[0]} pixels, but {picture.size[1]}x{picture.size[0]} in "
-                        f"{picture.source}: " + ("the tool did not turn it as its EXIF tag says; save it upright "
-                        "without the tag and label it again" if picture.size == size[::-1] else
-                        "give the pictures that were labelled"))
+    size = pictures.picture_size(picture.path)
+    if all(picture.size):
+        pictures.check_size(picture.path, f"the one in {picture.source}", picture.size)
     with reading(picture.source, "labelme"):  # its masks are decoded here
         labels, empty = draw_labels(picture.objects, classes, size)
     pictures.save_labels(labels, draft / "labels" / f"{picture.name}.png", classes.palette)

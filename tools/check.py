@@ -7,7 +7,7 @@ Shapes: H, W height and width, K classes.
 """
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -85,15 +85,15 @@ def inspect_pair(pair: tuple[SegmentationDataset, int]) -> Finding:
     path, label_path, first = dataset.image_paths[i], dataset.label_paths[i], dataset.layout.first_class
     start = Finding(dataset.split, f"{dataset.split}/{dataset.names[i]}", label_path)
     try:
-        values = np.unique(pictures.read_labels(label_path))
+        values, palette = pictures.read_labels(label_path)
+        values = np.unique(values)
         foreign = values[(values >= first + len(dataset.info.classes)) & (values != dataset.info.ignore_index)]
         if foreign.size:
             return start._replace(foreign=foreign.tolist())
         pixels = np.bincount(dataset.labels(i).ravel(), minlength=256)
         height, width = dataset.image(i).shape[:2]
-        with pictures.open_picture(path) as picture, pictures.open_picture(label_path) as labels:
-            mode, orientation = picture.mode, picture.getexif().get(0x0112, 1)
-            palette = np.reshape(labels.getpalette("RGB") or [], (-1, 3)).tolist()
+        with pictures.open_picture(path) as picture:
+            mode, orientation = picture.mode, pictures.orientation(picture)
     except UserError as error:
         return start._replace(fault=str(error))
     inside = all(p.resolve().is_relative_to(dataset.root.resolve()) for p in (path, label_path))
@@ -103,10 +103,9 @@ def inspect_pair(pair: tuple[SegmentationDataset, int]) -> Finding:
                f"a side below {SMALL_SIDE} pixels": min(height, width) < SMALL_SIDE,
                f"over {LONG_SHAPE} times as long as wide": max(height, width) > LONG_SHAPE * min(height, width),
                "a link that leads out of the folder": not inside}
-    used = [k for k in np.flatnonzero(pixels[:IGNORE]).tolist()  # a gray ramp is no palette
-            if k + first < len(palette) and palette[k + first] != [k + first] * 3]
+    colours = [] if palette is None else palette[dataset.layout.first_class:].tolist()
     return start._replace(remarks=[remark for remark, applies in remarks.items() if applies], pixels=pixels,
-                          colours={k: tuple(palette[k + first]) for k in used},
+                          colours={k: tuple(colour) for k, colour in enumerate(colours[:IGNORE]) if pixels[k]},
                           digest=hashlib.sha256(path.read_bytes()).hexdigest())
 
 
@@ -115,7 +114,7 @@ def collect(info: DatasetInfo, findings: list[Finding]) -> tuple[dict[str, list[
     faults, remarks, first_text, first_of = defaultdict(list), defaultdict(list), {}, {}
     for finding in findings:
         if finding.fault:
-            kind = finding.fault.replace(finding.name.partition("/")[2], "")
+            kind = finding.fault.replace(finding.name.removeprefix(finding.split) + ".", "")
             faults[first_text.setdefault(kind, finding.fault)].append(finding.name)
         for remark in finding.remarks:
             remarks[remark].append(finding.name)
@@ -124,8 +123,6 @@ def collect(info: DatasetInfo, findings: list[Finding]) -> tuple[dict[str, list[
             faults["an image in two splits, so that its score says nothing"].append(f"{finding.name} = {twin.name}")
         elif twin.name != finding.name:
             remarks["the same image twice in a split"].append(f"{finding.name} = {twin.name}")
-    if repeated := [name for name, count in Counter(finding.name for finding in findings).items() if count > 1]:
-        faults["a name twice in a split list"] = repeated
     training = [finding for finding in findings if finding.split == "train"]
     if len(training) < FEW_IMAGES:
         remarks[f"fewer than {FEW_IMAGES} training images"] = [finding.name for finding in training]
@@ -181,15 +178,12 @@ def class_faults(info: DatasetInfo, findings: list[Finding]) -> list[str]:
 
 
 def palette_faults(info: DatasetInfo, findings: list[Finding]) -> list[str]:
-    """A class whose colour differs from file to file, or is that of another class: the indices were permuted."""
-    owners = {tuple(colour): name for name, colour in zip(info.classes, info.palette.tolist(), strict=True)}
+    """A class whose colour differs from file to file: an editor gave each file an order of its own."""
     for k, name in enumerate(info.classes):
         files = {f.colours[k]: f.label_path for f in findings if k in f.colours}  # colour -> a file with it
-        places = [f"{' '.join(map(str, colour))} in {file}" for colour, file in files.items()]
-        places += [f"the colour of '{owners[colour]}'" for colour in files
-                   if owners.get(colour, name) != name and [*colour] != info.palette[k].tolist()]
-        if len(places) > 1:
-            return [f"by the palettes of the label files, '{name}' is {' and '.join(places[:3])}: if the colours are "
+        if len(files) > 1:
+            places = [f"{' '.join(map(str, colour))} in {file}" for colour, file in files.items()]
+            return [f"by the palettes of the label files, '{name}' is {' and '.join(places[:2])}: if the colours are "
                     "right, make the data set again with `from-folders` and a class list with colours"]
     return []
 

@@ -6,7 +6,6 @@ read_label_image, read_labels -> save_labels -> default_palette.
 Shapes: H, W height and width of a picture; K classes.
 """
 
-import colorsys
 import contextlib
 import io
 import re
@@ -237,8 +236,44 @@ def save_labels(labels: np.ndarray, path: Path, palette: np.ndarray | None = Non
     common.write_whole(path, lambda file: picture.save(file, "PNG"))
 
 
+# Seven colours that colour-blind readers tell apart (Okabe and Ito, "Color Universal Design", 2008), and what pictures
+# hold beside class colours: white borders and paper, black ink, the two grays of hatches.
+FIRST_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0),
+                 (204, 121, 167))
+NO_CLASS_COLOURS = ((255, 255, 255), (0, 0, 0), (205, 205, 208), (138, 138, 142))
+
+
 def default_palette(num_classes: int) -> np.ndarray:
-    """Distinct colours, uint8 (K, 3): hues near a golden angle apart, with saturation and brightness in turn."""
-    hsv = [(k * 113 % 180 / 180, (150 + k % 3 * 50) / 255, (240 - k % 2 * 80 - k // 180 * 30) / 255)
-           for k in range(num_classes)]
-    return (np.array([colorsys.hsv_to_rgb(*colour) for colour in hsv]) * 255).astype(np.uint8)
+    """Colours that a reader can tell apart, uint8 (K, 3); the colour of a class does not depend on K.
+
+    The first seven are FIRST_COLOURS. Each next one is the colour of a 16 x 16 x 16 grid, neither very dark nor very
+    light, that is farthest from all before and from NO_CLASS_COLOURS. The smallest distance between two colours:
+
+        classes            2    8   20   59  150  255
+        CIEDE2000         53   21   18   12  5.5  5.5   (1 is just visible side by side)
+        CIE76, in CIELAB 113   26   26   16   12    9
+
+    and between a colour and NO_CLASS_COLOURS, in CIEDE2000: 13 for 59 classes, 9 for 255.
+    """
+    levels = np.arange(0, 256, 17)
+    grid = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 3)
+    places, taken = perceived(grid), perceived(np.array(NO_CLASS_COLOURS + FIRST_COLOURS))
+    grid, places = (rows[(places[:, 0] >= 20) & (places[:, 0] <= 92)] for rows in (grid, places))  # by lightness
+    distances = np.linalg.norm(places[:, None] - taken, axis=-1).min(1)  # of each grid colour to the nearest taken one
+    palette = list(FIRST_COLOURS)
+    while len(palette) < num_classes:
+        farthest = distances.argmax()
+        palette.append(tuple(grid[farthest]))
+        distances = np.minimum(distances, np.linalg.norm(places - places[farthest], axis=-1))
+    return np.uint8(palette[:num_classes])
+
+
+def perceived(rgb: np.ndarray) -> np.ndarray:
+    """sRGB 0 ... 255 (N, 3) to CIELAB (D65) whose large a and b are shrunk: plain CIELAB overstates strong colours."""
+    linear = np.where(rgb <= 10, rgb / 255 / 12.92, ((rgb / 255 + 0.055) / 1.055) ** 2.4)
+    xyz = linear @ [[0.4339, 0.2126, 0.0177], [0.3762, 0.7152, 0.1095], [0.1899, 0.0722, 0.8728]]  # white is 1, 1, 1
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116).T
+    a, b = 500 * (x - y), 200 * (y - z)
+    strength = 0.03 * np.hypot(a, b) + 1e-9
+    shrink = np.log1p(strength) / strength
+    return np.stack([116 * y - 16, a * shrink, b * shrink], -1).round(2)  # rounded: the same choice on every machine

@@ -24,14 +24,14 @@ from PIL import Image
 from tqdm import tqdm
 
 import common
-import data
 import evaluate
 import weights
 from common import UserError
 from fast import inference
-from pictures import EXTENSIONS, default_palette, read_image, save_labels
+from pictures import EXTENSIONS, read_image, save_labels
 from tools import draw
 from tools.explain import explain
+from weights import names_and_colors
 
 Picture = str | Path | Image.Image | np.ndarray  # a file, a Pillow image, or RGB uint8 (H, W, 3)
 
@@ -73,16 +73,6 @@ class Predictor:
         views = evaluate.make_views(image, self.model.config.window, self.multi_scale, self.device)
         with inference(self.model, self.fast), self.autocast:
             return evaluate.predict(self.model, views, image.shape[:2], self.window_batch).cpu().numpy()
-
-
-def names_and_colors(facts: dict, num_classes: int) -> tuple[list[str], np.ndarray]:
-    """Class names and palette of a checkpoint; a released one tells neither and is for Pascal Context's 59 classes."""
-    if "classes" in facts:
-        return facts["classes"], np.uint8(facts["palette"])
-    info = data.context_info()
-    if len(info.classes) == num_classes:
-        return list(info.classes), info.palette
-    return [f"class {k}" for k in range(num_classes)], default_palette(num_classes)
 
 
 def as_array(picture: Picture) -> np.ndarray:

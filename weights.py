@@ -10,13 +10,13 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
 import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from unittest.mock import patch
@@ -28,21 +28,22 @@ from scipy.interpolate import RectBivariateSpline
 from torch import Tensor
 
 import common
+import data
 import msda_cuda
 from common import UserError
 from model import PATCH, SIZES, ModelConfig, Segmenter, relative_position_index
+from pictures import default_palette
 
-FORMAT = "vit-adapter-seg/1"
+FORMAT, PROGRAM = "vit-adapter-seg/1", "vit-adapter-seg/program/1"
 POSITION_TABLE = "relative_position_bias_table"
 
-# ---- reading, safely
+# mmcv's metadata may hold NumPy scalars and arrays: allowed by the names under which NumPy 1 and 2 pickle them.
+NUMPY = [(np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+NUMPY += [(np.zeros(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+NUMPY += [np.ndarray, np.dtype, *(type(np.dtype(code)) for code in ("f8", "f4", "i8", "i4", "u1", "?"))]
 
-# mmcv's metadata may hold NumPy scalars: allowed by the names under which NumPy 1 and NumPy 2 pickle them.
-NUMPY_SCALARS = [(np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-NUMPY_SCALARS += [np.dtype, *(type(np.dtype(code)) for code in ("f8", "f4", "i8", "i4", "u1", "?"))]
 
-
-def read_file(path: str | os.PathLike) -> Any:
+def read_file(path: str | Path) -> Any:
     """The values in a weights file; its first bytes tell its format. No code in the file is ever run.
 
     Raises UserError: absent, truncated, damaged, or a pickle that needs more than tensors and plain values.
@@ -81,11 +82,9 @@ def read_zip(file: BinaryIO) -> Any:
 def read_pickle(file: BinaryIO) -> Any:
     """PyTorch's formats, zip and older, with `weights_only`: an unpickler that knows tensors and plain values only."""
     file.seek(0)
-    with torch.serialization.safe_globals(NUMPY_SCALARS), warnings.catch_warnings(action="ignore"):
+    with torch.serialization.safe_globals(NUMPY), warnings.catch_warnings(action="ignore"):
         return torch.load(file, map_location="cpu", weights_only=True)
 
-
-# ---- the kind of a file, and our names for its tensors
 
 KINDS = {"released": "released ViT-Adapter checkpoint", "beit": "BEiT pre-training", "ours": "own checkpoint"}
 SIGNS = {"released": "decode_head.", "beit": "blocks.0.attn.qkv.", "ours": "adapter."}  # the start of a name in each
@@ -102,7 +101,7 @@ class Weights(NamedTuple):
     info: dict[Any, Any]  # our or mmcv's metadata, unchecked
 
 
-def read_weights(path: str | os.PathLike) -> Weights:
+def read_weights(path: str | Path) -> Weights:
     """Read a file, find its kind by the names in it, and give its tensors our names; raises UserError."""
     content = state = read_file(path)
     if isinstance(content, dict):  # mmcv's {meta, state_dict}, BEiT's and our {"model": ...} and similar
@@ -146,43 +145,33 @@ def not_needed(state: dict[str, Any]) -> list[str]:
 
 # Official name -> ours; every pattern is applied, in this order.
 RENAMES: list[tuple[str, str | Callable[[re.Match], str]]] = [
-    (r"^backbone\.spm\.", "adapter.spatial_prior."),
-    (r"^backbone\.(level_embed|interactions|up)", r"adapter.\1"),
+    (r"^backbone\.spm\.", "adapter.spatial_prior."), (r"^backbone\.(level_embed|interactions|up)", r"adapter.\1"),
     (r"^backbone\.norm([1-4])\.", lambda m: f"adapter.norms.{int(m[1]) - 1}."),
-    (r"\.extractor\.", ".extractors.0."),
-    (r"\.extra_extractors\.(\d)\.", lambda m: f".extractors.{int(m[1]) + 1}."),
+    (r"\.extractor\.", ".extractors.0."), (r"\.extra_extractors\.(\d)\.", lambda m: f".extractors.{int(m[1]) + 1}."),
     (r"\.dwconv\.dwconv\.", ".dwconv."), (r"\.patch_embed\.proj\.", ".patch_embed."),
     # mmcv's transformer layers
     (r"\.ffns\.0\.layers\.0\.0\.", ".ffn.0."), (r"\.ffns\.0\.layers\.1\.", ".ffn.2."),
     (r"(layers\.\d+)\.norms\.(\d)\.", lambda m: f"{m[1]}.norm{int(m[2]) + 1}."),
     (r"\.encoder\.layers\.(\d+)\.attentions\.0\.", r".encoder.layers.\1.attention."),
-    (r"\.(encoder|transformer_decoder)\.", "."),
-    (r"\.attentions\.0\.attn\.", ".cross_attention."), (r"\.attentions\.1\.attn\.", ".self_attention."),
-    (r"\.in_proj_", ".in_proj."), (r"\.post_norm\.", ".norm."),
+    (r"\.(encoder|transformer_decoder)\.", "."), (r"\.attentions\.0\.attn\.", ".cross_attention."),
+    (r"\.attentions\.1\.attn\.", ".self_attention."), (r"\.in_proj_", ".in_proj."), (r"\.post_norm\.", ".norm."),
     # heads
     (r"^decode_head\.", "head."), (r"^auxiliary_head\.convs\.0\.", "auxiliary_head.conv."),
     (r"\.pixel_decoder\.(lateral|output)_convs\.0\.", r".pixel_decoder.\1."),
     (r"\.input_convs\.", ".inputs."), (r"\.lateral_convs\.", ".laterals."), (r"\.fpn_convs\.", ".outputs."),
-    (r"\.fpn_bottleneck\.", ".fuse."), (r"\.psp_modules\.(\d)\.1\.", r".pools.\1."),
-    (r"\.conv_seg\.", ".classifier."), (r"\.cls_embed\.", ".class_embed."),
-    (r"\.mask_feature\.", ".mask_features."), (r"\.level_encoding\.", ".level_embed."),
-    (r"\.(query_feat|query_embed|level_embed)\.weight$", r".\1"),
+    (r"\.fpn_bottleneck\.", ".fuse."), (r"\.psp_modules\.(\d)\.1\.", r".pools.\1."), (r"\.conv_seg\.", ".classifier."),
+    (r"\.cls_embed\.", ".class_embed."), (r"\.mask_feature\.", ".mask_features."),
+    (r"\.level_encoding\.", ".level_embed."), (r"\.(query_feat|query_embed|level_embed)\.weight$", r".\1"),
     (r"(head\..*)\.conv\.(weight|bias)$", r"\1.0.\2"), (r"(head\..*)\.(bn|gn)\.", r"\1.1."),  # mmcv's ConvModule
 ]
 
 
 def rename_official(state: dict[str, Any]) -> dict[str, Any]:
     """Official names to ours, whatever the values; names that no model needs are left out."""
-    renamed, dropped = {}, not_needed(state)
-    for name, value in state.items():
-        if name not in dropped:
-            for pattern, replacement in RENAMES:
-                name = re.sub(pattern, replacement, name)
-            renamed[name] = value
-    return renamed
+    dropped = not_needed(state)
+    return {reduce(lambda text, rename: re.sub(*rename, text), RENAMES, name): value
+            for name, value in state.items() if name not in dropped}
 
-
-# ---- the configuration behind the shapes, and position tables
 
 def size_of(config: ModelConfig) -> str:
     """The named size whose backbone a configuration has, or "custom"; the head does not matter."""
@@ -201,27 +190,21 @@ def infer_config(state: dict[str, Tensor], base: ModelConfig | None = None) -> M
 
     points = 3 * 4  # of each head of deformable attention: levels x points of a level
     table = state["backbone.blocks.0.attn." + POSITION_TABLE]
-    fields = {
-        "window": window_of(table) * PATCH, "embed_dim": len(state["backbone.patch_embed.weight"]),
-        "depth": count("backbone.blocks"), "num_heads": table.shape[1],
-        "deform_heads": len(state["adapter.interactions.0.injector.attn.attention_weights.weight"]) // points,
-        "spm_channels": len(state["adapter.spatial_prior.stem.0.weight"]),
-    }
+    fields = {"window": window_of(table) * PATCH, "embed_dim": len(state["backbone.patch_embed.weight"]),
+              "depth": count("backbone.blocks"), "num_heads": table.shape[1],
+              "deform_heads": len(state["adapter.interactions.0.injector.attn.attention_weights.weight"]) // points,
+              "spm_channels": len(state["adapter.spatial_prior.stem.0.weight"])}
     if "head.fuse.0.weight" in state:
-        fields |= {
-            "head": "upernet", "num_classes": len(state["head.classifier.weight"]),
-            "head_channels": len(state["head.fuse.0.weight"]),
-            "aux_channels": len(state["auxiliary_head.conv.0.weight"]),
-        }
+        fields |= {"head": "upernet", "num_classes": len(state["head.classifier.weight"]),
+                   "head_channels": len(state["head.fuse.0.weight"]),
+                   "aux_channels": len(state["auxiliary_head.conv.0.weight"])}
     else:
         queries, encoder, decoder = state["head.query_feat"], "head.pixel_decoder.layers", "head.layers"
-        fields |= {
-            "head": "mask2former", "num_classes": len(state["head.class_embed.weight"]) - 1,
-            "num_queries": len(queries), "head_channels": queries.shape[1],
-            "mask_heads": len(state[encoder + ".0.attention.attention_weights.weight"]) // points,
-            "encoder_layers": count(encoder), "encoder_ffn": len(state[encoder + ".0.ffn.0.weight"]),
-            "decoder_layers": count(decoder), "decoder_ffn": len(state[decoder + ".0.ffn.0.weight"]),
-        }
+        fields |= {"head": "mask2former", "num_classes": len(state["head.class_embed.weight"]) - 1,
+                   "num_queries": len(queries), "head_channels": queries.shape[1],
+                   "mask_heads": len(state[encoder + ".0.attention.attention_weights.weight"]) // points,
+                   "encoder_layers": count(encoder), "encoder_ffn": len(state[encoder + ".0.ffn.0.weight"]),
+                   "decoder_layers": count(decoder), "decoder_ffn": len(state[decoder + ".0.ffn.0.weight"])}
     config = replace(base or ModelConfig(), **fields)
     return config if base else replace(SIZES.get(size_of(config), config), **fields)
 
@@ -266,8 +249,6 @@ def resize_position_table(table: Tensor, window: int) -> Tensor:
     return torch.cat([resized, table[-3:]])
 
 
-# ---- into a model
-
 @dataclass
 class LoadReport:
     """What `load_weights` did: lists of names, ours but for `dropped`."""
@@ -282,8 +263,7 @@ class LoadReport:
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {KINDS[self.kind]}"]
-        for title in ("missing", "unexpected", "resized", "reinitialised", "dropped"):
-            names = getattr(self, title)
+        for title, names in list(vars(self).items())[2:]:
             if names or title in ("missing", "unexpected"):
                 lines.append(f"  {title:14}{len(names):4}  {listing(names)}".rstrip())
         return "\n".join(lines)
@@ -295,7 +275,7 @@ def listing(names: list[str], most: int = 4) -> str:
     return text + (f", ... ({len(names) - most} more)" if len(names) > most else "")
 
 
-def load_weights(model: Segmenter, path: str | os.PathLike) -> LoadReport:
+def load_weights(model: Segmenter, path: str | Path) -> LoadReport:
     """Load a file of any supported format into `model`, and print what was done.
 
     Position tables are resized to the model's window. Class layers with another number of classes, and for BEiT files
@@ -340,7 +320,7 @@ def load_into(model: Segmenter, weights: Weights) -> LoadReport:
     return report
 
 
-def load_model(path: str | os.PathLike) -> tuple[Segmenter, dict[str, Any]]:
+def load_model(path: str | Path) -> tuple[Segmenter, dict[str, Any]]:
     """A model in eval mode from our own or a released checkpoint; its configuration is stored or follows from shapes.
 
     Returns the model and what the checkpoint says of itself, if it does: "classes" (names), "palette" ([red, green,
@@ -370,32 +350,52 @@ def empty_model(weights: Weights) -> Segmenter:
 
 
 def facts(info: dict[Any, Any], num_classes: int) -> dict[str, Any]:
-    """Class names, palette and iteration in our or mmcv's spelling; those that make no sense are left out."""
+    """Class names, palette (else the default one), iteration, in our or mmcv's spelling; nonsense is left out."""
     result = {}
     with contextlib.suppress(Exception):  # they come from a file: anything may be in their place
-        classes = [str(name) for name in info.get("classes", info.get("CLASSES"))]
-        palette = np.uint8(info.get("palette", info.get("PALETTE"))).reshape(num_classes, 3)
+        classes = [common.printable(str(name)) for name in info.get("classes", info.get("CLASSES"))]
         if len(classes) == num_classes:
-            result = {"classes": classes, "palette": palette.tolist()}
+            result = {"classes": classes, "palette": default_palette(num_classes).tolist()}
+            palette = bytes(np.ravel(info.get("palette", info.get("PALETTE"))).tolist())  # integers of 0 ... 255 only
+            result["palette"] = np.reshape([*palette], (num_classes, 3)).tolist()
     iteration = info.get("iteration", info.get("iter"))
     return {**result, "iteration": iteration} if isinstance(iteration, int) else result
 
 
-# ---- export and the command
+def names_and_colors(known: dict[str, Any], num_classes: int) -> tuple[list[str], np.ndarray]:
+    """Class names and palette from `facts`; without them a model of 59 classes is for those of Pascal Context."""
+    if "classes" in known:
+        return known["classes"], np.uint8(known["palette"])
+    info = data.context_info()
+    if len(info.classes) == num_classes:
+        return list(info.classes), info.palette
+    return [f"class {k}" for k in range(num_classes)], default_palette(num_classes)
+
+
+class Normalize(torch.nn.Module):
+    """`data.normalize` as a layer."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return data.normalize(images)
+
 
 def export(model: Segmenter, path: Path, about: dict[str, Any]) -> None:
     """Write a model in eval mode, on the CPU, as a program that PyTorch of about this version runs without this code.
 
-        score = torch.export.load("model.pt2", extra_files=about).module()  # about = {"about.json": ""}: is filled
-        scores = score(images)  # normalised float32 (B, 3, window, window), any B -> (B, K, window, window)
-
-    The path ends in .pt2; `about` is what the file says of itself. Raises UserError if it cannot be written.
+    uint8 RGB (B, 3, window, window), any B -> scores (B, K, window, window). README.md has the lines that run it on a
+    photograph; what they need is added to `about`, which the checkpoint says of itself, as about.json. The path ends in
+    .pt2; the model is not for training any more. Raises UserError if the file cannot be written.
     """
-    images = torch.zeros(2, 3, model.config.window, model.config.window)
+    window = model.config.window
+    classes, palette = names_and_colors(about, model.config.num_classes)
+    about = {**about, "format": PROGRAM, "torch": torch.__version__, "classes": classes, "palette": palette.tolist(),
+             "images": "uint8 RGB: the program subtracts mean and divides by std", "mean": data.MEAN, "std": data.STD,
+             "window": window, "stride": window * 2 // 3, "short_side": data.base_size(window)}  # of the test
+    images = torch.zeros(2, 3, window, window, dtype=torch.uint8)
+    whole = torch.nn.Sequential(Normalize(), model.requires_grad_(False))
     # The compiled operator is no part of PyTorch: the program holds its PyTorch text, whatever MSDA says.
-    text = patch.object(msda_cuda.module, "ms_deform_attn", msda_cuda.ms_deform_attn_torch)
-    with text, torch.no_grad():
-        program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    with patch.object(msda_cuda.module, "ms_deform_attn", msda_cuda.ms_deform_attn_torch), torch.no_grad():
+        program = torch.export.export(whole, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     files = {"about.json": json.dumps(about)}
     common.write_whole(path, lambda file: torch.export.save(program, file, extra_files=files))
 

@@ -1,5 +1,6 @@
-"""from_folders.py and class_list.py: a plain folder from users' files."""
+"""from_folders.py: exports of labelling tools become a plain folder with the right labels, or are refused."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,73 +10,282 @@ from PIL import Image
 
 import data
 from common import UserError
-from tools import class_list, from_folders
+from tools import from_folders, prepare
 
-COLOURS = np.array([[255, 0, 0], [0, 0, 255], [9, 9, 9]], np.uint8)
-
-
-def test_a_number_of_classes_is_enough(make_own: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    own = make_own()
-    assert f"train with `python train.py --data {own}`" in capsys.readouterr().out
-    train, val = data.open_dataset(own, "train"), data.open_dataset(own, "val")
-    assert sorted(train.names + val.names) == [f"p{i}" for i in range(10)] and len(val) >= 1
-    assert train.info.classes == ("class 0", "class 1")
-    np.testing.assert_array_equal(val.labels(0), np.asarray(Image.open(tmp_path / "masks" / f"{val.names[0]}.png")))
-    assert val.image_paths[0].read_bytes() == (tmp_path / "photos" / f"{val.names[0]}.jpg").read_bytes()
+NAMES, COLOURS = "sky\nroad\ncar\n", np.uint8([[70, 130, 180], [128, 64, 128], [0, 0, 142]])
+LIST = "".join(f"{name} {r} {g} {b}\n" for name, (r, g, b) in zip(NAMES.split(), COLOURS.tolist(), strict=True))
 
 
-def test_colours_are_converted_and_images_linked(make_own: Callable, tmp_path: Path) -> None:
-    (tmp_path / "classes.txt").write_text("red car 255 0 0\nwater, 0, 0, 255\n\nignore 9 9 9\n")
-    train = data.open_dataset(make_own(f"{tmp_path}/classes.txt", "--link", table=COLOURS), "train")
-    assert train.info.classes == ("red car", "water") and train.info.palette.tolist() == COLOURS[:2].tolist()
-    red = np.asarray(Image.open(tmp_path / "masks" / f"{train.names[0]}.png"))[..., 0]
-    np.testing.assert_array_equal(train.labels(0), np.select([red == 255, red == 0, red == 9], [0, 1, 255]))
-    assert train.image_paths[0].is_symlink()
+def scene(seed: int, values: int = 3) -> np.ndarray:
+    """Labels uint8 (12, 16) in which every value occurs."""
+    labels = np.random.default_rng(seed).integers(0, values, (12, 16)).astype(np.uint8)
+    labels[0, :values] = np.arange(values)
+    return labels
+
+
+def write(root: Path, save: Callable[[Path, np.ndarray, int], object], names=tuple("abcdef"), image="{}.jpg",
+          values: int = 3) -> dict[str, np.ndarray]:
+    """Write images and label files below `root`; returns the true labels by name."""
+    truth = {name: scene(i, values) for i, name in enumerate(names)}
+    for i, (name, labels) in enumerate(truth.items()):
+        for path in (root / "images" / image.format(name), root / "masks" / name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        gray = np.repeat(labels[..., None] * np.uint8(60), 3, -1)
+        Image.fromarray(gray).save(root / "images" / image.format(name), "PNG")
+        save(root / "masks" / f"{name}.png", labels, i)
+    return truth
+
+
+def run(root: Path, classes: str, *options: str) -> None:
+    if not classes.isdigit():
+        (root / "classes.txt").write_text(classes)
+        classes = f"{root}/classes.txt"
+    words = f"from-folders --images {root}/images --labels {root}/masks --out {root}/own --workers 1".split()
+    chosen = vars(prepare.build_parser().parse_args([*words, "--classes", classes, *options]))
+    chosen.pop("command")(**chosen)
+
+
+def made(root: Path) -> dict[str, np.ndarray]:
+    """The labels of the data set that was made, by name."""
+    splits = [data.open_dataset(root / "own", split.stem) for split in (root / "own").glob("*.txt")]
+    return {name: split.labels(i) for split in splits for i, name in enumerate(split.names)}
+
+
+def assert_made(root: Path, truth: dict[str, np.ndarray]) -> None:
+    found = made(root)
+    assert sorted(found) == sorted(truth)
+    for name, labels in truth.items():
+        np.testing.assert_array_equal(found[name], labels)
+
+
+def palette_png(path: Path, indices: np.ndarray, palette: np.ndarray) -> None:
+    picture = Image.fromarray(indices)
+    picture.putpalette(np.ravel(palette).tolist())
+    picture.save(path)
+
+
+def shuffled(path: Path, labels: np.ndarray, i: int) -> None:
+    """A palette image with the colours in another order in every file, as editors and quantisers write them."""
+    order = np.array([*itertools.permutations(range(3))][1 + i % 5])
+    palette_png(path, np.argsort(order).astype(np.uint8)[labels], COLOURS[order])
+
+
+def gray(values: list[int]) -> Callable:
+    return lambda path, labels, i: Image.fromarray(np.uint8(values)[labels]).save(path)
+
+
+def coloured(path: Path, labels: np.ndarray, i: int = 0) -> None:
+    Image.fromarray(COLOURS[labels]).save(path)
+
+
+def same(labels: np.ndarray) -> np.ndarray:
+    return labels
+
+
+def from_zero(labels: np.ndarray) -> np.ndarray:
+    return np.where(labels == 0, 255, labels - 1).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("save", "classes", "options", "right", "said"), [
+    (coloured, LIST, (), same, ""),
+    (shuffled, LIST, (), same, "labels: by the colours of their palettes\n"),
+    (lambda path, labels, i: Image.fromarray(COLOURS[labels]).quantize(3 + i).save(path), LIST, (), same, "palettes"),
+    (lambda path, labels, i: Image.fromarray(np.dstack([COLOURS[labels], labels * 0])).save(path), LIST, (), same, ""),
+    (lambda path, labels, i: palette_png(path, labels, COLOURS), NAMES, (), same, ""),
+    (gray([0, 1, 2]), NAMES, (), same, ""),
+    (gray([0, 1, 2]), LIST, (), same, "labels: class indices as they are; the colours of the list are for drawing\n"),
+    (gray([0, 1, 255]), "2", (), lambda labels: np.where(labels == 2, 255, labels), ""),
+    (gray([0, 127, 255]), "a 0 0 0\nb 127 127 127\nc 255 255 255\n", (), same, ""),
+    (gray([0, 1, 2]), "road\ncar\n", ("--zero-is-unlabelled",), from_zero, "0 is unlabelled, 1 is the first class"),
+    (lambda path, labels, i: Image.fromarray(np.dstack([labels] * 3)).save(path), NAMES, (), same, "three equal"),
+    (lambda path, labels, i: Image.fromarray(labels.astype(np.uint16)).save(path), NAMES, (), same, ""),
+    (lambda path, labels, i: Image.merge("LA", [Image.fromarray(labels)] * 2).save(path), NAMES, (), same, ""),
+    (coloured, LIST.replace("car", "ignore"), (), lambda labels: np.where(labels == 2, 255, labels), ""),
+    (coloured, LIST.replace("car", "road"), (), lambda labels: labels.clip(0, 1), ""),  # two colours of one class
+], ids=itertools.count())
+def test_labels_are_the_true_ones(tmp_path: Path, capsys, save: Callable, classes: str, options: tuple,
+                                  right: Callable, said: str) -> None:
+    truth = {name: right(labels) for name, labels in write(tmp_path, save).items()}
+    run(tmp_path, classes, *options)
+    assert_made(tmp_path, truth)
+    printed = capsys.readouterr().out
+    assert said in printed and ("labels: " in printed) == bool(said)
+    assert printed.endswith(f"train with `python train.py --data {tmp_path}/own --size tiny`\n")
+
+
+@pytest.mark.parametrize("first_file", [[0, 255], [0, 0], [255, 255]])
+def test_two_classes_as_0_and_255_are_mapped(tmp_path: Path, capsys, first_file: list[int]) -> None:
+    truth = write(tmp_path, gray([0, 255]), values=2)
+    Image.fromarray(np.uint8(first_file)[truth["a"]]).save(tmp_path / "masks" / "a.png")
+    run(tmp_path, "2")
+    assert_made(tmp_path, truth | {"a": np.uint8(first_file)[truth["a"]] // 255})
+    assert "labels: 0 is 'class 0', 255 is 'class 1'\n" in capsys.readouterr().out
+
+
+def test_the_colours_of_palettes_are_kept(tmp_path: Path) -> None:
+    write(tmp_path, lambda path, labels, i: palette_png(path, labels, COLOURS))
+    run(tmp_path, NAMES)
+    np.testing.assert_array_equal(data.open_dataset(tmp_path / "own", "train").info.palette, COLOURS)
+
+
+def mixed(one: Callable, other: Callable) -> Callable:
+    return lambda path, labels, i: (one if i % 2 else other)(path, labels, i)
+
+
+@pytest.mark.parametrize(("save", "classes", "message"), [
+    (shuffled, NAMES, "value 0 is drawn in .* the palettes differ, so the values say nothing; give each class its col"),
+    (shuffled, LIST.replace("128 64 128", "1 2 3"), "label colour 128 64 128 is none .* in 6 of 6 files, .*indices are"),
+    (coloured, NAMES, "holds colours: give each class its colour .* the files have 3: "),
+    (coloured, LIST.replace("142", "143"), "label colour 0 0 142 is none of the classes: in 6 of 6 files, first"),
+    (gray([0, 1, 3]), NAMES, "label value 3 is none of the classes: .*: if 0 is unlabelled and the classes are 1 to 3, "
+     "use --zero-is-unlabelled"),
+    (gray([1, 2, 3]), NAMES, "use --zero-is-unlabelled"),
+    (gray([0, 1, 17]), NAMES, "label value 17 is none of the classes: in 6 of 6 files, first .*a.png: no class is 255"),
+    (gray([0, 127, 255]), NAMES, "label value 127 is none .*its gray level in the list, `name 127 127 127`"),
+    (gray([0, 0, 128]), "2", "label value 128 is none of the classes"),
+    (mixed(gray([0, 1, 1]), gray([0, 255, 255])), "2", "some label files hold 0 and 1, others 0 and 255"),
+    (mixed(coloured, gray([0, 1, 2])), LIST, "some label files hold colours, others values"),
+    (gray([0, 0, 0]), NAMES, "nothing but 'sky': there must be pixels of two classes"),
+    (gray([255, 255, 255]), NAMES, "no class at all"),
+    (lambda path, labels, i: Image.fromarray(labels).save(path, "JPEG"), NAMES, "is a lossy JPEG: .*export .* as PNG"),
+    (lambda path, labels, i: Image.fromarray(labels.T).save(path), NAMES, "is 16x12 pixels but .*a.png is 12x16; EXIF"),
+], ids=itertools.count())
+def test_what_may_mean_something_else_is_refused(tmp_path: Path, save: Callable, classes: str, message: str) -> None:
+    write(tmp_path, save)
+    with pytest.raises(UserError, match=message) as raised:
+        run(tmp_path, classes)
+    assert "\n" not in str(raised.value) and not (tmp_path / "own").exists()
+
+
+def move(root: Path, *moves: tuple[str, str]) -> None:
+    for old, new in moves:
+        (root / new).parent.mkdir(parents=True, exist_ok=True)
+        (root / old).rename(root / new)
+
+
+@pytest.mark.parametrize(("image", "mask", "options", "name"), [
+    ("images/{}.jpg", "masks/{}_mask.png", (), "{}"),
+    ("images/{}_leftImg8bit.png", "masks/{}_gtFine_labelIds.png", (), "{}"),
+    ("images/{}.jpg", "masks/{}.jpg.png", (), "{}"),
+    ("images/{}.Jpg", "masks/{}.PNG", (), "{}"),
+    ("images/img_{}.png", "masks/gt_{}.png", (), "{}"),
+    ("images/{}.png.jpg", "masks/{}.png.png", (), "{}_png"),
+    ("images/{} .jpg", "masks/{} .png", (), "{}"),
+    ("images/x\x0c{}.jpg", "masks/x\x0c{}.png", (), "x_{}"),
+    ("images/e\u0301{}.jpg", "masks/\u00e9{}.png", (), "\u00e9{}"),
+    ("images/city/{}.jpg", "masks/city/{}_mask.png", (), "city/{}"),
+    ("images/{}-A.jpg", "masks/{}-B.png", ("--image-suffix=-A", "--mask-suffix=-B"), "{}"),
+])
+def test_names_of_labelling_tools(tmp_path: Path, image: str, mask: str, options: tuple, name: str) -> None:
+    truth = write(tmp_path, gray([0, 1, 2]))
+    for old in truth:
+        move(tmp_path, (f"images/{old}.jpg", image.format(old)), (f"masks/{old}.png", mask.format(old)))
+    run(tmp_path, NAMES, *options)
+    assert_made(tmp_path, {name.format(old): labels for old, labels in truth.items()})
+
+
+def test_masks_beside_their_images(tmp_path: Path) -> None:
+    truth = write(tmp_path, gray([0, 1, 2]))
+    for old in truth:
+        move(tmp_path, (f"masks/{old}.png", f"images/{old}_mask.png"))
+    run(tmp_path, NAMES, "--labels", f"{tmp_path}/images")
+    assert_made(tmp_path, truth)
+
+
+@pytest.mark.parametrize(("image", "mask", "name"), [
+    ("images/{split}/{}.jpg", "masks/{split}/{}.png", "{split}/{}"),
+    ("images/{split}/images/{}.jpg", "images/{split}/masks/{}.png", "{split}/{}"),
+])
+def test_folders_named_train_and_val_are_the_splits(tmp_path: Path, capsys, image: str, mask: str, name: str) -> None:
+    truth, splits = write(tmp_path, gray([0, 1, 2])), ["train", "train", "train", "valid", "valid", "test"]
+    for old, split in zip(truth, splits, strict=True):
+        move(tmp_path, (f"images/{old}.jpg", image.format(old, split=split)),
+             (f"masks/{old}.png", mask.format(old, split=split)))
+    run(tmp_path, NAMES, *(("--labels", f"{tmp_path}/images") if mask.startswith("images") else ()))
+    assert_made(tmp_path, {name.format(old, split=split): truth[old] for old, split in zip(truth, splits, strict=True)})
+    assert data.open_dataset(tmp_path / "own", "val").names == ["valid/d", "valid/e"]
+    assert "splits: those of the folders, 1 test, 3 train, 2 val" in capsys.readouterr().out
+
+
+def test_lists_of_the_user_are_the_splits(tmp_path: Path) -> None:
+    truth = write(tmp_path, gray([0, 1, 2]))
+    (tmp_path / "lists").mkdir()
+    for split, names in (("train", "a\nb.jpg\nc\n"), ("val", "e\n")):
+        (tmp_path / "lists" / f"{split}.txt").write_text(names)
+    run(tmp_path, NAMES, "--splits", f"{tmp_path}/lists")
+    assert data.open_dataset(tmp_path / "own", "train").names == ["a", "b", "c"]
+    assert_made(tmp_path, {name: truth[name] for name in "abce"})
+    (tmp_path / "lists" / "val.txt").write_text("zzz\n")
+    with pytest.raises(UserError, match="val.txt names 'zzz', which is 0 of the labelled images"):
+        run(tmp_path, NAMES, "--splits", f"{tmp_path}/lists", "--out", f"{tmp_path}/other")
+
+
+def test_pictures_of_one_name_are_kept_apart(tmp_path: Path) -> None:
+    truth = write(tmp_path, gray([0, 1, 2]))
+    for old, new in (("a", "b.png"), ("c", "B")):  # beside b
+        move(tmp_path, (f"images/{old}.jpg", f"images/{new}.jpg"), (f"masks/{old}.png", f"masks/{new}.png"))
+    run(tmp_path, NAMES)
+    assert_made(tmp_path, {"b_png": truth["a"], "B": truth["c"], "b-2": truth["b"], **{k: truth[k] for k in "def"}})
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda root: (root / "masks/z.png").write_bytes((root / "masks/a.png").read_bytes()),
+     "1 label files have no image of their name, first of all .*z.png: .*--mask-suffix"),
+    (lambda root: Image.new("RGB", (16, 12)).save(root / "images/a.png"), "a.jpg and a.png have one name: keep one"),
+    (lambda root: [file.unlink() for file in (root / "images").iterdir()], "images is no folder with images"),
+    (lambda root: move(root, ("images/a.jpg", "images/\udce9.jpg")), r"\?.jpg: its name is not in UTF-8: rename it"),
+    (lambda root: (root / "masks/a.png").write_bytes(b"no image"), "masks/a.png: not a readable image"),
+])
+def test_files_that_do_not_fit_are_named(tmp_path: Path, change: Callable, message: str) -> None:
+    write(tmp_path, gray([0, 1, 2]))
+    change(tmp_path)
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, NAMES)
+    assert not (tmp_path / "own").exists()
+
+
+def test_images_without_labels_and_hidden_files_are_left_out(tmp_path: Path, capsys) -> None:
+    truth = write(tmp_path, gray([0, 1, 2]))
+    (tmp_path / "masks" / "a.png").unlink()
+    (tmp_path / "masks" / "._b.png").write_bytes(b"\0")
+    (tmp_path / "images" / "__MACOSX").mkdir()
+    (tmp_path / "images" / "__MACOSX" / "b.jpg").write_bytes(b"\0")
+    run(tmp_path, NAMES)
+    assert_made(tmp_path, {name: truth[name] for name in "bcdef"})
+    assert f"left out: 1 images without labels ({tmp_path}/images/a.jpg ...)" in capsys.readouterr().out
 
 
 def test_split_is_one_in_five_and_keeps_its_choice() -> None:
     names = [f"image_{i}" for i in range(2000)]
-    large, small = from_folders.split_by_hash(names), from_folders.split_by_hash(names[:500])
+    large, small = from_folders.split_names(names), from_folders.split_names(names[:500])
     assert 340 < len(large["val"]) < 460
     assert set(small["val"]) == set(large["val"]) & set(names[:500])
-    split = from_folders.split_by_hash(["a", "b"])
+    assert 140 < len(from_folders.split_names(names, 0.1)["val"]) < 260
+    split = from_folders.split_names(["a", "b"])
     assert (len(split["train"]), len(split["val"])) == (1, 1)
 
 
-@pytest.mark.parametrize(("file", "content", "message"), [
-    ("masks/p3.png", np.full((20, 30), 9, np.uint8),
-     "masks/p3.png: label value 9 is none of the 2 classes: no class is 255"),
-    ("masks/p3.png", np.zeros((19, 30), np.uint8), "photos/p3.jpg is 30x20 pixels but .*masks/p3.png is 30x19"),
-    ("masks/p3.png", np.zeros((20, 30, 3), np.uint8), "masks/p3.png is colour-coded: give each class its colour"),
-    ("masks/p3.png", "no image", "masks/p3.png: not a readable image"),
-    ("masks/p3.png", None, "1 files .* have no partner .*photos/p3.jpg"),
-    ("photos/p3.png", np.zeros((20, 30), np.uint8), r"photos holds several files named p3.\*: keep one"),
-    ("classes.txt", None, r"classes.txt: cannot be read \(No such file or directory\): give --classes a file"),
-    ("classes.txt", "\n", "classes.txt is empty: give"),
-    ("classes.txt", "ignore 1 2 3", "classes.txt: 0 names"),
-    ("classes.txt", "a\nb\na", "classes.txt: 3 names, 1 repeated: give 1 to 255 different ones"),
-    ("classes.txt", "a 1 2 3\nb 1 2 300", "classes.txt, line 2: 1 2 300 is no colour of 0..255 or used before"),
-    ("classes.txt", "a 1 2 3\nb 1 2 3", "classes.txt, line 2: 1 2 3 is no colour of 0..255 or used before"),
-])
-def test_faults_leave_nothing_behind(make_own: Callable, tmp_path: Path, file: str, content: np.ndarray | str | None,
-                                     message: str) -> None:
-    def spoil() -> None:
-        (tmp_path / "classes.txt").write_text("a\nb\n")
-        (tmp_path / file).unlink(missing_ok=True)
-        if isinstance(content, str):
-            (tmp_path / file).write_text(content)
-        elif content is not None:
-            Image.fromarray(content).save(tmp_path / file)
-
-    with pytest.raises(UserError, match=message):
-        make_own(f"{tmp_path}/classes.txt", spoil=spoil)
-    assert {path.name for path in tmp_path.iterdir()} - {"classes.txt"} == {"masks", "photos"}
+def test_frames_of_one_video_stay_together(capsys) -> None:
+    frames = [f"v{video}/frame_{30 * i:06}" for video in range(5) for i in range(12)]
+    split = from_folders.split_names(frames)
+    assert {name[:2] for name in split["train"]}.isdisjoint(name[:2] for name in split["val"])
+    assert len(split["val"]) == 12 and len(split["train"]) == 48
+    assert "frames of 5 videos ('v0/frame_', 'v1/frame_', 'v2/frame_' ...)" in capsys.readouterr().out
+    alone = from_folders.split_names(frames, group_by=".*")
+    assert len({name[:2] for name in alone["val"]}) > 1
+    by_hand = from_folders.split_names(["a-1", "a-2", "b-1", "b-2", "b-3"], group_by="^(.)-")
+    assert by_hand == {"train": ["b-1", "b-2", "b-3"], "val": ["a-1", "a-2"]}
+    photographs = [f"{camera}{number}" for camera in ("IMG_", "DSC0") for number in (1003, 1004, 1017, 2208, 2310)]
+    assert not from_folders.find_videos(sorted(photographs))  # irregular steps
+    with pytest.raises(UserError, match="one group of images, cannot be split"):
+        from_folders.split_names(frames, group_by="frame")
 
 
-def test_an_unknown_colour_is_named(tmp_path: Path) -> None:
-    Image.fromarray(COLOURS[[[0, 1, 2]]]).save(tmp_path / "x.png")
-    classes = class_list.ClassList(["a", "b"], COLOURS[:2], {0xFF0000: 0, 0x0000FF: 1})
-    with pytest.raises(UserError, match="x.png: label colour 9 9 9 is none of the 2 classes: add it to the list"):
-        from_folders.convert_labels(tmp_path / "x.png", classes)
-
-
+def test_a_number_of_classes_is_enough_and_images_are_copied_or_linked(tmp_path: Path) -> None:
+    write(tmp_path, gray([0, 1, 2]))
+    for options in ((), ("--link", "--out", f"{tmp_path}/linked")):
+        run(tmp_path, "3", *options)
+    copied, linked = (data.open_dataset(tmp_path / out, "train") for out in ("own", "linked"))
+    assert copied.info.classes == ("class 0", "class 1", "class 2")
+    assert copied.image_paths[0].read_bytes() == linked.image_paths[0].read_bytes()
+    assert linked.image_paths[0].is_symlink() and not copied.image_paths[0].is_symlink()

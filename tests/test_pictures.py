@@ -229,8 +229,3 @@ def test_saved_labels_keep_values_and_palette(tmp_path: Path) -> None:
     pictures.save_labels(np.uint16([[459, 1]]), tmp_path / "ids.png")
     assert pictures.read_labels(tmp_path / "ids.png")[0].tolist() == [[459, 1]]
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["ids.png", "sub", "x.png"]
-
-
-def test_default_palette_has_distinct_colours() -> None:
-    palette = pictures.default_palette(255)
-    assert palette.shape == (255, 3) and len(np.unique(palette, axis=0)) == 255

@@ -26,7 +26,11 @@ import safetensors.torch
 import timm
 import torch
 from conftest import GOLDEN, ROOT, fill, golden_config, load_golden, noise, official_state
+from PIL import Image
+from torch.export.passes import move_to_device_pass
 
+import data
+import evaluate
 import fast
 import msda_cuda
 import weights
@@ -34,6 +38,7 @@ from adapter import resize
 from common import UserError
 from heads import semantic_scores
 from model import ModelConfig, Segmenter, build_model
+from pictures import default_palette, read_image
 from weights import FORMAT, infer_config, load_model, load_weights, rename_official, resize_position_table
 
 HEADS = ["mask2former", "upernet"]
@@ -132,11 +137,14 @@ def test_a_loaded_model_computes_what_a_built_one_does(tmp_path, golden_model):
 
 
 @pytest.mark.parametrize("core", [b"core", b"_core"])
-def test_numpy_scalars_in_metadata(tmp_path, core):
-    """NumPy 1 and NumPy 2 pickle them under different names."""
-    content = re.sub(rb"numpy\._?core\.", b"numpy." + core + b".", to_bytes(released("upernet"), legacy=True))
+def test_numpy_scalars_and_arrays_in_metadata(tmp_path, core):
+    """NumPy 1 and NumPy 2 pickle them under different names; mmseg draws the colours of unknown classes as an array."""
+    content = released("upernet")
+    content["meta"] = META | {"PALETTE": np.arange(21).reshape(7, 3)}
+    content = re.sub(rb"numpy\._?core\.", b"numpy." + core + b".", to_bytes(content, legacy=True))
     path = write(tmp_path / "x.pth", content)
-    assert load_model(path)[0].config.head == "upernet"
+    model, info = load_model(path)
+    assert model.config.head == "upernet" and info["palette"] == np.arange(21).reshape(7, 3).tolist()
     assert weights.read_file(path)["meta"]["hook_msgs"] == {"best_score": 0.68, "count": 3, "done": True, "small": 1}
 
 
@@ -392,11 +400,18 @@ def test_wrong_configurations(tmp_path, config):
 
 
 @pytest.mark.parametrize("info", [
-    {"classes": 3}, {"classes": None, "palette": None}, {"classes": ["a"]}, {"palette": [[1, 2]]}, {"palette": "red"},
-    {"palette": [[0, 0, 300]] * 3}, {"classes": {}}, {"palette": [[None] * 3] * 3},
+    {"classes": 3}, {"classes": None, "palette": None}, {"classes": ["a"]}, {"classes": {}}, {"classes": ["a"] * 4},
 ])
 def test_classes_that_make_no_sense_are_left_out(tmp_path, info):
     assert load_model(write(tmp_path / "x.pt", OWN | info | {"iteration": "x"}))[1] == {}
+
+
+@pytest.mark.parametrize("palette", [
+    None, [[1, 2]], "red", [[0, 0, 300]] * 3, [[0, 0, -1]] * 3, [[None] * 3] * 3, [[0.5, 0.1, 1.0]] * 3,
+])
+def test_classes_without_a_usable_palette_get_the_default_one(tmp_path, palette):
+    info = load_model(write(tmp_path / "x.pt", OWN | {"classes": ["sky", "a\nb", "sea"], "palette": palette}))[1]
+    assert info["classes"] == ["sky", "a?b", "sea"] and info["palette"] == default_palette(3).tolist()
 
 
 class Bomb:
@@ -500,21 +515,28 @@ def test_command_refuses_in_one_line(tmp_path, capsys, monkeypatch, source, opti
     assert (tmp_path / "out.pt").read_bytes() == b"an older file" and sorted(os.listdir(tmp_path)) == before
 
 
-# Another program: it finds PyTorch and nothing of ours.
-READER = """
-import json, sys, torch
-folder, about = sys.argv[1], {"about.json": ""}
-score = torch.export.load(folder + "/model.pt2", extra_files=about).module()
+# Another program, README.md's: it finds PyTorch, Pillow and NumPy, and nothing of ours.
+(README,) = re.findall(r"```python\n(import json.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+READER = README + """
+import sys
 assert not {"model", "msda_cuda", "weights"} & sys.modules.keys() and not hasattr(torch.ops.msda, "forward")
-images = torch.load(folder + "/images.pt")
-with torch.no_grad():
-    torch.save([score(images[:count]) for count in (1, 2, 3)], folder + "/scores.pt")
-print(json.loads(about["about.json"])["classes"])
+np.save("labels.npy", labels)
+images = torch.load("images.pt")
+scores = [score(images[:number]) for number in (1, 2, 3)]
+assert not scores[0].requires_grad
+torch.save(scores, "scores.pt")
+for wrong in images.float() / 255, images[..., :32], images[0]:  # a size or a type that it would misunderstand
+    try:
+        score(wrong)
+    except (RuntimeError, AssertionError):
+        continue
+    raise SystemExit("it took a wrong input")
+print(json.dumps(about))
 """
 
 
 class OneLayer(torch.nn.Module):
-    """The least that `export` can write: a window, and a layer with the operator."""
+    """The least that `export` can write: a configuration, and a layer with the operator."""
 
     def __init__(self):
         super().__init__()
@@ -523,34 +545,51 @@ class OneLayer(torch.nn.Module):
 
     def forward(self, images):
         tokens = self.embed(images).flatten(2).mT  # (B, 16, 4, 4) -> (B, 4 * 4, 16)
-        return self.layer(tokens, msda_cuda.reference_points([(4, 4)], tokens), tokens, [(4, 4)])
+        tokens = self.layer(tokens, msda_cuda.reference_points([(4, 4)], tokens), tokens, [(4, 4)])
+        return resize(tokens.mT[:, :3].unflatten(2, (4, 4)), (64, 64))  # (B, 3, 64, 64): three classes
 
 
 @pytest.mark.parametrize("name", ["one layer", *(pytest.param(head, marks=pytest.mark.slow) for head in HEADS)])
 def test_export(tmp_path, capsys, monkeypatch, name):
-    """A program that runs without this code, for any number of images, and gives what the model gives, to the bit."""
+    """Without our code README.md's lines give our labels of a photograph; and our scores of any number of crops."""
     out = tmp_path / "folder" / "model.pt2"
     if name == "one layer":
+        torch.manual_seed(0)
         out.parent.mkdir()
         model = OneLayer().eval()
-        weights.export(model, out, {"classes": ["class 0", "class 1", "class 2"]})
+        weights.export(model, out, {"iteration": 12})
+        palette = default_palette(3).tolist()
     else:
         source = write(tmp_path / "x.pt", own_checkpoint(replace(SMALL, head=name)))
         assert command(source, "--export", out) == 0 and f"exported    {out}" in capsys.readouterr().out
-        model = load_model(source)[0]
+        model, palette = load_model(source)[0], [[i, 0, 9] for i in range(3)]
     assert os.listdir(out.parent) == ["model.pt2"]
-    images = noise("image", 3, 3, 64, 64).float()
+    images = (noise("image", 3, 3, 64, 64) * 60 + 128).clamp(0, 255).to(torch.uint8)
     torch.save(images, out.parent / "images.pt")
-    done = subprocess.run([sys.executable, "-I", "-c", READER, out.parent], cwd=tmp_path, capture_output=True,
+    with Image.open(ROOT / "docs" / "demo.jpg") as demo:
+        demo.crop((30, 40, 230, 190)).save(out.parent / "photo.jpg", quality=95)
+    done = subprocess.run([sys.executable, "-I", "-c", READER], cwd=out.parent, capture_output=True,
                           env={**os.environ, "MSDA": "native"}, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "['class 0', 'class 1', 'class 2']\n"), done.stderr
+    assert done.returncode == 0, done.stderr
+    about = json.loads(done.stdout)
+    assert {key: about[key] for key in ("format", "classes", "palette", "window", "iteration", "mean", "std")} == {
+        "format": "vit-adapter-seg/program/1", "classes": ["class 0", "class 1", "class 2"], "palette": palette,
+        "window": 64, "iteration": 12, "mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375]}
     found = torch.load(out.parent / "scores.pt")
+    photo = read_image(out.parent / "photo.jpg")
     with torch.no_grad():
-        chosen = model(images)
+        chosen = model(data.normalize(images))
+        (labels,) = evaluate.predictions(model, [photo])
         monkeypatch.setattr(msda_cuda.module, "ms_deform_attn", msda_cuda.ms_deform_attn_torch)
-        reference = [model(images[:count]) for count in (1, 2, 3)]
+        reference = [model(data.normalize(images[:number])) for number in (1, 2, 3)]
     assert all(map(torch.equal, found, reference))
     torch.testing.assert_close(found[2], chosen, rtol=0, atol=1e-5 * chosen.abs().max().item())
+    theirs, coloured = np.load(out.parent / "labels.npy"), read_image(out.parent / "coloured.png")
+    assert theirs.shape == (150, 200) and (theirs == labels.numpy()).mean() > 0.9999
+    np.testing.assert_array_equal(coloured, np.uint8(palette)[theirs])
+    program = move_to_device_pass(torch.export.load(out), "meta")  # stands for a GPU: nothing may stay on the CPU
+    assert {str(node.kwargs["device"]) for node in program.graph.nodes if "device" in node.kwargs} == {"meta"}
+    assert program.module()(images.to("meta")).device.type == "meta"
 
 
 def test_command_line_from_a_shell(tmp_path):

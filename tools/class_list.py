@@ -21,6 +21,7 @@ class ClassList(NamedTuple):
     names: list[str]
     palette: np.ndarray  # uint8 (K, 3)
     colours: dict[int, int]
+    ids: dict[int, int] = {}
 
 
 def read_classes(classes: str) -> ClassList:

@@ -43,12 +43,23 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("from-folders", parents=[workers], help="a data set of your own images and label images")
     p.set_defaults(command=from_folders)
-    p.add_argument("--images", type=Path, required=True, metavar="DIR", help="images")
+    p.add_argument("--images", type=Path, required=True, metavar="DIR", help="images; sub-folders are searched too")
     p.add_argument("--labels", type=Path, required=True, metavar="DIR",
                    help="label images of the same names: class indices with 255 for none, or colours of the list")
-    p.add_argument("--classes", required=True, metavar="LIST", help="text file with `name` or `name R G B` on a line, "
-                   "`ignore R G B` for no class; or the number of classes")
+    p.add_argument("--classes", required=True, metavar="LIST", help="the labelling tool's list of classes, or a text "
+                   "file with `name` or `name R G B` on a line, `ignore R G B` for no class; or their number")
     p.add_argument("--out", type=Path, default="data/own", metavar="DIR", help="new data set (default: %(default)s)")
+    p.add_argument("--image-suffix", default="", metavar="TEXT",
+                   help="what the images' names end with, as _leftImg8bit")
+    p.add_argument("--mask-suffix", default="", metavar="TEXT", help="what the label images' names end with, as _mask; "
+                   "usual ones are found")
+    p.add_argument("--splits", type=Path, metavar="DIR", help="folder of your own train.txt and val.txt; default: "
+                   "sub-folders train and val if there are such, else chosen by a hash of the name")
+    p.add_argument("--val-fraction", type=common.fraction, default=0.2, metavar="X",
+                   help="share of the images for validation (default: %(default)s)")
+    p.add_argument("--group-by", metavar="REGEX", help="keep images whose names agree in this in one split, as "
+                   "'^[^_]+' for all before the first _; default: frames of a video are found")
+    p.add_argument("--zero-is-unlabelled", action="store_true", help="0 is no class and 1 the first one")
     p.add_argument("--link", action="store_true", help="link the images instead of copying them")
 
     outlines = argparse.ArgumentParser(add_help=False, parents=[workers])

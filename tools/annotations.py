@@ -17,7 +17,6 @@ import io
 import json
 import os
 import re
-import shutil
 import tempfile
 import unicodedata
 from collections import Counter, defaultdict
@@ -30,10 +29,9 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 from PIL import Image
 
-import common
 import data
 import pictures
-from common import IGNORE, UserError, in_parallel, reason
+from common import IGNORE, UserError, reason
 from tools import from_folders
 from tools.class_list import read_classes
 from tools.context import decode_runs
@@ -89,11 +87,9 @@ class Library:
 
 
 def picture_name(path: Path, root: Path) -> str:
-    """The path below the root, or the name of a file elsewhere, without extensions: the name in the data set."""
+    """The path below the root, or the name of a file elsewhere, without its extension."""
     name = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
-    while name.suffix.lower() in pictures.EXTENSIONS:
-        name = name.with_suffix("")
-    return name.as_posix()
+    return unicodedata.normalize("NFC", name.with_suffix("").as_posix())
 
 
 def find_split(path: Path) -> str:
@@ -278,12 +274,9 @@ def make_classes(found: dict[str, str], classes: str | None, no_background: bool
                    IGNORE if no_background else background)
 
 
-def convert(annotated: list[Annotated], found: dict[str, str], classes: str | None, library: Library,
+def convert(annotated: list[Annotated], found: dict[str, str], class_list: str | None, library: Library,
             no_background: bool, out: Path, workers: int) -> None:
     """Draw the labels and write the data set; `found` are the class names, each with its file. Raises UserError."""
-    common.make_folder(out.parent, "--out")
-    if out.exists():
-        raise UserError(f"{out} exists: remove it or choose another folder with --out")
     if not annotated:
         raise UserError(f"none of the pictures in the annotations is below {library.root}: give their folder")
     if not any(picture.objects for picture in annotated):
@@ -291,33 +284,28 @@ def convert(annotated: list[Annotated], found: dict[str, str], classes: str | No
     name, count = Counter(picture.name for picture in annotated).most_common(1)[0]
     if count > 1:
         raise UserError(f"{count} pictures have the name {name}, or one is listed twice: keep one, or rename them")
-    table = make_classes(found, classes, no_background)
-    info = {"name": out.name, "classes": table.names, "palette": table.palette.tolist(), "ignore_index": IGNORE}
-    splits = defaultdict(list)
-    for picture in annotated:
-        splits[picture.split or "train"].append(picture.name)
-    if "val" not in splits:
-        splits |= from_folders.split_by_hash(splits["train"])
-    with common.new_folder(out) as draft:
-        empty = sum(in_parallel(partial(add_picture, draft, table), annotated, workers, f"making {out}"))
-        for split, names in splits.items():
-            data.write_split(draft / f"{split}.txt", names)
-        (draft / "dataset.json").write_text(json.dumps(info, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        for split in {"train", "val", *splits}:  # what cannot be opened is not made
-            data.open_dataset(draft, split)
-    outside = "unlabelled" if no_background else f"of the class '{table.names[table.outside]}'"
+    classes = make_classes(found, class_list, no_background)
+    outside = "unlabelled" if no_background else f"of the class '{classes.names[classes.outside]}'"
     print(f"pixels outside of all objects are {outside}")
     if number := sum(not picture.objects for picture in annotated):
         print(f"{number} pictures have no object: all their pixels are {outside}; take out what is not labelled yet")
+    safe, splits = from_folders.safe_names([picture.name for picture in annotated]), defaultdict(list)
+    jobs = [picture._replace(name=safe[picture.name]) for picture in annotated]
+    for picture in jobs:
+        splits[picture.split or "train"].append(picture.name)
+    if "val" not in splits:
+        splits |= from_folders.split_names(splits["train"])
+    if "train" not in splits:
+        raise UserError(f"{library.root} has no pictures for training: give a file or a folder with train in its path")
+    empty = from_folders.write_dataset(out, classes.names, classes.palette, jobs, partial(add_picture, classes), splits,
+                                       workers)
     library.left_out["pictures without annotations"] = len({*library.files} - {picture.path for picture in annotated})
-    library.left_out["objects that cover no pixel's centre"] = empty
+    library.left_out["objects that cover no pixel's centre"] = sum(empty)
     if left_out := [f"{number} {what}" for what, number in library.left_out.items() if number]:
         print(f"left out: {', '.join(left_out)}")
-    print(f"{out}: {', '.join(f'{len(names)} {split}' for split, names in splits.items())} images; "
-          f"look at them with `python data.py check {out}`, train with `python train.py --data {out}`")
 
 
-def add_picture(draft: Path, classes: Classes, picture: Annotated) -> int:
+def add_picture(classes: Classes, draft: Path, picture: Annotated) -> int:
     """Bring a picture and its labels into the data set; returns the number of objects without a pixel."""
     size = pictures.picture_size(picture.path)
     if all(picture.size):
@@ -325,9 +313,7 @@ def add_picture(draft: Path, classes: Classes, picture: Annotated) -> int:
     with reading(picture.source, "labelme"):  # its masks are decoded here
         labels, empty = draw_labels(picture.objects, classes, size)
     pictures.save_labels(labels, draft / "labels" / f"{picture.name}.png", classes.palette)
-    copy = draft / "images" / f"{picture.name}{picture.path.suffix.lower()}"
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(picture.path, copy)
+    from_folders.add_image(draft, picture.path, picture.name)
     return empty
 
 

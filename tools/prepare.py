@@ -1,6 +1,6 @@
 """The command line that makes data sets ready and checks them: `python data.py COMMAND`.
 
-Each command is in a file of its own: context.py, from_folders.py, check.py, toy.py.
+Each command is in a file of its own: context.py, from_folders.py, annotations.py, check.py, toy.py.
 """
 
 import argparse
@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import common
+from tools.annotations import from_coco, from_labelme
 from tools.check import check
 from tools.context import prepare_context
 from tools.from_folders import from_folders
@@ -60,6 +61,23 @@ def build_parser() -> argparse.ArgumentParser:
                    "'^[^_]+' for all before the first _; default: frames of a video are found")
     p.add_argument("--zero-is-unlabelled", action="store_true", help="0 is no class and 1 the first one")
     p.add_argument("--link", action="store_true", help="link the images instead of copying them")
+
+    outlines = argparse.ArgumentParser(add_help=False, parents=[workers])
+    outlines.add_argument("--images", type=Path, required=True, metavar="DIR", help="images, in sub-folders or not")
+    outlines.add_argument("--no-background", action="store_true",
+                          help="pixels outside of all objects are unlabelled, not the class `background`")
+    outlines.add_argument("--out", type=Path, default="data/own", metavar="DIR",
+                          help="new data set (default: %(default)s)")
+
+    p = commands.add_parser("from-coco", parents=[outlines], help="a data set of a COCO export: polygons, run lengths")
+    p.set_defaults(command=from_coco)
+    p.add_argument("--json", type=Path, metavar="PATH", dest="json_path",
+                   help="COCO file, or a folder with one for each of train, val and test (default: the images' folder)")
+
+    p = commands.add_parser("from-labelme", parents=[outlines],
+                            help="a data set of labelme's .json files, which lie beside or among the images")
+    p.set_defaults(command=from_labelme)
+    p.add_argument("--classes", metavar="LIST", help="as for from-folders (default: the labels in use, by name)")
 
     p = commands.add_parser("toy", help="draw the built-in toy data")
     p.set_defaults(command=lambda out, **options: print(f"toy data at {make_toy(out, **options)}"))

@@ -11,6 +11,7 @@ Images are RGB uint8 (H, W, 3); labels are uint8 (H, W) with the class index 0..
 import itertools
 import json
 import math
+import os
 import unicodedata
 from collections import Counter, defaultdict, namedtuple
 from collections.abc import Iterable, Iterator, Sequence
@@ -53,12 +54,16 @@ class SegmentationDataset:
     def __init__(self, root: Path, split: str, info: DatasetInfo, layout: Layout) -> None:
         self.root, self.split, self.info, self.layout = root, split, info, layout
         split_file = root / layout.splits / f"{split}.txt"
-        self.image_paths = find_files(root / layout.images, read_split(split_file), EXTENSIONS, split_file)
-        self.names = [path.relative_to(root / layout.images).with_suffix("").as_posix() for path in self.image_paths]
+        images, labels = root / layout.images, root / layout.labels
+        lines, files = read_split(split_file), list_files(images, EXTENSIONS)
+        image_files = [only(find_line(files, line), line, images, split_file) for line in lines]
+        self.names = [os.path.splitext(file)[0] for file in image_files]
         if repeated := [name for name, number in Counter(self.names).items() if number > 1]:
             raise UserError(f"{split_file} names '{repeated[0]}' more than once: leave one of its lines")
-        label_files = [f"{name}.png" for name in self.names]
-        self.label_paths = find_files(root / layout.labels, label_files, (".png",), split_file)
+        files = list_files(labels, (".png",))
+        label_files = [only(files[composed(name)], f"{name}.png", labels, split_file) for name in self.names]
+        self.image_paths, self.label_paths = ([folder / file for file in found] for folder, found in
+                                              ((images, image_files), (labels, label_files)))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -91,12 +96,13 @@ class SegmentationDataset:
         Editors reorder palettes: the picture looks right, and every value means another class. Colours that no class
         has are those of a tool, and tell nothing.
         """
+        classes = self.info.classes
         class_of = {colour.tobytes(): k for k, colour in enumerate(self.info.palette)}
         for value in values[values < len(palette)].tolist():
             own, drawn = value - self.layout.first_class, class_of.get(palette[value].tobytes())
-            if drawn is not None and 0 <= own < len(class_of) and drawn != own:
-                raise UserError(f"{path} draws value {value}, '{self.info.classes[own]}', in the colour of "
-                                f"'{self.info.classes[drawn]}': its palette has another order; make the data set with "
+            if drawn is not None and 0 <= own < len(classes) and (palette[value] != self.info.palette[own]).any():
+                raise UserError(f"{path} draws value {value}, '{classes[own]}', in the colour of '{classes[drawn]}': "
+                                "its palette has another order; make the data set with "
                                 "`python data.py from-folders`, which goes by the colours")
 
 
@@ -132,7 +138,8 @@ def context_info() -> DatasetInfo:
 
 
 KEYS = {"classes": ("class_names", "names", "labels", "categories"), "palette": ("colors", "colours", "color_map"),
-        "ignore_index": ("ignore_label", "ignore_value", "ignore", "void"), "name": (), "note": (), "made_by": ()}
+        "ignore_index": ("ignore_label", "ignore_value", "ignore", "void"),
+        "name": (), "note": (), "made_by": (), "source": ()}
 
 
 def read_info(path: Path) -> DatasetInfo:
@@ -208,31 +215,42 @@ def write_split(path: Path, names: Iterable[str]) -> None:
     common.write_whole(path, lambda file: file.write(text))
 
 
-def find_files(folder: Path, names: Iterable[str], extensions: Sequence[str], split_file: Path) -> list[Path]:
-    """The file of each name, with its extension or without, one of `extensions` in upper or lower case.
+def list_files(folder: Path, extensions: Sequence[str]) -> dict[str, list[str]]:
+    """The files of these extensions, in upper or lower case, by their `composed` name without extension.
 
-    Names are compared in Unicode's composed form: some systems write accents decomposed. Raises UserError if there is
-    no file of a name, or several.
+    Files are paths below `folder`, also in folders there. One listing is faster than a question for every name.
     """
-    names = [(name, Path(unicodedata.normalize("NFC", name))) for name in names]
-    files: dict[Path, list[Path]] = defaultdict(list)  # by name with and without extension
-    for place in {Path(name).parent for name, _ in names}:
-        for file in sorted((folder / place).glob("*")):
-            if file.suffix.lower() in extensions:
-                whole = Path(unicodedata.normalize("NFC", str(place / file.name)))
-                files[whole].append(file)
-                files[whole.with_suffix("")].append(file)
-    paths = []
-    for name, whole in names:
-        found = files.get(whole) or whole.suffix.lower() in EXTENSIONS and files.get(whole.with_suffix("")) or []
-        if len(found) > 1:
-            raise UserError(f"{split_file} names '{name}', and {folder} has {found[0].name} and {found[1].name}: write "
-                            "the one that is meant there, with its extension")
-        if not found:
-            raise UserError(f"{folder} has no '{name}', which {split_file} names, as {' or '.join(extensions)}: "
-                            "add the file or remove the name")
-        paths += found
-    return paths
+    files = defaultdict(list)
+    for place, _, names in os.walk(folder, followlinks=True):
+        inner = os.path.relpath(place, folder)
+        for name in sorted(names):
+            stem, extension = os.path.splitext(name)
+            if extension.lower() in extensions:
+                files[composed(os.path.join(inner, stem))].append(os.path.normpath(os.path.join(inner, name)))
+    return files
+
+
+def composed(name: str) -> str:
+    """A name in one spelling: some systems write an accent and its letter as two characters."""
+    return os.path.normpath(unicodedata.normalize("NFC", name))
+
+
+def find_line(files: dict[str, list[str]], line: str) -> list[str]:
+    """The files that a line of a split can mean: that file itself, or else those of this name but for the extension."""
+    stem, extension = os.path.splitext(composed(line))
+    others = files[stem] if extension.lower() in EXTENSIONS else []
+    return [file for file in others if composed(file) == stem + extension] or files[composed(line)] + others
+
+
+def only(files: list[str], name: str, folder: Path, split_file: Path) -> str:
+    """The one file of a name. Raises UserError if there is none, or several."""
+    if len(files) > 1:
+        raise UserError(f"{split_file} names '{name}', and {folder} has {' and '.join(files)}: keep one of them, or "
+                        "write the image's name with its extension there")
+    if not files:
+        kinds = "" if name.lower().endswith(EXTENSIONS) else f" as {' or '.join(EXTENSIONS)}"
+        raise UserError(f"{folder} has no '{name}', which {split_file} names{kinds}: add the file or remove the name")
+    return files[0]
 
 
 # ---------------------------------------------------------------------------------------------- resizes and test images

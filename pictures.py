@@ -1,7 +1,7 @@
 """Pictures of any kind to RGB, label images in and out, the colours of classes.
 
-Reading order: as_rgb -> open_picture, upright -> array_as_rgb, eight_bits -> picture_size, check_size ->
-read_label_image, read_labels -> save_labels -> default_palette.
+Reading order: as_rgb -> image_as_rgb -> open_picture, upright, picture_size -> array_as_rgb, eight_bits ->
+read_label_image, read_labels -> check_size -> save_labels -> default_palette.
 
 Shapes: H, W height and width of a picture; K classes.
 """
@@ -11,7 +11,7 @@ import io
 import re
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: I
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}  # by EXIF orientation: what makes a picture upright
 PLAIN_ALPHA = {"La": "LA", "RGBa": "RGBA", "PA": "RGBA"}  # modes that Pillow converts to RGB by way of another
-LOSSY = {"JPEG", "MPO", "JPEG2000", "AVIF"}  # formats that change values, and lossy WebP beside them
+LOSSY = {"JPEG", "MPO", "JPEG2000", "AVIF", "HEIF"}  # formats that change values, and lossy WebP beside them
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -44,21 +44,53 @@ def as_rgb(picture: Picture) -> np.ndarray:
         with open_picture(picture) as file:
             return as_rgb(file)
     if isinstance(picture, Image.Image):
-        name = getattr(picture, "filename", "") or "the picture"
-        bits, deep_colours = bits_of(picture), re.search(r"RGBA?;16", raw_mode(picture))
-        picture = upright(picture)
-        if picture.mode.startswith("I") or picture.mode == "F":
-            return array_as_rgb(np.asarray(picture), bits, name)
-        rgb = np.array(picture.convert(PLAIN_ALPHA.get(picture.mode, picture.mode)).convert("RGB"))
-        if deep_colours and rgb.any() and rgb.max() < 16:  # Pillow keeps the upper 8 of 16 bits of a colour
-            raise UserError(f"{name}: 16-bit colours of which only the lowest 12 bits are used: save it with 8 bits")
-        return rgb
+        return image_as_rgb(picture)
     if isinstance(picture, torch.Tensor):
         picture = picture.detach().cpu()
-        picture = (picture.float() if picture.dtype == torch.bfloat16 else picture).numpy()
+        picture = (picture.float() if picture.is_floating_point() else picture).numpy()
     if not isinstance(picture, np.ndarray):
         raise TypeError(f"{EXPECTED}; this is a {type(picture).__name__}")
     return array_as_rgb(picture)
+
+
+def image_as_rgb(picture: Image.Image) -> np.ndarray:
+    """`as_rgb` of a Pillow image."""
+    name, raw, tags = getattr(picture, "filename", "") or "the picture", raw_mode(picture), tiff_tags(picture)
+    if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":  # a telephone's second picture is a by-product
+        say_once("pages", f"{name} holds {picture.n_frames} pages or frames: the first is read, of all such files")
+    lower = lower_bytes(picture)
+    picture = upright(picture)
+    if picture.mode.startswith("I") or picture.mode == "F":
+        rgb = array_as_rgb(np.asarray(picture), bits_used(tags), name)
+        return 255 - rgb if tags.get(262) == 0 else rgb  # PhotometricInterpretation: 0 is white
+    for mode in (PLAIN_ALPHA.get(picture.mode, picture.mode), "RGB"):
+        picture = picture if picture.mode == mode else picture.convert(mode)
+    rgb = np.array(picture)
+    if lower is not None:
+        return array_as_rgb(rgb.astype(np.uint16) << 8 | lower, bits_used(tags), name)
+    if raw == "LA;16B" and rgb.max() < 16 or raw == "R" and tags.get(258, (8,))[0] > 8:
+        raise UserError(f"{name}: Pillow does not read this kind of 16-bit file right: save it with 8 bits")
+    return rgb
+
+
+def lower_bytes(picture: Image.Image) -> np.ndarray | None:
+    """uint8 (H, W, 3), upright: the lower bytes of a file of 16-bit colours that is not loaded yet; None for others.
+
+    Pillow reads such colours as their upper bytes. It is told the other order of bytes here, and reads the lower ones.
+    """
+    kind = re.fullmatch("(RGBA?;16)([BLN])", raw_mode(picture))
+    if kind is None:
+        return None
+    place = picture.fp.tell()
+    picture.fp.seek(0)
+    again = Image.open(picture.fp)
+    order = kind[1] + {"B": "L", "L": "B", "N": "B"}[kind[2]]  # N is the machine's order, little-endian
+    for i, (*place_of_tile, options) in enumerate(tiles := again.tile):
+        make = getattr(tiles[i], "_make", tuple)  # a tile is a plain tuple in older versions of Pillow
+        tiles[i] = make([*place_of_tile, (order, *options[1:]) if isinstance(options, tuple) else order])
+    lower = np.array(upright(again).convert("RGB"))
+    picture.fp.seek(place)
+    return lower
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -76,27 +108,30 @@ def open_picture(source: str | Path | bytes) -> Iterator[Image.Image]:
         raise
     except (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error, Image.DecompressionBombError) as error:
         name = "these bytes" if isinstance(source, bytes) else source
-        raise UserError(f"{name}: not a readable image ({reason(error)}): replace it or take it out") from None
+        why = reason(error).partition(" <")[0]  # without "<_io.BytesIO object at ...>"
+        raise UserError(f"{name}: not a readable image ({why}): replace it or take it out") from None
 
 
 def orientation(picture: Image.Image) -> int:
-    """EXIF's orientation 1..8 of a picture that is not loaded yet; 1 where the tag makes no sense."""
-    value = picture.getexif().get(0x0112, 1)
+    """EXIF's orientation 1..8 of a picture that is not loaded yet; 1 where the tag or all of EXIF makes no sense."""
+    try:
+        value = picture.getexif().get(0x0112, 1)
+    except (OSError, SyntaxError, ValueError, TypeError, struct.error):
+        return 1
     return next((number for number in TURNS if value == number), 1)
 
 
 def upright(picture: Image.Image) -> Image.Image:
     """The picture turned upright by its EXIF tag; the same size as `picture_size` says."""
-    picture.load()  # here Pillow turns a TIFF by itself, and takes its tag away
-    turn = orientation(picture)
+    picture.load()
+    turn = 1 if picture.format == "TIFF" else orientation(picture)  # loading a TIFF turns it
     return picture if turn == 1 else picture.transpose(TURNS[turn])
 
 
 def picture_size(path: Path) -> tuple[int, int]:
     """(H, W) of the upright picture, from the file's header."""
     with open_picture(path) as picture:
-        # Pillow's size of a TIFF is that of the upright picture or of the stored one, depending on its version.
-        tags = getattr(picture, "tag_v2", None)
+        tags = tiff_tags(picture)  # Pillow's size of a TIFF is the upright one or the stored one, by its version
         width, height = (tags[256], tags[257]) if tags else picture.size
         return (width, height) if orientation(picture) >= 5 else (height, width)
 
@@ -107,13 +142,16 @@ def raw_mode(picture: Image.Image) -> str:
     return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
 
 
-def bits_of(picture: Image.Image) -> int | None:
-    """The bits of a sample that a TIFF says are used, where it says so: fewer than its 16."""
-    tags = getattr(picture, "tag_v2", {})
-    bits, most = (tags.get(tag, 0) for tag in (258, 281))  # BitsPerSample, MaxSampleValue
-    bits, most = (value[0] if isinstance(value, tuple) and value else value for value in (bits, most))
-    used = most.bit_length() if isinstance(most, int) and most else bits
-    return used if isinstance(used, int) and 8 <= used < 16 else None
+def tiff_tags(picture: Image.Image) -> Mapping:
+    """The tags of a TIFF by their numbers; none for other files."""
+    return getattr(picture, "tag_v2", {})
+
+
+def bits_used(tags: Mapping) -> int | None:
+    """The bits of a sample that the tags of a TIFF say are used, where that is fewer than its 16."""
+    bits, most = (np.ravel(tags.get(tag, 0))[:1] for tag in (258, 281))  # BitsPerSample, MaxSampleValue
+    used = int(most[0]).bit_length() if most.dtype.kind == "i" and most.any() else bits.sum()
+    return int(used) if 8 <= used < 16 else None
 
 
 def array_as_rgb(array: np.ndarray, bits: int | None = None, name: str = "the array") -> np.ndarray:
@@ -138,17 +176,19 @@ def eight_bits(values: np.ndarray, bits: int | None, name: str) -> np.ndarray:
         return values
     if values.dtype == bool:
         return values * np.uint8(255)
-    least, most = values.min(), values.max()
-    if not (least >= 0 and most < 1 << 16):  # also where there is a NaN
-        raise UserError(f"{name}: values from {least} to {most} are no brightness: scale them to 0..255 or 0..1")
-    if values.dtype.kind == "f" and most <= 1:
-        return np.rint(values * 255.0).astype(np.uint8)
-    if bits is None:
+    least, most = float(values.min()), float(values.max())
+    real = values.dtype.kind == "f"
+    if not (least >= 0 and most < 1 << 16) or real and 1.001 < most < 2:  # the first also where there is a NaN
+        raise UserError(f"{name}: values from {least:g} to {most:g} are no brightness: scale them to 0..255 or 0..1")
+    if real and most < 2:
+        return np.rint(values.clip(0, 1) * 255.0).astype(np.uint8)  # above 1 by rounding only
+    if bits is None or most >= 1 << bits:
         bits = next(bits for bits in (8, 10, 12, 14, 16) if most < 1 << bits)
-        if bits < 16 and (bits > 8 or values.dtype.itemsize == 2):
-            say_once("bits", f"{name}: the largest sample is {most:g}: taken as {bits} bits, like others of this kind")
-    if values.dtype.kind == "f":
-        return np.rint(values * (255 / ((1 << bits) - 1))).astype(np.uint8)
+        if most and bits < 16 and (bits > 8 or values.dtype.itemsize == 2):
+            say_once("bits", f"{name}: the largest sample is {most:g}: read as {bits} bits, "
+                             "and others like it by their own largest sample")
+    if real:
+        return np.rint(values * (255 / ((1 << bits) - 1))).clip(0, 255).astype(np.uint8)
     return (values >> (bits - 8)).astype(np.uint8)
 
 
@@ -183,10 +223,14 @@ def read_label_image(path: Path) -> LabelImage:
                             "export the labels as PNG")
         if orientation(picture) > 1:
             raise UserError(f"{path} has an orientation tag, as if it were to be turned: save it upright, as PNG")
+        if getattr(picture, "n_frames", 1) > 1:
+            raise UserError(f"{path} holds {picture.n_frames} pages or frames: save the one that is meant as PNG")
         values = np.asarray(picture)
         mode, palette = picture.mode, picture.getpalette("RGB") if picture.mode in ("P", "PA") else None
     if mode in ("RGB", "RGBA", "RGBX"):
-        return LabelImage(values[..., :3].astype(np.int32) @ (1 << 16, 1 << 8, 1), True)
+        if ";16" in stored:  # Pillow would cut them to 8 bits
+            raise UserError(f"{path} has 16-bit colours: save it with 8 bits a colour, as PNG")
+        return LabelImage(values[..., :3] @ np.int32([1 << 16, 1 << 8, 1]), True)
     values = values[..., 0] if values.ndim == 3 else values
     if mode not in ("1", "L", "LA", "P", "PA", "F") and not mode.startswith("I") or (values % 1).any():
         raise UserError(f"{path} has mode {mode}, not one whole number or colour a pixel: save it as PNG of indices")
@@ -206,7 +250,7 @@ def is_lossy(path: Path, picture: Image.Image) -> bool:
         while at < len(content) and content[at:at + 4] not in (b"VP8 ", b"VP8L", b"ANMF"):  # from chunk to chunk
             at += 8 + int.from_bytes(content[at + 4:at + 8], "little") + (content[at + 4] & 1)
         return content[at:at + 4] != b"VP8L"
-    return "jpeg" in str(picture.info.get("compression"))
+    return any(kind in str(picture.info.get("compression")) for kind in ("jpeg", "webp"))
 
 
 def read_labels(path: Path) -> tuple[np.ndarray, np.ndarray | None]:

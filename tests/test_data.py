@@ -235,11 +235,11 @@ def spoil(path: Path, content: np.ndarray | str | int | None) -> None:
     ("labels/a.png", FOREIGN, "labels/a.png: label value 17 is no class: use 0..2, or 255"),
     ("labels/a.png", NOISE[:-1], "images/a.png is 60x40 pixels but .*labels/a.png is 60x39"),
     ("labels/a.png", np.dstack([NOISE] * 3), "labels/a.png holds colours.*from-folders"),
-    ("labels/a.png", None, "labels has no 'a.png', which .*train.txt names, as .png: add"),
+    ("labels/a.png", None, "labels has no 'a.png', which .*train.txt names: add"),
     ("images/a.png", 0, "images/a.png: not a readable image .*cannot identify"),
     ("images/a.png", 3000, "images/a.png: not a readable image .*truncated"),
     ("images/a.png", "not an image", "images/a.png: not a readable image"),
-    ("images/a.png", None, "images has no 'a', which .*train.txt names, as .*.png.*: add"),
+    ("images/a.png", None, "images has no 'a', which .*train.txt names as .*.png.*: add"),
     ("train.txt", None, r"train.txt: cannot be read \(No such file or directory\): .* \(splits here: val\)"),
     ("train.txt", "a\nb\na.png\n", "train.txt names 'a' more than once: leave one"),
     ("train.txt", "a\x0cb\n", r"images has no 'a\?b', which"),  # a form feed ends no line
@@ -273,7 +273,7 @@ def test_a_palette_of_another_order_is_refused_and_a_tools_own_is_not(tmp_path: 
     root = write_plain(tmp_path / "d")
     colours = [[0, 0, 0], [128, 0, 0], [0, 128, 0]]
     (root / "dataset.json").write_text(json.dumps({"classes": ["c0", "c1", "c2"], "palette": colours}))
-    for order, right in (([0, 1, 2], True), ([0, 2, 1], False), (None, True)):
+    for order, right in (([0, 1, 2], True), ([0, 2, 1], False), ([0, 1, 0], False), (None, True)):
         picture = Image.fromarray(NOISE)
         picture.putpalette([1, 1, 1, 9, 9, 9, 7, 7, 7] if order is None else sum((colours[k] for k in order), []))
         picture.save(root / "labels" / "a.png")
@@ -281,8 +281,13 @@ def test_a_palette_of_another_order_is_refused_and_a_tools_own_is_not(tmp_path: 
         if right:
             np.testing.assert_array_equal(dataset.labels(0), NOISE)
         else:
-            with pytest.raises(UserError, match="a.png draws value 1, 'c1', in the colour of 'c2': its palette has an"):
+            fault = f"'c{(value := 1 + (order == [0, 1, 0]))}', in the colour of 'c{order[value]}'"
+            with pytest.raises(UserError, match=f"a.png draws value {value}, {fault}: its palette has another order"):
                 dataset.labels(0)
+    (root / "dataset.json").write_text(json.dumps({"classes": ["c0", "c1", "c2"], "palette": [[1, 1, 1]] * 3}))
+    picture.putpalette([1] * 9)  # classes of one colour have no order
+    picture.save(root / "labels" / "a.png")
+    np.testing.assert_array_equal(data.open_dataset(root, "val").labels(0), NOISE)
 
 
 @pytest.mark.parametrize(("image", "label", "line", "name"), [
@@ -293,6 +298,8 @@ def test_a_palette_of_another_order_is_refused_and_a_tools_own_is_not(tmp_path: 
     ("e.v2.jpg", "e.v2.png", "e.v2", "e.v2"),
     ("e\u0301.jpg", "\u00e9.png", "\u00e9", "e\u0301"),  # an accent apart, as some systems write it
     ("sub/e.jpg", "sub/e.png", "sub/e", "sub/e"),
+    ("a\u030a/e.jpg", "\u00e5/e.png", "\u00e5/e.jpg", "a\u030a/e"),
+    ("e.jpg", "e.PnG", "./e.png", "e"),  # the extension of another copy
     ("e\x0cf.jpg", "e\x0cf.png", "e\x0cf", "e\x0cf"),
 ])
 def test_files_are_found_by_name(tmp_path: Path, image: str, label: str, line: str, name: str) -> None:
@@ -310,9 +317,27 @@ def test_files_are_found_by_name(tmp_path: Path, image: str, label: str, line: s
 def test_two_files_of_a_name_must_be_told_apart(tmp_path: Path) -> None:
     root = write_plain(tmp_path / "d")
     Image.new("RGB", (60, 40)).save(root / "images" / "a.jpg")
-    with pytest.raises(UserError, match="train.txt names 'a', and .*images has a.jpg and a.png: write the one"):
+    with pytest.raises(UserError, match="train.txt names 'a', and .*images has a.jpg and a.png: keep one of"):
         data.open_dataset(root, "train")
     assert data.open_dataset(root, "val").image_paths == [root / "images" / "a.png"]
+
+
+def test_an_inner_extension_belongs_to_the_name(tmp_path: Path) -> None:
+    root = write_plain(tmp_path / "d")
+    for k, name in enumerate(("x", "x.png")):  # x.jpg with x.png, and x.png.jpg with x.png.png
+        Image.new("RGB", (60, 40), (k, k, k)).save(root / "images" / f"{name}.jpg", quality=100)
+        Image.new("L", (60, 40), k).save(root / "labels" / f"{name}.png")
+    (root / "both.txt").write_text("x.png.jpg\nx\n")
+    dataset = data.open_dataset(root, "both")
+    assert dataset.names == ["x.png", "x"]
+    assert [(dataset.image(i).max(), dataset.labels(i).max()) for i in range(2)] == [(1, 1), (0, 0)]
+    (root / "both.txt").write_text("x.png\n")
+    with pytest.raises(UserError, match="both.txt names 'x.png', and .*images has x.png.jpg and x.jpg: keep one"):
+        data.open_dataset(root, "both")
+    (root / "labels" / "x.png").unlink()
+    with pytest.raises(UserError, match="labels has no 'x.png'"):  # and x.png.png is another image's
+        (root / "both.txt").write_text("x.jpg\n")
+        data.open_dataset(root, "both")
 
 
 def test_decompression_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

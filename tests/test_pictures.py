@@ -28,6 +28,22 @@ def png(rows: np.ndarray, shape: tuple[int, int], bits: int, colour_type: int) -
     return content
 
 
+def tiff(samples: np.ndarray, tags: dict[int, int], order: str = "<", deflate: bool = False) -> bytes:
+    """A TIFF file of 16-bit samples (H, W, C) with tags of its own, for kinds that Pillow reads but does not write."""
+    height, width, channels = samples.shape
+    body = samples.astype(f"{order}u2").tobytes()
+    body = zlib.compress(body) if deflate else body
+    tags = {256: width, 257: height, 258: 16, 259: 8 if deflate else 1, 262: 2 if channels == 3 else 1, 277: channels,
+            278: height, 279: len(body)} | tags
+    tags[273] = 8 + 2 + 12 * (len(tags) + 1) + 4 + 2 * channels  # where the samples begin
+    bits = tags[273] - 2 * channels
+    content = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(tags))
+    for tag, value in sorted(tags.items()):
+        entry = (tag, 3, channels, bits) if tag == 258 and channels > 1 else (tag, 4, 1, value)
+        content += struct.pack(f"{order}HHII", *entry)
+    return content + bytes(4) + struct.pack(f"{order}{channels}H", *[16] * channels) + body
+
+
 def exif(orientation: object) -> Image.Exif:
     tags = Image.Exif()
     tags[0x0112] = orientation
@@ -65,7 +81,7 @@ def test_a_guess_of_the_depth_is_said_once(capsys: pytest.CaptureFixture, monkey
     monkeypatch.setattr(pictures, "_said", set())
     for _ in range(2):
         pictures.as_rgb(GRAY.astype(np.uint16) * 16)
-    said = "the array: the largest sample is 4080: taken as 12 bits, like others of this kind\n"
+    said = ("the array: the largest sample is 4080: read as 12 bits, and others like it by their own largest sample\n")
     assert capsys.readouterr().err == said
     assert not pictures.as_rgb(np.zeros((4, 4), np.uint16)).any()  # black stays black
 
@@ -100,21 +116,66 @@ def test_what_cannot_be_a_picture_is_a_type_error_of_one_line(form: object) -> N
         pictures.as_rgb(form)
 
 
-@pytest.mark.parametrize("values", [[[-2.1, 0.5]], [[np.nan, 1.0]], [[0, 70000]], [[-1, 3]]])
+@pytest.mark.parametrize("values", [[-2.1, 0.5], [np.nan, 1.0], [np.inf, 1.0], [1.02, 0.5], [0, 70000], [-1, 3]])
 def test_values_that_are_no_brightness_are_refused(values: list) -> None:
     with pytest.raises(UserError, match="are no brightness: scale them to 0..255 or 0..1"):
-        pictures.as_rgb(np.array(values))
+        pictures.as_rgb(np.array([values]))
 
 
-def test_16_bit_colours_with_a_small_range_are_refused() -> None:
-    deep = RGB.reshape(10, -1).astype(int)
-    full, dark = (png((deep * factor).astype(">u2"), (10, 20), 16, 2) for factor in (256, 16))
-    np.testing.assert_array_equal(pictures.as_rgb(full), RGB)
-    with pytest.raises(UserError, match="16-bit colours of which only the lowest 12 bits are used"):
-        pictures.as_rgb(dark)
+@pytest.mark.parametrize("factor", [1, 4, 16, 64, 256, 257])  # 8, 10, 12, 14, 16, 16 bits
+@pytest.mark.parametrize("kind", ["png", "rgba.png", "tif", "big-endian.tif", "deflate.tif"])
+def test_16_bit_colours_of_any_used_depth_give_the_8_bit_picture(tmp_path: Path, kind: str, factor: int) -> None:
+    path = tmp_path / kind
+    deep = RGB.astype(np.uint16) * np.uint16(factor)
+    if kind.endswith("png"):
+        deep = np.dstack([deep, deep[..., 0] * 0 + 65535]) if kind == "rgba.png" else deep
+        path.write_bytes(png(deep.astype(">u2").reshape(10, -1), (10, 20), 16, 6 if kind == "rgba.png" else 2))
+    else:
+        path.write_bytes(tiff(deep, {}, ">" if "big" in kind else "<", deflate="deflate" in kind))
+    for picture in (path, path.read_bytes(), Image.open(path)):
+        np.testing.assert_array_equal(pictures.as_rgb(picture), RGB)
 
 
-@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif"])
+def test_turned_16_bit_colours(tmp_path: Path) -> None:
+    content = tiff(np.ascontiguousarray(np.rot90(RGB)).astype(np.uint16) * 16, {274: 6})
+    np.testing.assert_array_equal(pictures.as_rgb(content), RGB)
+
+
+@pytest.mark.parametrize(("tags", "expected"), [
+    ({281: 4095}, GRAY),  # MaxSampleValue
+    ({281: 255}, GRAY),  # which is wrong
+    ({262: 0}, 255 - GRAY),  # PhotometricInterpretation: 0 is white
+])
+def test_the_tags_of_a_tiff_count(tags: dict, expected: np.ndarray) -> None:
+    content = tiff(GRAY.astype(np.uint16)[..., None] * 16, tags)
+    np.testing.assert_array_equal(pictures.as_rgb(content), np.dstack([expected] * 3))
+
+
+def test_16_bit_files_that_pillow_misreads_are_refused(tmp_path: Path) -> None:
+    dark = png(np.dstack([GRAY.astype(">u2"), GRAY.astype(">u2")]).astype(">u2").reshape(10, -1), (10, 20), 16, 4)
+    planes = tiff(RGB.astype(np.uint16), {284: 2})  # PlanarConfiguration: plane after plane
+    for content in (dark, planes):
+        with pytest.raises(UserError, match="does not read this kind of 16-bit file right: save it with 8 bits"):
+            pictures.as_rgb(content)
+
+
+def test_pages(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "_said", set())
+    first, second = Image.fromarray(LABELS), Image.fromarray(LABELS * 0)
+    for name in ("x.tif", "x.png", "x.gif"):
+        first.save(tmp_path / name, save_all=True, append_images=[second])
+        np.testing.assert_array_equal(pictures.read_image(tmp_path / name)[..., 0], LABELS)
+        with pytest.raises(UserError, match=f"{name} holds 2 pages or frames: save the one that is meant"):
+            pictures.read_label_image(tmp_path / name)
+    assert capsys.readouterr().err.endswith("x.tif holds 2 pages or frames: the first is read, of all such files\n")
+
+
+def test_floats_at_the_rim_do_not_wrap() -> None:
+    assert pictures.as_rgb(np.array([[255.7, 3]]))[0, :, 0].tolist() == [255, 3]
+    assert pictures.as_rgb(np.float32([[1 + 1e-6, 0.2]]))[0, :, 0].tolist() == [255, 51]
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif", "mpo"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_orientation_is_read_upright_and_its_size_is_known(tmp_path: Path, kind: str, orientation: int) -> None:
     turned = {1: RGB, 2: RGB[:, ::-1], 3: RGB[::-1, ::-1], 4: RGB[::-1], 5: RGB.transpose(1, 0, 2),
@@ -127,11 +188,17 @@ def test_every_orientation_is_read_upright_and_its_size_is_known(tmp_path: Path,
     pictures.check_size(path, "labels", (10, 20))
     with Image.open(path) as picture:
         np.testing.assert_array_equal(pictures.as_rgb(picture), image)
-    if kind != "jpg":
+    if kind not in ("jpg", "mpo"):
         np.testing.assert_array_equal(image, RGB)
     if orientation >= 5:
         with pytest.raises(UserError, match="is 20x10 pixels but labels is 10x20; EXIF turns the image, so label it"):
             pictures.check_size(path, "labels", (20, 10))
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
+def test_a_damaged_exif_is_none(tmp_path: Path, kind: str) -> None:
+    Image.fromarray(RGB).save(tmp_path / f"x.{kind}", exif=b"Exif\0\0no header of a TIFF")
+    assert pictures.picture_size(tmp_path / f"x.{kind}") == pictures.read_image(tmp_path / f"x.{kind}").shape[:2]
 
 
 @pytest.mark.parametrize("value", [0, 9, 6000, b"6", "Rotate 90 CW", (6, 6), 1.5])
@@ -184,7 +251,8 @@ def test_colours_are_numbers(tmp_path: Path, name: str) -> None:
     picture = np.dstack([picture, np.full((2, 2), 255, np.uint8)]) if name == "alpha.png" else picture
     Image.fromarray(picture).save(tmp_path / name, **({"lossless": True} if "webp" in name else {}))
     values, coloured, palette = pictures.read_label_image(tmp_path / name)
-    assert coloured and palette is None and values.tolist() == [[0xFF0002, 0x008000], [0x010203, 0]]
+    assert coloured and palette is None and values.dtype == np.int32
+    assert values.tolist() == [[0xFF0002, 0x008000], [0x010203, 0]]
     with pytest.raises(UserError, match=f"{name} holds colours, not class indices: .*from-folders"):
         pictures.read_labels(tmp_path / name)
 
@@ -212,6 +280,12 @@ def test_labels_that_are_not_what_was_drawn_are_refused(tmp_path: Path, name: st
     Image.fromarray(LABELS).save(tmp_path / name, **options)
     with pytest.raises(UserError, match=message):
         pictures.read_label_image(tmp_path / name)
+
+
+def test_labels_of_16_bit_colours_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(png(RGB.astype(">u2").reshape(10, -1), (10, 20), 16, 2))
+    with pytest.raises(UserError, match="x.png has 16-bit colours: save it with 8 bits a colour"):
+        pictures.read_label_image(tmp_path / "x.png")
 
 
 def test_labels_of_fractions_are_refused(tmp_path: Path) -> None:

@@ -242,8 +242,8 @@ def table(result: Metrics, classes: Sequence[str]) -> str:
 
 
 def in_percent(fraction: float) -> str:
-    """A fraction as a percentage with two decimals; a dash where there is no number."""
-    return "-" if math.isnan(fraction) else f"{100 * fraction:.2f}"
+    """A fraction as people read it everywhere: percent with one decimal; a dash where there is no number."""
+    return "-" if math.isnan(fraction) else f"{100 * fraction:.1f}"
 
 
 def to_json(result: Metrics, classes: Sequence[str], **facts: object) -> str:

@@ -103,7 +103,8 @@ def test_of_two_runs_the_class_that_gains_most_comes_first():
     other = evaluate.metrics(torch.tensor([[40, 0, 0], [10, 30, 0], [0, 0, 0]]))
     assert report.class_table(["a", "b"], [RESULT, other], INFO) == {
         "class": ["sky", "road & <kerb>", "unicorn"],
-        "IoU % a": ["75.0", "80.0", "-"], "IoU % b": ["80.0", "75.0", "-"], "IoU % difference": ["+5.0", "-5.0", "-"], "pixels %": ["50.0", "50.0", "0.0"]}
+        "IoU % a": ["75.0", "80.0", "-"], "IoU % b": ["80.0", "75.0", "-"],
+        "IoU % difference": ["+5.0", "-5.0", "-"], "pixels %": ["50.0", "50.0", "0.0"]}
     assert report.side_by_side("x", ["a", "b"], [[0.5001], [0.5]])["x difference"] == ["+0.0"]
 
 
@@ -256,7 +257,7 @@ def test_an_example_shows_image_labels_prediction_and_errors_in_this_order(run_f
     Image.fromarray(np.stack([4 * x, 5 * y, 2 * x + y], -1)).save("set/images/03.png")
     Image.fromarray(np.uint8([0, 1, 255])[x // 22]).save("set/labels/03.png")
     dataset, guess = data.open_dataset("set", "val"), y // 17
-    run = report.Run("a", {}, [], 1, CONFUSION, np.full((2, 4), 0.25), [b""] * 3 + [zlib.compress(guess)])
+    run = report.Run("a", {}, [], 1, CONFUSION, RESULT, np.full((2, 4), 0.25), [b""] * 3 + [zlib.compress(guess)])
     figure, = report.examples(dataset, [3], [run])
     assert figure.startswith('<h3>03 <span class="faint">IoU 25.0 %</span></h3>')
     assert [caption for *_, caption in pictures(figure)] == ["image", "labels", "prediction", "errors"]
@@ -273,8 +274,8 @@ def test_runs_that_cannot_be_compared_are_one_line(run_folder, second, capsys):
     (second / "config.json").write_text(json.dumps(config | {"data": "set2"}))
     for arguments, message in (
             (["b", "first try"], "runs/b has the data set set2, runs/first try has set: name the one"),
-            (["b", "runs/b"], "runs/b and runs/b: name two runs that have different names"),
-            (["b", "b", "b"], "name one run, or two to compare")):
+            (["b", "runs/b"], "runs/b, runs/b: name one run, or two that have different names"),
+            (["b", "b", "b"], "runs/b, runs/b, runs/b: name one run, or two")):
         assert status_of(report.main, *arguments, "--device", "cpu") == 2
         error = capsys.readouterr().err
         assert error.startswith(f"error: {message}") and error.count("\n") == 1

@@ -4,9 +4,8 @@
     python -m tools.report camvid --ms        the run runs/camvid, multi-scale with flips
     python -m tools.report first second       two runs on the same images: runs/first/report-vs-second/index.html
 
-Reading order: main -> write_report -> answer -> fill_page, which fills report.html with headline, curves, class_bars,
-confusion_table and examples; side_by_side makes the columns of numbers. Nothing needs a script: a note stands in a
-line below its chart while its mark is pointed at or touched.
+Reading order: main -> write_report -> answer -> fill_page, which fills report.html with curves, class_bars,
+confusion_table and examples. No script: a note stands below its chart while its mark is pointed at or touched.
 
 Shapes: K classes, N images; labels and predictions are uint8 (H, W), a confusion matrix is int64 (K, K).
 """
@@ -41,7 +40,6 @@ SHOWN = 12  # examples in a section, at most
 CURVES = (("train", "loss", "training loss", ""), ("validation", "mIoU", "validation mIoU, %", " %"),
           ("validation", "aAcc", "validation pixel accuracy, %", " %"), ("train", "lr", "learning rate", ""))
 LEFT, TOP, WIDTH, HEIGHT = 48, 26, 300, 150  # of a curve's axes, in a picture of 360 x 220
-
 Columns = dict[str, Sequence[str]]  # of a table: heading -> cells
 
 
@@ -52,6 +50,7 @@ class Run(NamedTuple):
     log: list[dict]
     iteration: int
     confusion: np.ndarray  # int64 (K, K)
+    result: evaluate.Metrics  # of that matrix
     scores: np.ndarray  # (2, N): image_scores of each image
     predictions: list[bytes]  # N, uint8 (H, W) packed by zlib
 
@@ -85,18 +84,14 @@ def curve(names: Sequence[str], lines: Sequence[Sequence[tuple[int, float]]], la
     lines = [[stretch.mean(0) for stretch in np.array_split(np.float64(line), max(1, min(len(line), 400))) if len(line)]
              for line in lines]
     marks = ticks(*(pick(0.0, *(y for line in lines for _, y in line)) for pick in (min, max)))
-    right, scale = LEFT + WIDTH, WIDTH / max(last, 1)
-
-    def height(value: float) -> float:
-        return TOP + HEIGHT * (marks[-1] - value) / (marks[-1] - marks[0])
-
+    right, scale, rise = LEFT + WIDTH, WIDTH / max(last, 1), HEIGHT / (marks[-1] - marks[0])  # pixels of a unit
     parts = [f'<svg viewBox="0 0 360 220"><text y="13">{title}</text><text class="note" x="{LEFT}" y="192">0</text>'
              f'<text class="note" x="{right}" y="192" text-anchor="end">{last} iterations</text>']
-    parts += [f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{height(mark):.1f}" y2="{height(mark):.1f}"/><text '
-              f'class="note" x="{LEFT - 5}" y="{height(mark) + 4:.1f}" text-anchor="end">{mark:.3g}</text>'
-              for mark in marks]
+    parts += [f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/><text class="note" '
+              f'x="{LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{mark:.3g}</text>'
+              for y, mark in zip(TOP + rise * (marks[-1] - marks), marks, strict=True)]
     for number, line in enumerate(lines):
-        points = [(f"{LEFT + scale * x:.1f}", f"{height(y):.1f}") for x, y in line]
+        points = [(f"{LEFT + scale * x:.1f}", f"{TOP + rise * (marks[-1] - y):.1f}") for x, y in line]
         dots = "".join(f'<circle cx="{x}" cy="{y}" r="{3 if len(line) < 60 else 1}"/>' for x, y in points)
         parts.append(f'<g class="run{number}"><polyline points="{" ".join(map(",".join, points))}"/>{dots}</g>')
     iterations = sorted({x for line in lines for x, _ in line})
@@ -122,9 +117,8 @@ def class_table(names: Sequence[str], results: Sequence[evaluate.Metrics], info:
     iou = np.stack([each.iou for each in results])
     order = np.argsort(-np.nan_to_num(iou[-1] - (iou[0] if len(iou) > 1 else 0), nan=-2), kind="stable")  # NaN last
     accuracy = side_by_side("accuracy %", names, [results[0].accuracy[order]]) if len(iou) == 1 else {}
-    shares = results[0].pixels[order] / max(results[0].pixels.sum(), 1)
     return {"class": [info.classes[k] for k in order], **side_by_side("IoU %", names, iou[:, order]), **accuracy,
-            **side_by_side("pixels %", names[:1], [shares])}
+            **side_by_side("pixels %", names[:1], [results[0].pixels[order] / max(results[0].pixels.sum(), 1)])}
 
 
 def class_bars(columns: Columns, info: data.DatasetInfo) -> str:
@@ -177,14 +171,13 @@ def choose_examples(scores: np.ndarray) -> dict[str, list[int]]:
 
 def examples(dataset: data.SegmentationDataset, chosen: Sequence[int], runs: Sequence[Run]) -> Iterator[str]:
     """Each chosen image: its name and scores, then photograph, labels, and of each run prediction and error map."""
-    palette = dataset.info.palette
     for index in chosen:
         labels = dataset.labels(index)
-        pictures = {"image": dataset.image(index), "labels": draw.colorize(labels, palette)}
+        pictures = {"image": dataset.image(index), "labels": draw.colorize(labels, dataset.info.palette)}
         for run in runs:
             prediction = np.frombuffer(zlib.decompress(run.predictions[index]), np.uint8).reshape(labels.shape)
             of = f" of {run.name}" if len(runs) > 1 else ""
-            pictures[f"prediction{of}"] = draw.colorize(prediction, palette, ignore_index=-1)
+            pictures[f"prediction{of}"] = draw.colorize(prediction, dataset.info.palette, ignore_index=-1)
             pictures[f"errors{of}"] = draw.error_map(labels, prediction)
         name = html.escape(dataset.names[index])
         row = "".join(f'<figure><img alt="{html.escape(what)} of {name}" src="{embedded(picture)}">'
@@ -230,8 +223,7 @@ def answer(folder: Path, dataset: data.SegmentationDataset, model: nn.Module, fa
            options: argparse.Namespace) -> Run:
     """Predict the images of the data set with the model of the run in this folder."""
     device = common.choose_device(options.device)
-    scores: list[tuple[float, float]] = []
-    predictions: list[bytes] = []
+    scores, predictions = [], []
 
     def keep(index: int, prediction: np.ndarray) -> None:
         arrays = torch.from_numpy(prediction), torch.from_numpy(dataset.labels(index))
@@ -242,13 +234,13 @@ def answer(folder: Path, dataset: data.SegmentationDataset, model: nn.Module, fa
                                   limit=options.limit, window_batch=options.window_batch, amp=options.amp,
                                   fast=options.fast)
     return Run(folder.name, read_config(folder), read_log(folder / "log.jsonl"), facts.get("iteration"),
-               confusion.cpu().numpy(), np.array(scores).T, predictions)
+               confusion.cpu().numpy(), evaluate.metrics(confusion), np.array(scores).T, predictions)
 
 
 def write_report(folders: Sequence[Path], options: argparse.Namespace) -> Path:
     """Evaluate each run's best checkpoint; write index.html, and its tables beside it. Returns the page's path."""
-    if len(folders) == 2 and folders[0].name == folders[1].name:
-        raise UserError(f"{folders[0]} and {folders[1]}: name two runs that have different names")
+    if len(folders) > 2 or len({folder.name for folder in folders}) < len(folders):
+        raise UserError(f"{', '.join(map(str, folders))}: name one run, or two that have different names")
     path = folders[0] / "-vs-".join(["report", *(folder.name for folder in folders[1:])]) / "index.html"
     common.allow_tf32(options.tf32)
     loaded = [evaluate.load_with_data(folder / "best.pt", options.data, options.split) for folder in folders]
@@ -258,28 +250,27 @@ def write_report(folders: Sequence[Path], options: argparse.Namespace) -> Path:
                         "compare them on with --data DIR")
     common.check_file(path, "the report")
     runs = [answer(folder, *each, options) for folder, each in zip(folders, loaded, strict=True)]
-    names, results = [run.name for run in runs], [evaluate.metrics(torch.from_numpy(run.confusion)) for run in runs]
-    classes = class_table(names, results, dataset.info)
+    names = [run.name for run in runs]
+    classes = class_table(names, [run.result for run in runs], dataset.info)
     images = {"image": dataset.names[: len(runs[0].predictions)],
               **side_by_side("IoU %", names, [run.scores[0] for run in runs]),
               **side_by_side("accuracy %", names, [run.scores[1] for run in runs])}
-    page = fill_page(dataset, runs, results, class_bars(classes, dataset.info),
-                     "multi-scale + flip" if options.ms else "single-scale")
+    page = fill_page(dataset, runs, class_bars(classes, dataset.info), options.ms)
     files = {"per_image.csv": csv_text(images), "classes.csv": csv_text(classes), "classes.md": markdown(classes)}
     for name, text in (files | {path.name: page}).items():
         common.write_whole(path.with_name(name), lambda file, text=text: file.write(text.encode()))
     return path
 
 
-def fill_page(dataset: data.SegmentationDataset, runs: Sequence[Run], results: Sequence[evaluate.Metrics], bars: str,
-              scales: str) -> str:
-    """report.html with all that follows from the runs; of two runs, only the settings that differ."""
+def fill_page(dataset: data.SegmentationDataset, runs: Sequence[Run], bars: str, multi_scale: bool) -> str:
+    """report.html with the table of the classes and all that the runs tell; of two runs, the settings that differ."""
     info, two, here = dataset.info, len(runs) > 1, Path(__file__)
     names, scores = [html.escape(run.name) for run in runs], np.stack([run.scores[0] for run in runs])
-    about = (f"{info.name}, {scores.shape[1]} images of {dataset.split}, {scales}, iteration "
-             f"{' and '.join(str(run.iteration) for run in runs)}")
-    means = side_by_side("", names, [(each.mean_iou, each.all_accuracy, each.mean_accuracy) for each in results])
-    headline = zip(("mIoU", "pixel accuracy", "mean accuracy"), *means.values(), strict=True)
+    about = (f"{info.name}, {scores.shape[1]} images of {dataset.split}, {'multi' if multi_scale else 'single'}-scale, "
+             f"iteration {' and '.join(str(run.iteration) for run in runs)}")
+    results = (run.result for run in runs)
+    means = [(each.mean_iou, each.all_accuracy, each.mean_accuracy) for each in results]
+    means = {"mean": ("mIoU", "pixel accuracy", "mean accuracy"), **side_by_side("%", names, means)}
     all_settings = [run.config | run.config.get("model", {}) | run.config.get("environment", {}) for run in runs]
     commands = (shlex.join(map(str, each.get("command", ()))).replace(" --", " \\\n    --") for each in all_settings)
     settings = {name: [each.get(name) for each in all_settings] for each in all_settings for name in each
@@ -287,7 +278,7 @@ def fill_page(dataset: data.SegmentationDataset, runs: Sequence[Run], results: S
     return Template(here.with_name("report.html").read_text()).substitute(
         title=" and ".join(names), about=html.escape(about), style=here.with_name("report.css").read_text(), bars=bars,
         headline="".join(f"<div><b>{' : '.join(numbers[:2])}</b>{title}, %{f' ({numbers[2]})' if two else ''}</div>"
-                         for title, *numbers in headline),
+                         for title, *numbers in zip(*means.values(), strict=True)),
         runs="".join(f'<li><i class="run{number}"></i>{name}</li>' for number, name in enumerate(names) if two),
         curves=curves([run.name for run in runs], [run.log for run in runs]),
         confusion="".join(f"<h3>{name if two else ''}</h3>{confusion_table(run.confusion, info.classes)}"
@@ -312,8 +303,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=common.positive, metavar="N", help="only the first N images")
     evaluate.add_device_options(parser)
     options = parser.parse_args(arguments)
-    if len(options.runs) > 2:
-        parser.error("name one run, or two to compare")
     return common.run(lambda: print(write_report([find(name) for name in options.runs or [""]], options)))
 
 

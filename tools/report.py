@@ -39,7 +39,7 @@ from tools import draw
 SHOWN = 12  # examples in a section, at most
 CURVES = (("train", "loss", "training loss", ""), ("validation", "mIoU", "validation mIoU, %", " %"),
           ("validation", "aAcc", "validation pixel accuracy, %", " %"), ("train", "lr", "learning rate", ""))
-LEFT, TOP, WIDTH, HEIGHT = 48, 26, 300, 150  # of a curve's axes, in a picture of 360 x 220
+LEFT, TOP, WIDTH, HEIGHT = 54, 26, 300, 150  # of a curve's axes, in a picture of 360 x 220
 Columns = dict[str, Sequence[str]]  # of a table: heading -> cells
 
 

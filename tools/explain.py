@@ -62,9 +62,13 @@ def explain(model: Segmenter, image: np.ndarray, classes: Sequence[str], palette
     places = np.stack([surest % CELL, surest // CELL], 1) / CELL
     samples = sampling_picture(view, places, best[:4], points, weights)
     queries = draw.with_caption(queries, f"The {len(best)} best of {len(chance)} queries: class, score, mask", CAPTION)
-    others = [draw.with_caption(answer, "The answer of all queries together", CAPTION),
-              draw.with_caption(samples, "Where the patches of four queries (+) sample; larger: more", CAPTION)]
-    return draw.contact_sheet([[queries, draw.stack(others)]])
+    others = draw.stack([
+        draw.with_caption(answer, "The answer of all queries together", CAPTION),
+        draw.with_caption(samples, "Where the patches of four queries (+) sample; larger: more", CAPTION)])
+    sheet = Image.new("RGB", (queries.width + others.width, max(queries.height, others.height)), draw.PAPER)
+    sheet.paste(queries)
+    sheet.paste(others, (queries.width, 0))
+    return sheet
 
 
 def query_sheet(picture: np.ndarray, masks: np.ndarray, captions: Sequence[str]) -> Image.Image:

@@ -98,7 +98,7 @@ def write_results(predictor: Predictor, picture: Path, stem: Path, options: argp
     common.write_whole(Path(f"{stem}_overlay.jpg"), lambda file: sheet.save(file, "JPEG", quality=92))
     save_labels(labels, Path(f"{stem}_labels.png"), predictor.palette)
     if options.explain:
-        explanation = explain(predictor.model, image, predictor.classes)
+        explanation = explain(predictor.model, image, predictor.classes, predictor.palette)
         common.write_whole(Path(f"{stem}_explain.png"), lambda file: explanation.save(file, "PNG"))
 
 

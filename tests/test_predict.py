@@ -160,7 +160,7 @@ def test_a_folder_gives_the_files_asked_for_with_each_picture(run, predictor, ca
         assert (labels == predictor(photograph(seed=1))).all() and picture.getpalette()[:15] == sum(PALETTE, [])
     with Image.open("out/frame1_overlay.jpg") as overlay, Image.open("out/frame1_explain.png") as sheet:
         assert overlay.width >= 70 and overlay.height > 50  # the legend is below
-        assert sheet.width > 4 * 320 and sheet.height > 5 * 320  # cells of 320: 6 queries in 2 rows, 4 cells below
+        assert sheet.width > 3 * 320 + 640 and sheet.height > 2 * 640  # 3 queries in a row, 2 larger pictures beside
     with np.load("out/frame1_probabilities.npz") as file:
         assert file["probabilities"].dtype == np.float16 and file["classes"].tolist() == CLASSES
         np.testing.assert_allclose(file["probabilities"].astype(float).sum(0), 1, atol=4e-3)

@@ -1,4 +1,4 @@
-# make demo   install, train a tiny model on drawn scenes, evaluate it, show predictions   (HEAD=upernet for the other head)
+# make demo   install, train a tiny model on drawn scenes, evaluate it, report, predict    (HEAD=upernet for the other head)
 # make test   install, lint, test                                                          (make test-slow: the long ones too)
 # make op     build the deformable-attention op ahead of time
 PYTHON ?= python3
@@ -6,6 +6,8 @@ HEAD ?= mask2former
 PROCESSES = 2
 THREADS = $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$(( n > $(PROCESSES) ? n / $(PROCESSES) : 1 )))
 BIN = .venv/bin
+# UperNet has no queries to explain.
+SHEET = $(if $(filter mask2former,$(HEAD)),$(BIN)/python predict.py data/toy/images/val_0000.jpg --explain --out runs/demo-pictures)
 
 .PHONY: demo test test-slow lint op clean
 
@@ -14,7 +16,10 @@ demo: .venv/installed
 	$(BIN)/python evaluate.py
 	$(BIN)/python evaluate.py --ms
 	$(BIN)/python predict.py data/toy/images/val_000*.jpg --out runs/demo-pictures
-	@echo "Look at the overlays in runs/demo-pictures; the curves: $(BIN)/tensorboard --logdir runs"
+	$(SHEET)
+	$(BIN)/python -m tools.report
+	@echo "Open $$(ls -t runs/*/report/index.html | head -n 1) and the pictures in runs/demo-pictures$(if $(SHEET),; val_0000_explain.png shows the queries)"
+	@echo "The curves: $(BIN)/tensorboard --logdir runs"
 
 test: .venv/installed-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal

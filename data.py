@@ -183,26 +183,23 @@ def check_names(names: list[str], source: str) -> None:
         raise UserError(f"{source}: {len(names)} names, {repeated} repeated: give 1 to {IGNORE} different ones")
 
 
-def read_lines(path: Path, remedy: str) -> list[str]:
-    """The lines of a text file in UTF-8 or, with a byte order mark, UTF-16; stripped, without empty ones.
-
-    Raises UserError if it cannot be read or has none. Only line feeds end a line: names may hold other separators.
-    """
+def read_text(path: Path, remedy: str) -> str:
+    """A text file in UTF-8 or, with a byte order mark, UTF-16. Raises UserError if it cannot be read or is empty."""
     try:
         content = path.read_bytes()
-        utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
-        lines = [line.strip() for line in content.decode("utf-16" if utf16 else "utf-8-sig").split("\n")]
+        text = content.decode("utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({reason(error)}): {remedy}") from None
-    if not any(lines):
+    if not text.strip():
         raise UserError(f"{path} is empty: {remedy}")
-    return [line for line in lines if line]
+    return text
 
 
 def read_split(path: Path) -> list[str]:
     """The names in a split file, one a line, extension or not. UserError if absent, empty, leading outside."""
     others = ", ".join(sorted(file.stem for file in path.parent.glob("*.txt"))) or "none"
-    names = read_lines(path, f"write the names of the images there, one a line (splits here: {others})")
+    text = read_text(path, f"write the names of the images there, one a line (splits here: {others})")
+    names = [name for line in text.split("\n") if (name := line.strip())]  # names may hold other separators of lines
     for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"{path} names '{name}', which leads out of the data folder: use names below images/")

@@ -172,7 +172,15 @@ def predict(model: nn.Module, views: Sequence[View], size: tuple[int, int], wind
 
 def predictions(model: nn.Module, images: Iterable[np.ndarray], *, multi_scale: bool = False,
                 device: torch.device | str = "cpu", window_batch: int | None = None) -> Iterator[Tensor]:
-    """Class indices, uint8 (H, W), of each image, uint8 (H, W, 3), in order.
+    """Class indices, uint8 (H, W), of each image, uint8 (H, W, 3), in order."""
+    for strips in votes(model, images, multi_scale, device, window_batch):
+        # max is three times as fast as argmax on a CPU; uint8 holds every class, for there are at most 255
+        yield torch.cat([strip.max(0).indices.to(torch.uint8) for strip in strips])
+
+
+def votes(model: nn.Module, images: Iterable[np.ndarray], multi_scale: bool, device: torch.device | str,
+          window_batch: int | None = None) -> Iterator[Iterator[Tensor]]:
+    """The strips of probabilities that `vote` makes of each image, uint8 (H, W, 3), in order; use each before the next.
 
     Images are read and resized in a thread while the model works, and consecutive images share batches of windows.
     """
@@ -181,9 +189,7 @@ def predictions(model: nn.Module, images: Iterable[np.ndarray], *, multi_scale: 
     ahead, current = tee(prepared)  # the model is ahead of the votes
     scores = sliding_scores(model, (view for _, views in ahead for view in views), window_batch)
     for size, views in current:
-        strips = vote(zip(views, scores, strict=False), size, model.config.num_classes)  # the rest: next pictures
-        # max is three times as fast as argmax on a CPU; uint8 holds every class, for there are at most 255
-        yield torch.cat([strip.max(0).indices.to(torch.uint8) for strip in strips])
+        yield vote(zip(views, scores, strict=False), size, model.config.num_classes)  # the rest: next pictures
 
 
 def prefetch(items: Iterable, ahead: int = 2) -> Iterator:

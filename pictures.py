@@ -22,7 +22,7 @@ from PIL import Image
 import common
 from common import UserError, reason
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 Picture = str | Path | bytes | Image.Image | np.ndarray | torch.Tensor
 EXPECTED = ("a picture is a file name, the bytes of a file, a Pillow image, or an array or tensor (H, W), (H, W, 3) or "
             "(3, H, W), with alpha or not, of whole numbers of 8 or 16 bits or of floats in 0..1 or 0..255")

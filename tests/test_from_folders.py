@@ -93,14 +93,19 @@ def from_zero(labels: np.ndarray) -> np.ndarray:
     (lambda path, labels, i: Image.fromarray(np.dstack([COLOURS[labels], labels * 0])).save(path), LIST, (), same, ""),
     (lambda path, labels, i: palette_png(path, labels, COLOURS), NAMES, (), same,
      "labels: palette indices as they are: sky is drawn in 70 130 180, road in 128 64 128, car in 0 0 142\n"),
-    (gray([0, 1, 2]), NAMES, (), same, ""),
-    (gray([0, 1, 2]), LIST, (), same, "labels: class indices as they are; the colours of the list are for drawing\n"),
-    (gray([0, 1, 255]), "2", (), lambda labels: np.where(labels == 2, 255, labels), ""),
+    (gray([0, 1, 2]), NAMES, (), same, "labels: 0 is sky, 1 is road, 2 is car\n"),
+    (gray([0, 1, 2]), LIST, (), same, "labels: the colours of the list are for drawing only\n"),
+    (gray([0, 1, 255]), "2", (), lambda labels: np.where(labels == 2, 255, labels),
+     "labels: 0 is class 0, 1 is class 1, 255 is unlabelled\n"),
     (gray([0, 127, 255]), "a 0 0 0\nb 127 127 127\nc 255 255 255\n", (), same, ""),
-    (gray([0, 1, 2]), "road\ncar\n", ("--zero-is-unlabelled",), from_zero, "0 is unlabelled, 1 is the first class"),
+    (gray([0, 1, 2]), "road\ncar\n", ("--zero-is-unlabelled",), from_zero, "0 is unlabelled, 1 is road, 2 is car\n"),
+    (gray([0, 7, 9]), "id,name\n7,road\n9,car\n", ("--zero-is-unlabelled",), from_zero, "0 is unlabelled, 7 is road"),
+    (gray([0, 1, 2]), "void\nroad\ncar\n", (), from_zero, "0 is unlabelled, 1 is road, 2 is car\n"),
+    (gray([0, 1, 255]), "__ignore__\n_background_\nscratch\n", (),
+     lambda labels: np.where(labels == 2, 255, labels), "labels: 0 is _background_, 1 is scratch, 255 is unlabelled\n"),
     (lambda path, labels, i: Image.fromarray(np.dstack([labels] * 3)).save(path), NAMES, (), same, "three equal"),
-    (lambda path, labels, i: Image.fromarray(labels.astype(np.uint16)).save(path), NAMES, (), same, ""),
-    (lambda path, labels, i: Image.merge("LA", [Image.fromarray(labels)] * 2).save(path), NAMES, (), same, ""),
+    (lambda path, labels, i: Image.fromarray(labels.astype(np.uint16)).save(path), NAMES, (), same, "0 is sky"),
+    (lambda path, labels, i: Image.merge("LA", [Image.fromarray(labels)] * 2).save(path), NAMES, (), same, "0 is sky"),
     (coloured, LIST.replace("car", "ignore"), (), lambda labels: np.where(labels == 2, 255, labels), ""),
     (coloured, LIST.replace("car", "road"), (), lambda labels: labels.clip(0, 1), ""),  # two colours of one class
 ], ids=itertools.count())
@@ -120,7 +125,7 @@ def test_two_classes_as_0_and_255_are_mapped(tmp_path: Path, capsys, first_file:
     Image.fromarray(np.uint8(first_file)[truth["a"]]).save(tmp_path / "masks" / "a.png")
     run(tmp_path, "2")
     assert_made(tmp_path, truth | {"a": np.uint8(first_file)[truth["a"]] // 255})
-    assert "labels: 0 is 'class 0', 255 is 'class 1'\n" in capsys.readouterr().out
+    assert "labels: 0 is class 0, 255 is class 1\n" in capsys.readouterr().out
 
 
 def test_the_colours_of_palettes_are_kept(tmp_path: Path) -> None:
@@ -138,8 +143,7 @@ def mixed(one: Callable, other: Callable) -> Callable:
     (shuffled, LIST.replace("128 64 128", "1 2 3"), "label colour 128 64 128 is none .* in 6 of 6 files, .*indices"),
     (coloured, NAMES, "holds colours: give each class its colour .* the files have 3: "),
     (coloured, LIST.replace("142", "143"), "label colour 0 0 142 is none of the classes: in 6 of 6 files, first"),
-    (gray([0, 1, 3]), NAMES, "label value 3 is none of the classes: .*: if 0 is unlabelled and the classes are 1 to 3, "
-     "use --zero-is-unlabelled"),
+    (gray([0, 1, 3]), NAMES, "label value 3 is none of the classes: .*: if 0 is unlabelled, use --zero-is-unlabelled"),
     (gray([1, 2, 3]), NAMES, "use --zero-is-unlabelled"),
     (gray([0, 1, 17]), NAMES, "label value 17 is none of the classes: in 6 of 6 files, first .*a.png: no class is 255"),
     (gray([0, 127, 255]), NAMES, "label value 127 is none .*its gray level in the list, `name 127 127 127`"),

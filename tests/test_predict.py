@@ -4,6 +4,7 @@ import contextlib
 import subprocess
 import sys
 from dataclasses import asdict
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import evaluate
 import predict
 from model import build_model
 from predict import Predictor
+from tools import video
 
 CLASSES = ["sky", "road", "tree", "car", "sign"]
 PALETTE = [[60, 120, 200], [90, 90, 90], [40, 140, 40], [200, 40, 40], [230, 200, 40]]
@@ -160,7 +162,7 @@ def test_a_folder_gives_the_files_asked_for_with_each_picture(run, predictor, ca
         assert (labels == predictor(photograph(seed=1))).all() and picture.getpalette()[:15] == sum(PALETTE, [])
     with Image.open("out/frame1_overlay.jpg") as overlay, Image.open("out/frame1_explain.png") as sheet:
         assert overlay.width >= 70 and overlay.height > 50  # the legend is below
-        assert sheet.width > 4 * 320 and sheet.height > 5 * 320  # cells of 320: 6 queries in 2 rows, 4 cells below
+        assert sheet.width > 3 * 320 + 640 and sheet.height > 2 * 640  # 3 queries in a row, 2 larger pictures beside
     with np.load("out/frame1_probabilities.npz") as file:
         assert file["probabilities"].dtype == np.float16 and file["classes"].tolist() == CLASSES
         np.testing.assert_allclose(file["probabilities"].astype(float).sum(0), 1, atol=4e-3)
@@ -195,15 +197,95 @@ def test_user_errors_are_one_line_and_status_2(run, capsys, arguments, message):
     assert names(".") == ["a.png", "bad.png", "empty"]
 
 
-def test_globs_are_expanded_and_pictures_of_one_name_are_kept_apart(tmp_path, monkeypatch):
+def place(folder, *pictures):
+    """Write small pictures below the folder."""
+    for i, picture in enumerate(pictures):
+        path = Path(folder, picture)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photograph(seed=i)).save(path)
+
+
+@pytest.mark.parametrize(("pictures", "arguments", "places"), [
+    (["in/1.png", "in/sub/2.jpg", "in/sub/deep/3.PNG"], ["in"], ["1", "sub/2", "sub/deep/3"]),
+    (["a/1.png", "b/1.png"], ["*/*.png"], ["a/1.png", "b/1.png"]),
+    (["a/1.png", "b/1.png"], ["a", "b"], ["a/1.png", "b/1.png"]),
+    (["in/x.png", "in/x.jpg", "in/s.1.png", "in/s.2.png"], ["in"], ["in/x.jpg", "in/x.png", "s.1", "s.2"]),
+    (["in/x.png", "in/X.png"], ["in"], ["in/X.png", "in/x.png-2"]),
+    (["in/1.png", "in/.hidden.png", "in/__MACOSX/1.png"], ["in"], ["1"]),
+    (["in/x.png", "in/x_labels.png", "in/x_overlay.jpg", "in/y_labels.png"], ["in"], ["x", "y_labels"]),
+    (["in/x_labels.png"], ["in/x_labels.png", "in/x_labels.png"], ["x_labels"]),
+    (["in/x.png", "in/out/x_explain.png", "in/out/z.png"], ["in", "--out", "in/out"], ["x"]),
+])
+def test_each_picture_has_a_place_of_its_own(tmp_path, monkeypatch, pictures, arguments, places):
     monkeypatch.chdir(tmp_path)
-    for folder in ("a", "b"):
-        Path(folder).mkdir()
-        Path(folder, "1.png").touch()
-    pictures = predict.find_pictures(["*/*.png", "a"])
-    assert pictures == [Path("a/1.png"), Path("b/1.png")]
-    assert predict.stems(pictures, Path("out")) == [Path("out/a_1.png"), Path("out/b_1.png")]
-    assert predict.stems(pictures[:1], Path("out")) == [Path("out/1")]
+    place(".", *pictures)
+    out = Path(arguments[arguments.index("--out") + 1] if "--out" in arguments else "out")
+    found = predict.find_pictures(arguments[:-2] if "--out" in arguments else arguments, out)
+    assert sorted(path.relative_to(out).as_posix() for path in found.values()) == places
+
+
+def test_results_beside_their_pictures_are_not_predicted_again(run, capsys):
+    place("in", "x.png", "sub/y.png")
+    for _ in range(2):
+        assert run("in", "--out", "in") == 0
+        assert {str(path.relative_to("in")) for path in Path("in").rglob("*.*")} == {
+            "x.png", "x_labels.png", "x_overlay.jpg", "sub/y.png", "sub/y_labels.png", "sub/y_overlay.jpg"}
+    assert "left out: 4 results of an earlier run" in capsys.readouterr().out
+    place("in", "x_labels.png")
+    assert run("in/x.png", "in/x_labels.png", "--out", "in") == 2
+    assert "x_labels.png would be written over, and is one of the pictures" in capsys.readouterr().err
+
+
+def test_confidence_is_the_probability_of_the_label(run, predictor):
+    assert run("a.png", "--confidence", "--out", "out") == 0
+    with Image.open("out/a_confidence.png") as picture:
+        assert picture.mode == "L"
+        np.testing.assert_allclose(np.array(picture) / 255, predictor.probabilities(photograph()).max(0), atol=0.003)
+
+
+def test_a_video_gives_the_labels_of_its_frames_and_frames_give_a_video(run, predictor):
+    pytest.importorskip("av")
+    with video.VideoWriter(Path("in/clip.mp4"), Fraction(8)) as writer:
+        for i in range(5):
+            writer.write(photograph(64, 80, seed=i))
+    with video.open_video(Path("in/clip.mp4")) as source:
+        frames = [*source.frames]
+    place("frames", "1.png", "2.png")
+    assert run("in", "frames", "--video", "4", "--out", "out") == 0
+    for number, frame in enumerate(frames, 1):
+        with Image.open(f"out/clip_labels/{number:06}.png") as picture:
+            np.testing.assert_array_equal(np.array(picture), predictor(frame))
+    for name, rate, length in (("clip_overlay.mp4", 8, 5), ("overlay.mp4", 4, 2)):
+        with video.open_video(Path("out", name)) as source:
+            assert source.rate == rate and len([*source.frames]) == length
+
+
+def test_a_picture_too_long_for_jpeg_has_a_png_overlay(run, monkeypatch):
+    monkeypatch.setattr(predict, "JPEG_SIDE", 69)  # for the limit of 65,500 pixels
+    assert run("a.png", "--out", "out") == 0
+    assert names("out") == ["a_labels.png", "a_overlay.png"]
+
+
+def test_labels_are_written_before_all_else(run, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise OSError("no overlay today")
+
+    monkeypatch.setattr(predict.draw, "overlay", fail)
+    assert run("a.png", "--out", "out") == 2
+    assert names("out") == ["a_labels.png"] and "no overlay today" in capsys.readouterr().err
+
+
+def test_a_list_gives_the_labels_of_each_form_of_a_picture(predictor, tmp_path):
+    image = photograph()
+    Image.fromarray(image).save(tmp_path / "x.png")
+    forms = [image, tmp_path / "x.png", str(tmp_path / "x.png"), (tmp_path / "x.png").read_bytes(),
+             Image.fromarray(image), torch.from_numpy(image).permute(2, 0, 1), (image / 255).astype(np.float32)]
+    results = predictor(forms)
+    assert isinstance(results, list) and len(results) == len(forms)
+    for labels in results:
+        np.testing.assert_array_equal(labels, predictor(image))
+    with pytest.raises(TypeError, match="a picture is a file name"):
+        predictor(image[None])
 
 
 def test_defaults_come_from_the_newest_run(run, checkpoints):

@@ -1,11 +1,14 @@
 """Lists of classes, as labelling tools write them.
 
-Reading order: ClassList -> read_classes.
+Reading order: ClassList -> read_classes -> entries_of_text (read_table, read_line) or entries_of_json -> collect.
 
 Shapes: K classes.
 """
 
+import csv
+import json
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,39 +16,194 @@ import numpy as np
 
 import data
 import pictures
-from common import IGNORE, UserError
+from common import IGNORE, UserError, reason
+
+REMEDY = "give --classes a file with one class name a line, or a number"
+KNOWN = "known are `name`, `name R G B`, `R G B name`, `name #hex`, `id,name`, tables with a header, labelmap.txt, JSON"
+NO_CLASS = {"ignore", "ignored", "void", "unlabelled", "unlabeled", "dont care", "don't care"}  # names of no class
+COLUMNS = {  # the words of a header, by what they stand for
+    "name": {"name", "names", "class", "classes", "class_name", "classname", "label", "labels", "label_name",
+             "category"},
+    "id": {"id", "idx", "index", "value", "pixel_value", "pixelvalue", "class_id", "label_id", "gray", "grey"},
+    "r": {"r", "red"}, "g": {"g", "green"}, "b": {"b", "blue"},
+    "colour": {"color", "colour", "rgb", "color_rgb", "hex", "color_hex", "hexcolor"},
+}
+HEX, NUMBER = r"#(?:[0-9a-fA-F]{3}){1,2}\b", r"\d+"
+TRIPLE = rf"{NUMBER}(?:\s*[,;\s]\s*{NUMBER}){{2}}"
+COLOUR = rf"(?P<colour>{HEX}|[(\[]\s*{TRIPLE}(?:\s*,\s*{NUMBER})?\s*[)\]]|{TRIPLE})"
+GAP = r"\s*[\s,;:=]\s*"
+FORMS = [re.compile(form) for form in (  # of a line; a name begins and ends with what is no number or separator
+    r"(?P<name>[^:]+):(?P<colour>\d+,\d+,\d+)?:[^:]*:[^:]*",  # labelmap.txt
+    rf"(?:(?P<id>{NUMBER}){GAP})?(?P<name>.*?[^\s\d,;:=(\[].*?){GAP}{COLOUR}(?:[,;\s]+(?P<alpha>{NUMBER}))?",
+    rf"{COLOUR}{GAP}(?P<name>[^\s\d,;:=].*)",
+    rf"(?P<id>{NUMBER}){GAP}(?P<name>[^\s\d,;:=].*)",
+    rf"(?P<name>.*[^\s\d,;:=].*?)\s*[,;:=\t]\s*(?P<id>{NUMBER})",
+    r"(?P<name>.*[^\s\d,;:=.].*)",
+)]
+NUMBERS_LEFT = re.compile(r"[,;:=\t]\s*-?[\d.]+\s*([,;:=\t]|$)|(^|\s)-?[\d.]+[\s,;]+-?[\d.]+(\s|$)")
+
+
+class Entry(NamedTuple):
+    """What a line says."""
+    where: str  # for messages
+    name: str
+    colour: int | None = None  # 0xRRGGBB
+    id: int | None = None  # the value in label files
+    alpha: str | None = None
 
 
 class ClassList(NamedTuple):
-    """The classes of the user's list, and the colours of a colour-coded label image, as 24-bit numbers -> label."""
+    """The classes of a list, and what stands for them in label files. A label is a class index, or 255 for no class."""
     names: list[str]
     palette: np.ndarray  # uint8 (K, 3)
-    colours: dict[int, int]
-    ids: dict[int, int] = {}
+    colours: dict[int, int]  # colour 0xRRGGBB -> label; empty if the list has none
+    ids: dict[int, int]  # value -> label; empty if the place in the list is the value
 
 
 def read_classes(classes: str) -> ClassList:
-    """Read a list of classes, one a line: `name` or `name R G B`; the name `ignore` is for colours of no class.
+    """Read a list of classes in any of the forms that labelling tools write; a number stands for classes without names.
 
-    A number instead of a file stands for that many classes without names. Raises UserError.
+    Names such as `ignore` and `void` are no class. A name on several lines is one class of several colours or values.
+    Raises UserError, with the line, for what cannot be understood.
     """
     if classes.isdigit():
-        lines = [f"class {k}" for k in range(int(classes))]
+        return collect([Entry(classes, f"class {k}") for k in range(int(classes))], classes)
+    text = data.read_text(Path(classes), REMEDY)
+    if re.match(r'\s*(\{|\[\s*[{"])', text) or classes.lower().endswith(".json"):
+        try:
+            entries = list(entries_of_json(json.loads(text), classes))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise error if isinstance(error, UserError) else UserError(
+                f"{classes}: not a list of classes in JSON ({reason(error)}): {REMEDY}") from None
     else:
-        lines = data.read_lines(Path(classes), "give --classes a file with one class name a line, or a number")
-    names, colours = [], {}
-    for number, line in enumerate(lines, 1):
-        # name, perhaps red, green, blue, between spaces, commas or a colon
-        name, *rgb = re.fullmatch(r"(.+?)(?:[\s,:]+(\d+)[\s,]+(\d+)[\s,]+(\d+))?", line).groups()
-        if rgb[0]:
-            if max(map(int, rgb)) > 255 or (colour := int.from_bytes(map(int, rgb))) in colours:
-                raise UserError(f"{classes}, line {number}: {' '.join(rgb)} is no colour of 0..255 or used before")
-            colours[colour] = IGNORE if name == "ignore" else len(names)
-        if not rgb[0] or name != "ignore":
+        entries = list(entries_of_text(text, classes))
+    return collect(entries, classes)
+
+
+def entries_of_text(text: str, source: str) -> Iterator[Entry]:
+    """The entries of a text, one a line; blank lines and comments (# and //) are skipped."""
+    lines = [(f"{source}, line {number}", re.sub(r"\s+(#(?![0-9a-fA-F]{3,6}\b)|//).*", "", line).strip())
+             for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1)]
+    lines = [(where, line) for where, line in lines
+             if line and not line.startswith("//") and (not line.startswith("#") or re.match(HEX + r"\s*\S", line))]
+    if not lines:
+        raise UserError(f"{source} has comments only: {REMEDY}")
+    separator, columns = header_of(lines[0][1])
+    if separator in (",", ";", "\t"):
+        yield from read_table(lines, separator, columns)
+        return
+    if len(lines) == 1 and "," in lines[0][1] and not re.search(r"\d", lines[0][1]):
+        yield from (Entry(f"{source}, line 1", name.strip()) for name in lines[0][1].split(","))
+        return
+    read = [read_line(*line) for line in lines[separator is not None:]]
+    if len({entry.alpha for entry in read if entry.colour is not None}) > 1:  # numbers of another meaning
+        entry = next(entry for entry in read if entry.alpha is not None)
+        raise UserError(f"{entry.where}: four numbers for '{entry.name}', which may be R G B or not: write three")
+    yield from read
+
+
+def header_of(line: str) -> tuple[str | None, dict[str, int]]:
+    """The separator and the columns of a header, by what they stand for; None and {} if the line is none."""
+    for separator in (",", ";", "\t", ":", " "):
+        words = [re.sub(r"[\s_]+", "_", word.strip(" \"'").lower()) for word in line.split(separator)]
+        columns = {kind: k for k, word in [*enumerate(words)][::-1] for kind, known in COLUMNS.items() if word in known}
+        needed = {"name", "r", "g", "b"} if separator == " " else {"name"}
+        if columns.keys() >= needed and (len(columns) > 1 or len(words) == 1):
+            return separator, columns
+    return None, {}
+
+
+def read_table(lines: Sequence[tuple[str, str]], separator: str, columns: dict[str, int]) -> Iterator[Entry]:
+    """The entries of a table with a header; columns that are not known are left out."""
+    if "colour" not in columns and 0 < len({"r", "g", "b"} & columns.keys()) < 3:
+        raise UserError(f"{lines[0][0]}: a header with {lines[0][1]!r} needs all of r, g, b")
+    for where, line in lines[1:]:
+        fields = [field.strip() for field in next(csv.reader([line], delimiter=separator, skipinitialspace=True))]
+        if len(fields) <= max(columns.values()) or not fields[columns["name"]]:
+            raise UserError(f"{where}: {line!r} has not the columns of the header: mend it")
+        colour = " ".join(fields[columns[c]] for c in "rgb") if "r" in columns else (
+            fields[columns["colour"]] if "colour" in columns else None)
+        yield Entry(where, fields[columns["name"]], colour and as_colour(colour, where),
+                    as_id(fields[columns["id"]], where) if "id" in columns else None)
+
+
+def read_line(where: str, line: str) -> Entry:
+    """The entry of a line without a header."""
+    found = next((match for form in FORMS if (match := form.fullmatch(line))), None)
+    if not found or NUMBERS_LEFT.search(found["name"]):
+        raise UserError(f"{where}: {line!r} cannot be understood: {KNOWN}")
+    parts = {"colour": None, "id": None, "alpha": None, **found.groupdict()}
+    return Entry(where, parts["name"].strip(" \t\"'"), parts["colour"] and as_colour(parts["colour"], where),
+                 parts["id"] and as_id(parts["id"], where), parts["alpha"])
+
+
+def entries_of_json(content: object, source: str) -> Iterator[Entry]:
+    """The entries of JSON: names, objects with a name and a color or id, {"classes": ..}, {id: name}, {name: color}."""
+    if isinstance(content, dict):
+        inner = next((content[key] for key in ("classes", "labels", "categories") if key in content), None)
+        if inner is not None:
+            palette = content.get("palette") or [None] * len(inner)
+            for entry, colour in zip(entries_of_json(inner, source), palette, strict=True):
+                yield entry if colour is None else entry._replace(colour=as_colour(str(colour), entry.where))
+            return
+        content = [{"name": value, "id": key} if key.isdigit() else
+                   {"name": key, "id" if isinstance(value, int) else "color": value} for key, value in content.items()]
+    for number, item in enumerate(content, 1):
+        where = f"{source}, class {number}"
+        item = {key.lower(): value for key, value in item.items()} if isinstance(item, dict) else {"name": item}
+        name = item.get("name", item.get("title", item.get("label")))
+        if not isinstance(name, str):
+            raise UserError(f"{where}: no name: {REMEDY}")
+        colour, value = item.get("color", item.get("colour")), item.get("id", item.get("value"))
+        is_id = isinstance(value, int | str) and str(value).isdigit()
+        yield Entry(where, name, None if colour is None else as_colour(str(colour), where),
+                    int(value) if is_id else None)
+
+
+def as_colour(text: str, where: str) -> int:
+    """A colour as 0xRRGGBB: `#rrggbb`, `#rgb` or three numbers; an alpha behind is left out. Raises UserError."""
+    if text.startswith("#") or re.fullmatch("[0-9a-fA-F]{6}", text):
+        digits = text.lstrip("#")
+        digits = "".join(2 * digit for digit in digits) if len(digits) == 3 else digits
+        if re.fullmatch("[0-9a-fA-F]{6}", digits[:6]) and len(digits) in (6, 8):
+            return int(digits[:6], 16)
+    numbers = re.findall(r"-?[\d.]+", text)
+    if len(numbers) not in (3, 4) or not all(number.isdigit() and int(number) <= 255 for number in numbers):
+        raise UserError(f"{where}: {text} is no colour: give red, green and blue, whole numbers of 0..255")
+    return int.from_bytes(map(int, numbers[:3]))
+
+
+def as_id(text: str, where: str) -> int:
+    """A value of label files. Raises UserError."""
+    if not text.isdigit() or int(text) > 65535:
+        raise UserError(f"{where}: {text} is no value of a label file: give whole numbers from 0 to 65535")
+    return int(text)
+
+
+def collect(entries: Sequence[Entry], source: str) -> ClassList:
+    """The classes of the entries. Raises UserError for entries that contradict one another."""
+    if entries and entries[0].name == "__ignore__" and entries[0].colour is entries[0].id is None:
+        entries = entries[1:]  # labelme counts it as -1: the next one is 0
+    names, colours, ids = [], {}, {}
+    several = len({entry.name for entry in entries}) < len(entries)  # colours or values of one class
+    has_colours, has_ids = (any(getattr(entry, field) is not None for entry in entries) for field in ("colour", "id"))
+    for place, (where, name, colour, value, _) in enumerate(entries):
+        no_class = re.sub(r"[\s_-]+", " ", name).strip().casefold() in NO_CLASS
+        for has, given, what in ((has_colours, colour, "colour"), (has_ids, value, "value")):
+            if has and given is None and not no_class:
+                raise UserError(f"{where}: '{name}' has no {what}, and other classes have one: give it one")
+        if not no_class and (name not in names or not (has_colours or has_ids)):
             names.append(name)
-    data.check_names(names, f"--classes {classes}")
+        label = IGNORE if no_class else names.index(name)
+        value = value if has_ids else place
+        for table, key, text in ((colours, colour, "colour"), (ids, value, "value")):
+            if key is not None and table.setdefault(key, label) != label:
+                raise UserError(f"{where}: the {text} of '{name}' is that of another class: one of them is wrong")
+    data.check_names(names, f"--classes {source}")
+    if not has_ids and (several or ids == {k: k for k in range(len(names))}):
+        ids = {}
     palette = pictures.default_palette(len(names))
-    for colour, k in colours.items():
+    for colour, k in reversed(colours.items()):
         if k != IGNORE:
             palette[k] = tuple(colour.to_bytes(3))
-    return ClassList(names, palette, colours)
+    return ClassList(names, palette, colours, ids)

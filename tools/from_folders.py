@@ -35,6 +35,7 @@ MASK_FOLDERS = ("mask", "masks", "label", "labels", "annotation", "annotations",
 IMAGE_FOLDERS = ("image", "images", "img", "imgs", "jpegimages", "photos")
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
                "testing": "test"}  # of folders
+PICTURE_EXTENSION = rf"(?i)\.({'|'.join(extension[1:] for extension in pictures.EXTENSIONS)})$"  # a.jpg of a.jpg.png
 GRAY = 0x010101  # a gray level times this is its colour
 Job, Result = TypeVar("Job"), TypeVar("Result")
 
@@ -130,8 +131,7 @@ def cut(stems: dict[Path, str], suffix: str = "", prefix: str = "") -> dict[Path
 def match(stems: dict[Path, str], masks: dict[Path, str]) -> tuple[dict[str, Path], dict[str, Path]]:
     """Images and label files by name, by the first of some ways to read their names that finds all images' names."""
     ways = [(stems, masks)]
-    ways += [tuple({path: re.sub(r"\.(jpe?g|png|bmp|tiff?|webp)$", "", stem, flags=re.I) for path, stem in side.items()}
-                   for side in ways[0])]  # a.jpg and a.jpg.png
+    ways += [tuple({path: re.sub(PICTURE_EXTENSION, "", stem) for path, stem in side.items()} for side in ways[0])]
     ends = [common_ends(side) for side in ways[0]]
     ways += [(stems, cut(masks, *ends[1])), (cut(stems, *ends[0]), masks),
              (cut(stems, *ends[0]), cut(masks, *ends[1]))]
@@ -177,7 +177,7 @@ def safe_names(keys: Iterable[str]) -> dict[str, str]:
     for key in keys:
         parts = [re.sub(r'[\\<>:"|?*]', "_", "".join(c if c.isprintable() else "_" for c in part)).strip(" .") or "_"
                  for part in key.split("/")]
-        name = re.sub(rf"\.({'|'.join(e[1:] for e in pictures.EXTENSIONS)})$", r"_\1", "/".join(parts), flags=re.I)
+        name = re.sub(PICTURE_EXTENSION, r"_\1", "/".join(parts))
         number = 1
         while f"{name}-{number}".casefold() in taken or number == 1 and name.casefold() in taken:
             number += 1
@@ -306,9 +306,9 @@ class Rule(NamedTuple):
 
 def choose_rule(classes: ClassList, surveys: Sequence[Survey], zero_is_unlabelled: bool) -> Rule:
     """One rule for all files. A rule that is a guess is printed; what could mean several things is refused."""
-    if zero_is_unlabelled and (classes.colours or classes.ids):
-        raise UserError("--zero-is-unlabelled is for class indices, and the list has colours or values: "
-                        "give the 0 its line there, `ignore` with its colour or value")
+    if zero_is_unlabelled and (classes.colours or 0 in classes.ids):
+        raise UserError("--zero-is-unlabelled is for class indices, and the list says what 0 is, or has colours: "
+                        "write `ignore` there for no class")
     grays = {colour & 255 for colour in classes.colours if colour % GRAY == 0}
     plain = {value for file in surveys if not file.coloured and not file.palette for value in file.counts}
     if classes.colours and (len(plain) == 0 or plain <= grays):
@@ -318,7 +318,7 @@ def choose_rule(classes: ClassList, surveys: Sequence[Survey], zero_is_unlabelle
                         "give files of one kind")
     rule = index_rule(classes, surveys, zero_is_unlabelled)
     if classes.colours:
-        print("labels: class indices as they are; the colours of the list are for drawing")
+        print("labels: the colours of the list are for drawing only")
     return rule
 
 
@@ -357,21 +357,22 @@ def index_rule(classes: ClassList, surveys: Sequence[Survey], zero_is_unlabelled
     known = {IGNORE: IGNORE, **known}
     values = {value for counts in found for value in counts}
     if zero_is_unlabelled:
-        known = {IGNORE: IGNORE, 0: IGNORE, **{k + 1: k for k in range(number)}}
-        print("labels: 0 is unlabelled, 1 is the first class")
+        known = {IGNORE: IGNORE, 0: IGNORE, **(classes.ids or {k + 1: k for k in range(number)})}
     elif number == 2 and not classes.ids and IGNORE in values:
         kinds = {frozenset(counts) & {1, IGNORE} for counts in found} - {frozenset()}
         if kinds == {frozenset({IGNORE})} and values <= {0, IGNORE}:
             known = {0: 0, IGNORE: 1}
-            print(f"labels: 0 is '{classes.names[0]}', 255 is '{classes.names[1]}'")
         elif kinds == {frozenset({IGNORE}), frozenset({1})}:
             raise UserError("some label files hold 0 and 1, others 0 and 255, which may be the second class or no "
                             f"class ({next(file.path for file in surveys if IGNORE in file.counts)}): save all of them "
                             "with 0 and 1, or all with 0 and 255")
     remedy = f"no class is {IGNORE}; or give each class its gray level in the list, `name 127 127 127`"
-    if values - {IGNORE} <= {*range(number + 1)} and not classes.ids:
-        remedy = "if 0 is unlabelled and the classes are 1 to " + f"{number}, use --zero-is-unlabelled; {remedy}"
+    if 0 in values - known.keys() or number in values and values - {IGNORE} <= {*range(number + 1)}:
+        remedy = f"if 0 is unlabelled, use --zero-is-unlabelled; {remedy}"
     check_values(found, surveys, known, lambda value: f"value {value}", remedy)
+    names = [*classes.names, *["unlabelled"] * (IGNORE + 1 - number)]  # by label
+    meaning = [f"{value} is {names[known[value]]}" for value in sorted(values)]
+    print(f"labels: {', '.join(meaning[:12])}{' ...' if len(meaning) > 12 else ''}")
     check_one_class(found, known, classes.names)
     return Rule(known, False, palette)
 

@@ -1,16 +1,18 @@
-"""A run as one HTML page: runs/NAME/report/index.html, self-contained, for a phone as for a desk, light and dark.
+"""A run, or two beside each other, as one HTML page: self-contained, for a phone as for a desk, light and dark.
 
     python -m tools.report                    the newest run, its best checkpoint, single-scale
     python -m tools.report camvid --ms        the run runs/camvid, multi-scale with flips
+    python -m tools.report first second       two runs on the same images: runs/first/report-vs-second/index.html
 
-Reading order: main -> write_report -> fill_page, which fills report.html with curves, class_bars, confusion_picture
-and examples. Charts are inline SVG that needs no script; a mark shows its numbers when it is pointed at or touched.
+Reading order: main -> write_report -> answer -> fill_page, which fills report.html with curves, class_bars,
+confusion_table and examples. No script: a note stands below its chart while its mark is pointed at or touched.
 
-Shapes: K classes; labels and predictions are uint8 (H, W), a confusion matrix is int64 (K, K).
+Shapes: K classes, N images; labels and predictions are uint8 (H, W), a confusion matrix is int64 (K, K).
 """
 
 import argparse
 import base64
+import csv
 import html
 import io
 import math
@@ -20,58 +22,87 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from string import Template
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import common
 import data
 import evaluate
 from common import UserError
+from evaluate import in_percent
 from run import RUNS, read_config, read_log, runs_like
 from tools import draw
 
-SHOWN = 12  # worst images, and as many typical ones
-COLUMNS = ("image", "labels", "prediction", "errors")
-FEW = 16  # classes whose bars stand beside the confusion matrix on a wide page
+SHOWN = 12  # examples in a section, at most
 CURVES = (("train", "loss", "training loss", ""), ("validation", "mIoU", "validation mIoU, %", " %"),
           ("validation", "aAcc", "validation pixel accuracy, %", " %"), ("train", "lr", "learning rate", ""))
+LEFT, TOP, WIDTH, HEIGHT = 54, 26, 300, 150  # of a curve's axes, in a picture of 360 x 220
+Columns = dict[str, Sequence[str]]  # of a table: heading -> cells
 
 
-def curves(log: Sequence[dict]) -> str:
-    """A chart of each of CURVES, from the lines of log.jsonl."""
-    charts = []
+class Run(NamedTuple):
+    """A run and the answers of its best checkpoint; `scores` and `predictions` are in the data set's order."""
+    name: str
+    config: dict
+    log: list[dict]
+    iteration: int
+    confusion: np.ndarray  # int64 (K, K)
+    result: evaluate.Metrics  # of that matrix
+    scores: np.ndarray  # (2, N): image_scores of each image
+    predictions: list[bytes]  # N, uint8 (H, W) packed by zlib
+
+
+def side_by_side(title: str, names: Sequence[str], values: Sequence[Sequence[float]]) -> Columns:
+    """The column of a run's fractions, in percent; of two runs both columns and second - first, in points."""
+    if len(names) == 1:
+        return {title: list(map(in_percent, values[0]))}
+    points = (f"{round(100 * (b - a), 1) + 0:+.1f}" for a, b in zip(*values, strict=True))  # + 0: no -0.0
+    return {**{f"{title} {name}": list(map(in_percent, each)) for name, each in zip(names, values, strict=True)},
+            f"{title} difference": [number.replace("+nan", "-") for number in points]}
+
+
+def curves(names: Sequence[str], logs: Sequence[Sequence[dict]]) -> str:
+    """A chart of each of CURVES, with a line for each run, from the lines of its log.jsonl."""
+    last, charts = max((entry["iteration"] for log in logs for entry in log), default=0), []
     for kind, key, title, unit in CURVES:
-        points = [(line["iteration"], line[key] * (100 if unit else 1)) for line in log
-                  if line.get("kind") == kind and key in line]
-        if len(points) > 1:
-            charts.append(curve(points, title, unit))
+        lines = [[(entry["iteration"], entry[key] * (100 if unit else 1)) for entry in log
+                  if entry.get("kind") == kind and key in entry] for log in logs]
+        if any(lines):
+            charts.append(curve(names, lines, last, title, unit))
     return f'<div class="columns">{"".join(charts)}</div>' if charts else "<p>The log has no curve yet.</p>"
 
 
-def curve(points: Sequence[tuple[int, float]], title: str, unit: str = "") -> str:
-    """A line chart of (iteration, value) pairs; of more than 400, the means of 400 stretches."""
-    stretches = np.array_split(np.float64(points), min(len(points), 400))
-    x, y = np.array([stretch.mean(0) for stretch in stretches]).T
-    left, top, width, height = 48, 26, 300, 150
-    marks = ticks(min(0.0, y.min()), y.max())
-    columns = left + width * (x - x[0]) / max(x[-1] - x[0], 1)
-    rows, lines = (top + height * (marks[-1] - values) / (marks[-1] - marks[0]) for values in (y, marks))
-    grid = "".join(
-        f'<line class="grid" x1="{left}" x2="{left + width}" y1="{row:.1f}" y2="{row:.1f}"/>'
-        f'<text class="note" x="{left - 5}" y="{row + 4:.1f}" text-anchor="end">{tick(value)}</text>'
-        for row, value in zip(lines, marks, strict=True)
-    )
-    path = " ".join(f"{column:.1f},{row:.1f}" for column, row in zip(columns, rows, strict=True))
-    dots = "".join(
-        f'<circle class="mark" cx="{column:.1f}" cy="{row:.1f}" r="{2.5 if len(x) < 60 else 1}">'
-        f"<title>iteration {iteration:.0f}: {value:.4g}{unit}</title></circle>"
-        for column, row, iteration, value in zip(columns, rows, x, y, strict=True)
-    )
-    return (f'<svg viewBox="0 0 360 200"><text x="0" y="13">{title}</text>{grid}'
-            f'<polyline class="curve" points="{path}"/>{dots}<text class="note" x="{left}" y="192">{x[0]:.0f}</text>'
-            f'<text class="note" x="{left + width}" y="192" text-anchor="end">{x[-1]:.0f} iterations</text></svg>')
+def curve(names: Sequence[str], lines: Sequence[Sequence[tuple[int, float]]], last: int, title: str,
+          unit: str = "") -> str:
+    """A chart of lines of (iteration, value) pairs from iteration 0 to `last`; of more than 400, 400 means.
+
+    A strip around each iteration that has a value, when it is pointed at, shows the values in a line below the chart.
+    """
+    lines = [[stretch.mean(0) for stretch in np.array_split(np.float64(line), max(1, min(len(line), 400))) if len(line)]
+             for line in lines]
+    marks = ticks(*(pick(0.0, *(y for line in lines for _, y in line)) for pick in (min, max)))
+    right, scale, rise = LEFT + WIDTH, WIDTH / max(last, 1), HEIGHT / (marks[-1] - marks[0])  # pixels of a unit
+    parts = [f'<svg viewBox="0 0 360 220"><text y="13">{title}</text><text class="note" x="{LEFT}" y="192">0</text>'
+             f'<text class="note" x="{right}" y="192" text-anchor="end">{last} iterations</text>']
+    parts += [f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/><text class="note" '
+              f'x="{LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{mark:.3g}</text>'
+              for y, mark in zip(TOP + rise * (marks[-1] - marks), marks, strict=True)]
+    for number, line in enumerate(lines):
+        points = [(f"{LEFT + scale * x:.1f}", f"{TOP + rise * (marks[-1] - y):.1f}") for x, y in line]
+        dots = "".join(f'<circle cx="{x}" cy="{y}" r="{3 if len(line) < 60 else 1}"/>' for x, y in points)
+        parts.append(f'<g class="run{number}"><polyline points="{" ".join(map(",".join, points))}"/>{dots}</g>')
+    iterations = sorted({x for line in lines for x, _ in line})
+    edges = [LEFT - 6, *(LEFT + scale * np.add(iterations[1:], iterations[:-1]) / 2), right + 6]
+    for iteration, start, end in zip(iterations, edges[:-1], edges[1:], strict=True):
+        values = ", ".join(f"{f'{name} ' if len(lines) > 1 else ''}{y:{'.1f' if unit else '.4g'}}{unit}"
+                           for name, line in zip(names, lines, strict=True) for x, y in line if x == iteration)
+        note = html.escape(f"iteration {iteration:.0f}: {values}")
+        parts.append(f'<g class="strip" tabindex="-1"><rect x="{start:.1f}" y="{TOP}" width="{end - start:.1f}" '
+                     f'height="{HEIGHT}"/><text x="0" y="212">{note}</text></g>')
+    return "".join([*parts, "</svg>"])
 
 
 def ticks(low: float, high: float) -> np.ndarray:
@@ -81,83 +112,78 @@ def ticks(low: float, high: float) -> np.ndarray:
     return step * np.arange(math.floor(low / step), max(math.ceil(high / step - 1e-9), 1) + 1)
 
 
-def tick(value: float) -> str:
-    """A number short enough for an axis: 0.25, 2e-4."""
-    small = 0 < abs(value) < 0.01
-    return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-") if small else f"{value:.3g}"
+def class_table(names: Sequence[str], results: Sequence[evaluate.Metrics], info: data.DatasetInfo) -> Columns:
+    """Name, IoU, accuracy and share of the pixels of each class; the best first, or the one that gains most in IoU."""
+    iou = np.stack([each.iou for each in results])
+    order = np.argsort(-np.nan_to_num(iou[-1] - (iou[0] if len(iou) > 1 else 0), nan=-2), kind="stable")  # NaN last
+    accuracy = side_by_side("accuracy %", names, [results[0].accuracy[order]]) if len(iou) == 1 else {}
+    return {"class": [info.classes[k] for k in order], **side_by_side("IoU %", names, iou[:, order]), **accuracy,
+            **side_by_side("pixels %", names[:1], [results[0].pixels[order] / max(results[0].pixels.sum(), 1)])}
 
 
-def class_bars(result: evaluate.Metrics, info: data.DatasetInfo) -> str:
-    """One bar for each class, its IoU, best first; classes that occur nowhere come last, with a dash."""
-    rows = []
-    for k in np.argsort(-np.nan_to_num(result.iou, nan=-1), kind="stable"):
-        name, iou = info.classes[k], evaluate.in_percent(result.iou[k])
-        share = draw.percent(result.pixels[k] / max(result.pixels.sum(), 1))
-        length = 190 * np.nan_to_num(result.iou[k])
-        rows.append(
-            f'<svg viewBox="0 0 360 18"><title>{html.escape(name)}: IoU {iou}, accuracy '
-            f"{evaluate.in_percent(result.accuracy[k])}, {share} of pixels</title>"
-            f'<rect x="0" y="3" width="11" height="11" fill="#{info.palette[k].tobytes().hex()}"/>'
-            f'<text x="17" y="13">{html.escape(name[:16])}</text>'
-            f'<rect class="mark" x="118" y="3" width="{length:.1f}" height="11"/>'
-            f'<text x="{123 + length:.1f}" y="13">{iou}</text></svg>'
-        )
-    return f'<div class="bars">{"".join(rows)}</div>'
+def class_bars(columns: Columns, info: data.DatasetInfo) -> str:
+    """The table of class_table with the class's colour before its name and a bar below each number."""
+    colors = dict(zip(info.classes, info.palette, strict=True))
+    rows = ["".join(f"<th>{html.escape(title)}</th>" for title in columns)]
+    for name, *cells in zip(*columns.values(), strict=True):
+        bars = "".join(f'<td style="--share: {cell.strip("+-") or 0}%">{cell}</td>' for cell in cells)
+        rows.append(f'<th><i style="background: #{colors[name].tobytes().hex()}"></i>{html.escape(name)}</th>{bars}')
+    return f'<table class="classes"><tr>{"</tr><tr>".join(rows)}</tr></table>'
 
 
-def confusion_picture(confusion: np.ndarray, classes: Sequence[str]) -> str:
-    """One square for each pair of label (row) and prediction (column), the stronger the larger its share of the row."""
+def confusion_table(confusion: np.ndarray, classes: Sequence[str]) -> str:
+    """A cell for each pair of label (row) and prediction (column), the stronger the larger its share of the row."""
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    side, left, top, note = 18, 98, 76, 290  # pixels; the widest number and its words are `note` wide
-    extent = side * len(classes)
-    width, height = max(left + extent + 50, note + 58), top + extent + 22
-    # From the last row up, for what comes later lies above: each note covers squares of the row below its own.
-    cells = "".join(
-        f'<g class="cell"><rect class="mark" x="{left + side * j}" y="{top + side * i}" width="{side - 1}" '
-        f'height="{side - 1}" fill-opacity="{max(0.04, shares[i, j] ** 0.6):.2f}"/>'
-        f'<text x="{min(left + side * j, width - note)}" y="{top + side * i + 32}">'
-        f"{html.escape(f'{classes[i]} seen as {classes[j]}: {draw.percent(shares[i, j])} of its pixels')}</text></g>"
-        for i, j in np.argwhere(shares >= 0.0005)[::-1]
-    )
-    names = "".join(
-        f'<text x="{left - 5}" y="{top + side * k + 13}" text-anchor="end">{html.escape(name[:16])}</text>'
-        f'<text transform="translate({left + side * k + 13} {top - 5}) rotate(-60)">{html.escape(name[:13])}</text>'
-        for k, name in enumerate(classes)
-    )
-    return (f'<div class="wide"><svg viewBox="0 0 {width} {height}" style="min-width: {round(0.9 * width)}px; '
-            f'max-width: {round(1.5 * width)}px"><rect class="grid" x="{left - 1}" y="{top - 1}" width="{extent + 1}" '
-            f'height="{extent + 1}" fill="none"/>{names}{cells}</svg></div>')
+    heads = [f"<th><span>{html.escape(name)}</span></th>" for name in classes]
+    rows = ["<th></th>" + "".join(heads)]
+    for head, name, row in zip(heads, classes, shares, strict=True):
+        rows.append(head + "".join(
+            f'<td tabindex="-1" style="--share: {100 * max(0.04, share**0.6):.0f}%" '
+            f'data-note="{html.escape(f"{name} seen as {other}: {in_percent(share)} % of its pixels")}"></td>'
+            if share >= 0.0005 else "<td></td>" for other, share in zip(classes, row, strict=True)))
+    table = "</tr><tr>".join(rows)
+    return f'<div class="noted"><div class="wide"><table class="matrix"><tr>{table}</tr></table></div></div>'
 
 
-def image_score(confusion: Tensor) -> float:
-    """Mean IoU over the classes of one image's labels, from its confusion matrix; NaN for an image without any."""
+def image_scores(confusion: Tensor) -> tuple[float, float]:
+    """Mean IoU over the classes of one image's labels and pixel accuracy; NaN for an image without labels."""
     result = evaluate.metrics(confusion)
-    return torch.from_numpy(result.iou[result.pixels > 0]).mean().item()
+    return torch.from_numpy(result.iou[result.pixels > 0]).mean().item(), result.all_accuracy
 
 
-def choose_examples(scores: Sequence[float], number: int = SHOWN) -> tuple[list[int], list[int]]:
-    """The `number` images with the lowest scores, worst first, and as many others around the median."""
-    ranked = [int(i) for i in np.argsort(scores, kind="stable") if not math.isnan(scores[i])]
-    worst, others = ranked[:number], ranked[number:]
-    start = min(max(0, len(ranked) // 2 - number // 2 - len(worst)), max(0, len(others) - number))
-    return worst, others[start : start + number]
+def choose_examples(scores: np.ndarray) -> dict[str, list[int]]:
+    """Sections of the page: title -> indices of images, from their scores in each run, (1, N) or (2, N).
+
+    One run: the lowest third, at most SHOWN, worst first, and as many around the median. Two runs: those whose scores
+    differ most. Fewer than 4 images are one section. Images without labels are in none.
+    """
+    keys = -np.abs(scores[-1] - scores[0]) if len(scores) > 1 else scores[0]
+    ranked = [int(i) for i in np.argsort(keys, kind="stable") if not math.isnan(keys[i])]
+    if len(ranked) < 4:
+        return {f"All images ({len(ranked)})": ranked}
+    if len(scores) > 1:
+        return {f"Images that differ most ({min(len(ranked), SHOWN)} of {len(ranked)})": ranked[:SHOWN]}
+    number = min(len(ranked) // 3, SHOWN)
+    middle = (len(ranked) - number) // 2
+    return {f"Worst images ({number} of {len(ranked)})": ranked[:number],
+            f"Typical images ({number} of {len(ranked)}, around the median)": ranked[middle : middle + number]}
 
 
-def examples(dataset: data.SegmentationDataset, chosen: Sequence[int], scores: Sequence[float],
-             predictions: Sequence[bytes]) -> Iterator[str]:
-    """A heading, and a figure for each chosen image: photograph, labels, prediction (packed by zlib), error map."""
-    yield f'<div class="row names small faint">{"".join(f"<span>{what}</span>" for what in COLUMNS)}</div>'
+def examples(dataset: data.SegmentationDataset, chosen: Sequence[int], runs: Sequence[Run]) -> Iterator[str]:
+    """Each chosen image: its name and scores, then photograph, labels, and of each run prediction and error map."""
     for index in chosen:
         labels = dataset.labels(index)
-        prediction = np.frombuffer(zlib.decompress(predictions[index]), np.uint8).reshape(labels.shape)
-        pictures = (dataset.image(index), draw.colorize(labels, dataset.info.palette),
-                    draw.colorize(prediction, dataset.info.palette, ignore_index=-1),
-                    draw.error_map(labels, prediction))
+        pictures = {"image": dataset.image(index), "labels": draw.colorize(labels, dataset.info.palette)}
+        for run in runs:
+            prediction = np.frombuffer(zlib.decompress(run.predictions[index]), np.uint8).reshape(labels.shape)
+            of = f" of {run.name}" if len(runs) > 1 else ""
+            pictures[f"prediction{of}"] = draw.colorize(prediction, dataset.info.palette, ignore_index=-1)
+            pictures[f"errors{of}"] = draw.error_map(labels, prediction)
         name = html.escape(dataset.names[index])
-        row = "".join(f'<img alt="{what} of {name}" src="{embedded(picture)}">'
-                      for what, picture in zip(COLUMNS, pictures, strict=True))
-        caption = f'{name} <span class="faint">IoU {100 * scores[index]:.1f}</span>'
-        yield f'<figure><div class="row">{row}</div><figcaption class="small">{caption}</figcaption></figure>'
+        row = "".join(f'<figure><img alt="{html.escape(what)} of {name}" src="{embedded(picture)}">'
+                      f"<figcaption>{html.escape(what)}</figcaption></figure>" for what, picture in pictures.items())
+        scores = " : ".join(in_percent(run.scores[0, index]) for run in runs)
+        yield f'<h3>{name} <span class="faint">IoU {scores} %</span></h3><div class="row of{len(pictures)}">{row}</div>'
 
 
 def embedded(picture: draw.Picture, side: int = 420) -> str:
@@ -166,6 +192,21 @@ def embedded(picture: draw.Picture, side: int = 420) -> str:
     picture.thumbnail((side, side))
     picture.save(file, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def csv_text(columns: Columns) -> str:
+    """The columns as CSV; a number that does not exist is an empty cell."""
+    rows = zip(*columns.values(), strict=True)
+    csv.writer(file := io.StringIO(), lineterminator="\n").writerows(
+        [columns, *([name, *("" if cell == "-" else cell for cell in cells)] for name, *cells in rows)])
+    return file.getvalue()
+
+
+def markdown(columns: Columns) -> str:
+    """The columns as a Markdown table."""
+    rows = [columns, ["---", *["---:"] * (len(columns) - 1)], *zip(*columns.values(), strict=True)]
+    rows = ([html.escape(cell, quote=False).replace("|", "&#124;") for cell in row] for row in rows)
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def find(name: str) -> Path:
@@ -178,75 +219,91 @@ def find(name: str) -> Path:
                     f"in {RUNS}/: {names}")
 
 
-def write_report(folder: Path, options: argparse.Namespace) -> Path:
-    """Evaluate the run's best checkpoint and write folder/report/index.html, whole or not at all. Returns its path."""
+def answer(folder: Path, dataset: data.SegmentationDataset, model: nn.Module, facts: dict,
+           options: argparse.Namespace) -> Run:
+    """Predict the images of the data set with the model of the run in this folder."""
     device = common.choose_device(options.device)
-    common.allow_tf32(options.tf32)
-    config, log = read_config(folder), read_log(folder / "log.jsonl")
-    dataset, model, facts = evaluate.load_with_data(folder / "best.pt", options.data, "val")
-    path = folder / "report" / "index.html"
-    common.check_file(path, "the report")
-    scores: list[float] = []
-    predictions: list[bytes] = []
+    scores, predictions = [], []
 
     def keep(index: int, prediction: np.ndarray) -> None:
         arrays = torch.from_numpy(prediction), torch.from_numpy(dataset.labels(index))
-        scores.append(image_score(evaluate.confusion_matrix(*arrays, model.config.num_classes)))
+        scores.append(image_scores(evaluate.confusion_matrix(*arrays, len(dataset.info.classes))))
         predictions.append(zlib.compress(prediction, 1))  # some kilobytes: all of a validation fit in memory
 
     confusion = evaluate.evaluate(model.to(device), dataset, multi_scale=options.ms, device=device, save=keep,
                                   limit=options.limit, window_batch=options.window_batch, amp=options.amp,
                                   fast=options.fast)
-    worst, typical = ("".join(examples(dataset, chosen, scores, predictions)) for chosen in choose_examples(scores))
-    about = (f"{dataset.info.name}, {len(scores)} validation images, "
-             f"{'multi-scale + flip' if options.ms else 'single-scale'}, iteration {facts.get('iteration')}")
-    page = fill_page(config, dataset.info, confusion, name=html.escape(folder.name), about=html.escape(about),
-                     curves=curves(log), worst=worst, typical=typical)
-    common.write_whole(path, lambda file: file.write(page.encode()))
+    return Run(folder.name, read_config(folder), read_log(folder / "log.jsonl"), facts.get("iteration"),
+               confusion.cpu().numpy(), evaluate.metrics(confusion), np.array(scores).T, predictions)
+
+
+def write_report(folders: Sequence[Path], options: argparse.Namespace) -> Path:
+    """Evaluate each run's best checkpoint; write index.html, and its tables beside it. Returns the page's path."""
+    if len(folders) > 2 or len({folder.name for folder in folders}) < len(folders):
+        raise UserError(f"{', '.join(map(str, folders))}: name one run, or two that have different names")
+    path = folders[0] / "-vs-".join(["report", *(folder.name for folder in folders[1:])]) / "index.html"
+    common.allow_tf32(options.tf32)
+    loaded = [evaluate.load_with_data(folder / "best.pt", options.data, options.split) for folder in folders]
+    dataset, other = loaded[0][0], loaded[-1][0]
+    if dataset.root.resolve() != other.root.resolve():
+        raise UserError(f"{folders[0]} has the data set {dataset.root}, {folders[1]} has {other.root}: name the one to "
+                        "compare them on with --data DIR")
+    common.check_file(path, "the report")
+    runs = [answer(folder, *each, options) for folder, each in zip(folders, loaded, strict=True)]
+    names = [run.name for run in runs]
+    classes = class_table(names, [run.result for run in runs], dataset.info)
+    images = {"image": dataset.names[: len(runs[0].predictions)],
+              **side_by_side("IoU %", names, [run.scores[0] for run in runs]),
+              **side_by_side("accuracy %", names, [run.scores[1] for run in runs])}
+    page = fill_page(dataset, runs, class_bars(classes, dataset.info), options.ms)
+    files = {"per_image.csv": csv_text(images), "classes.csv": csv_text(classes), "classes.md": markdown(classes)}
+    for name, text in (files | {path.name: page}).items():
+        common.write_whole(path.with_name(name), lambda file, text=text: file.write(text.encode()))
     return path
 
 
-def fill_page(config: dict, info: data.DatasetInfo, confusion: Tensor, **parts: str) -> str:
-    """report.html with `parts` and all that follows from the run's config.json and its confusion matrix."""
-    result = evaluate.metrics(confusion)
-    means = {"mIoU": result.mean_iou, "pixel accuracy": result.all_accuracy, "mean accuracy": result.mean_accuracy}
-    environment = config.get("environment", {})
-    command = shlex.join(map(str, environment.pop("command", ()))).replace(" --", " \\\n    --") or "not recorded"
-    options = {key: value for key, value in config.items() if key not in ("environment", "classes", "model")}
-    here = Path(__file__)
+def fill_page(dataset: data.SegmentationDataset, runs: Sequence[Run], bars: str, multi_scale: bool) -> str:
+    """report.html with the table of the classes and all that the runs tell; of two runs, the settings that differ."""
+    info, two, here = dataset.info, len(runs) > 1, Path(__file__)
+    names, scores = [html.escape(run.name) for run in runs], np.stack([run.scores[0] for run in runs])
+    about = (f"{info.name}, {scores.shape[1]} images of {dataset.split}, {'multi' if multi_scale else 'single'}-scale, "
+             f"iteration {' and '.join(str(run.iteration) for run in runs)}")
+    results = (run.result for run in runs)
+    means = [(each.mean_iou, each.all_accuracy, each.mean_accuracy) for each in results]
+    means = {"mean": ("mIoU", "pixel accuracy", "mean accuracy"), **side_by_side("%", names, means)}
+    all_settings = [run.config | run.config.get("model", {}) | run.config.get("environment", {}) for run in runs]
+    commands = (shlex.join(map(str, each.get("command", ()))).replace(" --", " \\\n    --") for each in all_settings)
+    settings = {name: [each.get(name) for each in all_settings] for each in all_settings for name in each
+                if name not in ("model", "environment", "classes", "command")}
     return Template(here.with_name("report.html").read_text()).substitute(
-        parts,
-        style=here.with_name("report.css").read_text(),
-        headline="".join(f"<div><b>{evaluate.in_percent(mean)}</b>{name}</div>" for name, mean in means.items()),
-        layout="columns" if len(info.classes) <= FEW else "",
-        bars=class_bars(result, info),
-        confusion=confusion_picture(confusion.cpu().numpy(), info.classes),
+        title=" and ".join(names), about=html.escape(about), style=here.with_name("report.css").read_text(), bars=bars,
+        headline="".join(f"<div><b>{' : '.join(numbers[:2])}</b>{title}, %{f' ({numbers[2]})' if two else ''}</div>"
+                         for title, *numbers in zip(*means.values(), strict=True)),
+        runs="".join(f'<li><i class="run{number}"></i>{name}</li>' for number, name in enumerate(names) if two),
+        curves=curves([run.name for run in runs], [run.log for run in runs]),
+        confusion="".join(f"<h3>{name if two else ''}</h3>{confusion_table(run.confusion, info.classes)}"
+                          for name, run in zip(names, runs, strict=True)),
         legend="".join(f'<li><i style="background: #{rgb.tobytes().hex()}"></i>{html.escape(name)}</li>'
                        for name, rgb in zip(info.classes, info.palette, strict=True)),
-        command=html.escape(command),
-        options=value_table("Options", options),
-        model=value_table("Model", config.get("model", {})),
-        environment=value_table("Environment", environment),
+        examples="".join(f"<h2>{title}</h2>{''.join(examples(dataset, chosen, runs))}"
+                         for title, chosen in choose_examples(scores).items()),
+        commands="".join(f"<pre>{html.escape(command) or 'not recorded'}</pre>" for command in commands),
+        settings="".join(f"<li><span>{html.escape(name)}</span> {html.escape(' : '.join(map(str, row)))}</li>"
+                         for name, row in settings.items() if row != [None] and row != 2 * row[:1]),
     )
-
-
-def value_table(title: str, values: dict) -> str:
-    """A table of names and values."""
-    rows = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
-                   for name, value in values.items() if value is not None)
-    return f"<div><table><caption>{title}</caption>{rows}</table></div>"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = common.Parser(description="Write a run's report: runs/NAME/report/index.html.")
-    parser.add_argument("run", nargs="?", default="", help="name or folder of a run; default: the newest")
+    parser = common.Parser(description="Write a run's report, runs/NAME/report/index.html, or that of two runs.")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="name or folder; default: the newest; two: compared")
     parser.add_argument("--data", metavar="DIR", help="data set folder; default: the one the run was trained on")
+    parser.add_argument("--split", default="val", metavar="NAME", help="of the images: those of NAME.txt; default: val")
     parser.add_argument("--ms", action="store_true", help="multi-scale and flip")
     parser.add_argument("--limit", type=common.positive, metavar="N", help="only the first N images")
     evaluate.add_device_options(parser)
     options = parser.parse_args(arguments)
-    return common.run(lambda: print(write_report(find(options.run), options)))
+    return common.run(lambda: print(write_report([find(name) for name in options.runs or [""]], options)))
 
 
 if __name__ == "__main__":

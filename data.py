@@ -107,7 +107,7 @@ class SegmentationDataset:
 
 
 def open_dataset(root: str | Path, split: str) -> SegmentationDataset:
-    """Open the "train" or "val" split of a plain folder (dataset.json) or a VOC2010 tree with Pascal Context labels.
+    """Open a split of any name of a plain folder (dataset.json) or of a VOC2010 tree with Pascal Context labels.
 
     The root "toy" is the toy data set, drawn on first use into data/toy. Raises UserError with the remedy.
     """

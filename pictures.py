@@ -163,7 +163,8 @@ def array_as_rgb(array: np.ndarray, bits: int | None = None, name: str = "the ar
     if array.dtype.kind not in "buif" or array.ndim != 3 or array.shape[-1] not in (1, 2, 3, 4) or not array.size:
         raise TypeError(f"{EXPECTED}; this one is {array.dtype} of shape {shape}")
     samples = eight_bits(array[..., :1] if array.shape[-1] < 3 else array[..., :3], bits, name)  # without alpha
-    return np.ascontiguousarray(np.broadcast_to(samples, (*samples.shape[:2], 3)))
+    samples = samples if samples.shape[-1] == 3 else samples.repeat(3, axis=-1)
+    return np.require(samples, requirements=["C", "W"])  # PyTorch warns of an array that cannot be written to
 
 
 def eight_bits(values: np.ndarray, bits: int | None, name: str) -> np.ndarray:

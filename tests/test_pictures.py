@@ -88,14 +88,15 @@ def test_a_guess_of_the_depth_is_said_once(capsys: pytest.CaptureFixture, monkey
 
 @pytest.mark.parametrize("form", [
     RGB, RGB.astype(np.int64), RGB.astype(np.float64), (RGB / 255).astype(np.float32), RGB.astype(np.uint16) * 257,
-    np.dstack([RGB, GRAY]), RGB.transpose(2, 0, 1), torch.from_numpy(RGB.copy()), Image.fromarray(RGB),
+    np.dstack([RGB, GRAY]), RGB.transpose(2, 0, 1), np.broadcast_to(RGB, RGB.shape), torch.from_numpy(RGB.copy()),
+    Image.fromarray(RGB),
     torch.from_numpy(RGB.transpose(2, 0, 1) / 255), torch.from_numpy(RGB.transpose(2, 0, 1).copy()),
     Image.fromarray(np.dstack([RGB, GRAY])),
 ], ids=lambda form: f"{type(form).__name__} {getattr(form, 'dtype', '')} {getattr(form, 'shape', '')}")
 def test_every_form_of_a_picture_gives_one_result(form: pictures.Picture) -> None:
     result = pictures.as_rgb(form)
     np.testing.assert_array_equal(result, RGB)
-    assert result.dtype == np.uint8 and result.flags.c_contiguous
+    assert result.dtype == np.uint8 and result.flags.c_contiguous and result.flags.writeable
 
 
 def test_gray_arrays_bytes_and_masks() -> None:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import common
 from common import UserError, reason
@@ -271,14 +272,14 @@ def check_size(image: Path, labels: Path | str, shape: tuple[int, int]) -> None:
                         "make them one size")
 
 
-def save_labels(labels: np.ndarray, path: Path, palette: np.ndarray | None = None) -> None:
+def save_labels(labels: np.ndarray, path: Path, palette: np.ndarray | None = None, info: PngInfo | None = None) -> None:
     """Write labels, uint8 or uint16 (H, W), as a PNG of these values; uint8 may have a palette (K, 3) for viewers."""
     picture = Image.fromarray(labels)
     if palette is not None:
         # All 256 colours: with 16 or fewer Pillow writes 4 bits a pixel, and 255 becomes 15.
         picture.putpalette([*np.ravel(palette)] + [205, 205, 208] * (256 - len(palette)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    common.write_whole(path, lambda file: picture.save(file, "PNG"))
+    common.write_whole(path, lambda file: picture.save(file, "PNG", pnginfo=info))
 
 
 # Seven colours that colour-blind readers tell apart (Okabe and Ito, "Color Universal Design", 2008), and what pictures

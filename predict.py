@@ -5,7 +5,7 @@
     python predict.py photo.jpg --explain              the queries behind the answer, and where one attention looks
     python predict.py frames/ --video 25               the overlays of frames as one video too
 
-Reading order: Predictor -> write_results, write_video -> find_pictures, keep_apart -> predict_pictures -> main.
+Reading order: Predictor -> cut -> write_results, write_video -> predict_pictures -> main.
 
 Shapes: K classes; H, W size of the picture; labels are uint8 (H, W), class indices.
 A picture of any size is seen at the scale of the test, its own size only in strips: 8000 x 6000 pixels with 59 classes
@@ -14,18 +14,17 @@ take 1.8 GB above the model (single-scale, measured on a CPU); --probabilities t
 
 import argparse
 import contextlib
-import glob
 import os
-import re
 import sys
-import warnings
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 import common
@@ -33,14 +32,20 @@ import evaluate
 import weights
 from common import UserError
 from fast import inference
-from pictures import EXTENSIONS, Picture, as_rgb, save_labels
+from pictures import Picture, as_rgb, picture_size, save_labels
 from tools import draw, video
 from tools.explain import explain
+from tools.inputs import MARK, NOTE, find_pictures, place_results, save_picture
 from weights import names_and_colors
 
-RESULT = re.compile(r"(.+)_(labels|overlay|confidence|explain)$")  # the names of our own results
 JPEG_SIDE = 65_500  # pixels at most
 BYTES_A_PIXEL = 24  # of a picture, its labels, overlay and sheet, at most
+
+
+def best_class(strip: Tensor) -> list[Tensor]:
+    """Labels and their probabilities in 1/255, both uint8 (rows, W), of probabilities (K, rows, W)."""
+    confidence, labels = strip.max(0)
+    return [labels.to(torch.uint8), confidence.mul(255).round().to(torch.uint8)]
 
 
 class Predictor:
@@ -64,7 +69,7 @@ class Predictor:
         self.model = model.to(self.device).eval()
         self.classes, self.palette = names_and_colors(facts, model.config.num_classes)
         self.multi_scale, self.fast = multi_scale, fast
-        self.autocast = torch.autocast(self.device.type, amp, enabled=amp is not None)
+        self.model.forward = torch.autocast(self.device.type, amp, enabled=amp is not None)(model.forward)
         self.window_batch = window_batch or evaluate.automatic_window_batch(self.model, self.device)
 
     def __call__(self, picture: Picture | list[Picture]) -> np.ndarray | list[np.ndarray]:
@@ -77,47 +82,84 @@ class Predictor:
             results = [labels for labels, _ in self.stream(map(as_rgb, many))]
         return results if isinstance(picture, list) else results[0]
 
-    def stream(self, images: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Labels, and the probability of each pixel's label in 1/255, both uint8 (H, W), of images uint8 (H, W, 3)."""
-        strips = evaluate.votes(self.model, images, self.multi_scale, self.device, self.window_batch)
-        while True:
-            with self.autocast:  # not over a yield: it would hold for what the caller does there
-                of_image = next(strips, None)
-                if of_image is None:
-                    return
-                best = [(b.indices.to(torch.uint8), b.values.mul(255).round().to(torch.uint8))
-                        for b in (strip.max(0) for strip in of_image)]
-            labels, confidence = (torch.cat(parts).cpu().numpy() for parts in zip(*best, strict=True))
-            yield labels, confidence
-
     def probabilities(self, picture: Picture) -> np.ndarray:
         """float32 (K, H, W), the probability of each class at each pixel; they sum to 1 over the classes."""
-        image = as_rgb(picture)
-        views = evaluate.make_views(image, self.model.config.window, self.multi_scale, self.device)
-        with inference(self.model, self.fast), self.autocast:
-            return evaluate.predict(self.model, views, image.shape[:2], self.window_batch).cpu().numpy()
+        with inference(self.model, self.fast):
+            ((volume,),) = self.stream([as_rgb(picture)], lambda strip: [strip])
+        return volume
+
+    def stream(self, images: Iterable[np.ndarray],
+               of_strip: Callable[[Tensor], list[Tensor]] = best_class) -> Iterator[list[np.ndarray]]:
+        """For each image (H, W, 3) the arrays (..., H, W) that `of_strip` makes of its probabilities (K, rows, W).
+
+        Consecutive images share batches of windows.
+        """
+        layouts: deque[tuple] = deque()  # of the images that are on their way: axis, and (cut, kept) of each piece
+
+        def pieces() -> Iterator[np.ndarray]:
+            for image in images:
+                axis = int(image.shape[1] > image.shape[0])
+                layouts.append((axis - 2, cut(image.shape[axis], image.shape[1 - axis])))
+                yield from (image[:, piece] if axis else image[piece] for piece, _ in layouts[-1][1])
+
+        parts: list[list[Tensor]] = []  # of one image
+        for strips in evaluate.votes(self.model, pieces(), self.multi_scale, self.device, self.window_batch):
+            axis, spans = layouts[0]
+            _, (start, length) = spans[len(parts)]
+            arrays = zip(*([array.cpu() for array in of_strip(strip)] for strip in strips), strict=True)
+            parts.append([torch.cat(array, -2).narrow(axis, start, length) for array in arrays])
+            if len(parts) == len(spans):
+                yield [torch.cat(array, axis).numpy() for array in zip(*parts, strict=True)]
+                layouts.popleft()
+                parts = []
+
+
+def cut(length: int, width: int) -> list[tuple[slice, tuple[int, int]]]:
+    """Pieces of a picture's long side, each with the start and length, in the piece, of what is kept of its result.
+
+    At the scale of the test, the memory that a picture takes is as its length over its width: from 18 on it is cut.
+    The unit of two widths is three strides of the window: a piece's windows lie where the whole picture's would.
+    """
+    count, unit = max(1, length // (9 * width)), 2 * width  # a shorter piece would be seen at another scale
+    spans = []
+    for start, end in pairwise([*(length * i // count // unit * unit for i in range(count)), length]):
+        first = max(0, start - unit)
+        spans.append((slice(first, end + unit), (start - first, end - start)))
+    return spans
 
 
 def write_results(predictor: Predictor, picture: Path, stem: Path, options: argparse.Namespace) -> np.ndarray:
     """Write `stem`_labels.png and _overlay.jpg, on request also _confidence.png, _probabilities.npz (float16) and
     _explain.png. Returns the overlay without its legend."""
+    check_memory(picture, BYTES_A_PIXEL + 4 * len(predictor.classes) * options.probabilities)
     image = as_rgb(picture)
-    ((labels, confidence),) = predictor.stream([image])
-    save_labels(labels, Path(f"{stem}_labels.png"), predictor.palette)  # the work first: a PNG has no largest size
+    of_strip = (lambda strip: [*best_class(strip), strip.half()]) if options.probabilities else best_class
+    ((labels, confidence, *volume),) = predictor.stream([image], of_strip)
+    save_labels(labels, Path(f"{stem}_labels.png"), predictor.palette, NOTE)  # the work first: a PNG may have any size
     if options.confidence:
-        save_labels(confidence, Path(f"{stem}_confidence.png"))
+        save_labels(confidence, Path(f"{stem}_confidence.png"), info=NOTE)
     # A prediction ignores no pixel: -1 is no label.
     overlay = draw.overlay(image, labels, predictor.palette, options.opacity, ignore_index=-1)
     sheet = draw.with_legend(overlay, labels, predictor.classes, predictor.palette, ignore_index=-1)
-    kind, suffix = ("JPEG", "jpg") if max(sheet.size) <= JPEG_SIDE else ("PNG", "png")
-    common.write_whole(Path(f"{stem}_overlay.{suffix}"), lambda file: sheet.save(file, kind, quality=92))
-    if options.probabilities:
-        arrays = {"probabilities": np.float16(predictor.probabilities(image)), "classes": predictor.classes}
+    suffix = "jpg" if max(sheet.size) <= JPEG_SIDE else "png"
+    if suffix == "png":
+        tqdm.write(common.printable(f"{stem}_overlay.png is no JPEG: a side of one has at most {JPEG_SIDE} pixels"))
+    save_picture(sheet, Path(f"{stem}_overlay.{suffix}"))
+    if volume:
+        arrays = {"probabilities": volume[0], "classes": predictor.classes}
         common.write_whole(Path(f"{stem}_probabilities.npz"), lambda file: np.savez_compressed(file, **arrays))
     if options.explain:
-        explanation = explain(predictor.model, image, predictor.classes, predictor.palette)
-        common.write_whole(Path(f"{stem}_explain.png"), lambda file: explanation.save(file, "PNG"))
+        save_picture(explain(predictor.model, image, predictor.classes, predictor.palette), Path(f"{stem}_explain.png"))
     return overlay
+
+
+def check_memory(path: Path, bytes_a_pixel: int) -> None:
+    """Raises UserError for a picture that this machine's memory cannot hold with its results."""
+    height, width = picture_size(path)
+    needed, memory = height * width * bytes_a_pixel, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise UserError(f"{path}: {width}x{height} pixels take {needed / 1e9:.1f} GB of memory, and this machine has "
+                        f"{memory / 1e9:.1f} GB: cut it into smaller pictures")
 
 
 def write_video(predictor: Predictor, path: Path, stem: Path, options: argparse.Namespace) -> None:
@@ -129,104 +171,46 @@ def write_video(predictor: Predictor, path: Path, stem: Path, options: argparse.
             waiting.append(frame)
             yield frame
 
-    with video.open_video(path) as source, video.VideoWriter(Path(f"{stem}_overlay.mp4"), source.rate) as writer:
+    with video.open_video(path) as source, video.write_video(Path(f"{stem}_overlay.mp4"), source.rate, MARK) as write:
         results = tqdm(predictor.stream(read(source.frames)), path.name, source.length, unit="frame", disable=None)
-        for number, (labels, _) in enumerate(results, 1):
-            save_labels(labels, Path(f"{stem}_labels/{number:06}.png"), predictor.palette)
-            writer.write(draw.overlay(waiting.popleft(), labels, predictor.palette, options.opacity, ignore_index=-1))
-
-
-def find_pictures(arguments: Sequence[str], out: Path) -> dict[Path, Path]:
-    """The pictures and videos that files, folders (with all below them) and quoted globs stand for, and the place of
-    each one's results below `out`: its path below the folder, without extension.
-
-    Results of an earlier run are left out. Where two would have one place, they get their whole paths.
-    """
-    found: dict[Path, Path] = {}
-    for argument in arguments:
-        folder = Path(argument)
-        if folder.is_dir():
-            inside = out.resolve() != folder.resolve() and out.resolve().is_relative_to(folder.resolve())
-            files = {file: file.relative_to(folder).with_suffix("") for file in sorted(folder.rglob("*"))
-                     if not any(part.startswith((".", "__MACOSX")) for part in file.relative_to(folder).parts)
-                     and not (inside and file.resolve().is_relative_to(out.resolve()))}
-        else:
-            names = [argument] if folder.is_file() else sorted(glob.glob(argument, recursive=True))
-            files = {Path(name): Path(Path(name).stem) for name in names}
-        files = {file: place for file, place in files.items() if file.suffix.lower() in EXTENSIONS + video.EXTENSIONS
-                 or str(file) == argument}
-        sources = {file.with_suffix("") for file in files}
-        results = [file for file in files if str(file) != argument and (made := RESULT.match(file.stem))
-                   and {file.with_name(made[1]), file.parent / Path(made[1]).stem} & sources]
-        if results:
-            print(f"left out: {len(results)} results of an earlier run ({results[0]} ...)")
-        files = {file: place for file, place in files.items() if file not in results}
-        if not files:
-            raise UserError(f"no picture at {argument}: name a file, a folder of pictures or a glob in quotes")
-        found |= {file: place for file, place in files.items() if file not in found}
-    return keep_apart(found, out)
-
-
-def keep_apart(found: dict[Path, Path], out: Path) -> dict[Path, Path]:
-    """The same files with places that differ, in lower case too. UserError if a result would replace a picture."""
-    def key(place: Path) -> str:
-        return place.as_posix().casefold()
-
-    number = Counter(map(key, found.values()))
-    places, taken = {}, set()
-    for file, place in found.items():
-        if number[key(place)] > 1:
-            place = Path(*(part for part in file.parts if part not in ("/", "..", ".")))
-        while key(place) in taken:
-            place = place.with_name(f"{place.name}-2")
-        taken.add(key(place))
-        places[file] = out / place
-    inputs = {file.resolve() for file in found}
-    for place in places.values():
-        for ending in ("labels.png", "overlay.jpg", "overlay.png", "confidence.png", "explain.png", "overlay.mp4"):
-            if (target := Path(f"{place}_{ending}").resolve()) in inputs:
-                raise UserError(f"{target} would be written over, and is one of the pictures: choose another --out")
-    return places
+        for number, (labels, confidence) in enumerate(results, 1):
+            save_labels(labels, Path(f"{stem}_labels/{number:06}.png"), predictor.palette, NOTE)
+            if options.confidence:
+                save_labels(confidence, Path(f"{stem}_confidence/{number:06}.png"), info=NOTE)
+            write(draw.overlay(waiting.popleft(), labels, predictor.palette, options.opacity, ignore_index=-1))
 
 
 def predict_pictures(options: argparse.Namespace) -> int:
-    """Predict all pictures and name those that could not be read; returns 1 if there are such, 2 if no other."""
-    found = find_pictures(options.pictures, options.out)
+    """Predict all pictures and name those that failed; returns 1 if there are such, 2 if no other."""
+    Image.MAX_IMAGE_PIXELS = None  # check_memory refuses what is too large
+    stems = place_results(find_pictures(options.pictures), options.out)
     checkpoint = options.checkpoint or evaluate.newest_checkpoint()
     common.allow_tf32(options.tf32)
     predictor = Predictor(checkpoint, options.device, options.ms, options.window_batch, options.amp, options.fast)
     if options.explain and predictor.model.config.head != "mask2former":
         raise UserError("--explain shows the queries of Mask2Former, and this checkpoint has a UperNet head")
     common.make_folder(options.out, "--out")
-    Image.MAX_IMAGE_PIXELS = physical_memory() // (2 * BYTES_A_PIXEL)  # Pillow refuses twice that, and warns above it
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    failures = []  # why some pictures could not be read
-    bar = tqdm(found.items(), unit="picture", disable=None if len(found) > 1 else True)
-    with contextlib.ExitStack() as stack:
+    out, done, failures = options.out, 0, []
+    bar = tqdm(stems.items(), unit="picture", disable=None if len(stems) > 1 else True)
+    with contextlib.ExitStack() as stack:  # left at Ctrl-C too: what is written is whole, and the summary tells where
+        stack.callback(lambda: done and print(f"{done} of {len(stems)} pictures: overlays and labels in {out}/"))
         stack.enter_context(inference(predictor.model, options.fast))  # once for all pictures
-        film = options.video and stack.enter_context(video.VideoWriter(options.out / "overlay.mp4", options.video))
+        film = options.video and stack.enter_context(video.write_video(out / "overlay.mp4", options.video, MARK))
         for file, stem in bar:
             try:
                 stem.parent.mkdir(parents=True, exist_ok=True)
                 if file.suffix.lower() in video.EXTENSIONS:
                     write_video(predictor, file, stem, options)
-                    continue
-                overlay = write_results(predictor, file, stem, options)
-                if film:
-                    film.write(overlay)
-            except (ValueError, OSError) as error:
-                failures.append(str(error))
-    done = len(found) - len(failures)
-    if done:
-        print(f"{done} of {len(found)} pictures: overlays and labels in {options.out}/")
+                else:
+                    overlay = write_results(predictor, file, stem, options)
+                    if film:
+                        film(overlay)
+                done += 1
+            except (ValueError, OSError, RuntimeError, MemoryError) as error:  # out of memory: one of the last two
+                failures.append(str(error) if isinstance(error, UserError) else f"{file}: {common.reason(error)}")
     for failure in failures:
         common.complain(failure)
     return 0 if not failures else 1 if done else 2
-
-
-def physical_memory() -> int:
-    """The machine's memory in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

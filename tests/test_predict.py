@@ -1,6 +1,7 @@
 """predict.py: any picture file, the files written, bad input."""
 
 import contextlib
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -205,35 +206,13 @@ def place(folder, *pictures):
         Image.fromarray(photograph(seed=i)).save(path)
 
 
-@pytest.mark.parametrize(("pictures", "arguments", "places"), [
-    (["in/1.png", "in/sub/2.jpg", "in/sub/deep/3.PNG"], ["in"], ["1", "sub/2", "sub/deep/3"]),
-    (["a/1.png", "b/1.png"], ["*/*.png"], ["a/1.png", "b/1.png"]),
-    (["a/1.png", "b/1.png"], ["a", "b"], ["a/1.png", "b/1.png"]),
-    (["in/x.png", "in/x.jpg", "in/s.1.png", "in/s.2.png"], ["in"], ["in/x.jpg", "in/x.png", "s.1", "s.2"]),
-    (["in/x.png", "in/X.png"], ["in"], ["in/X.png", "in/x.png-2"]),
-    (["in/1.png", "in/.hidden.png", "in/__MACOSX/1.png"], ["in"], ["1"]),
-    (["in/x.png", "in/x_labels.png", "in/x_overlay.jpg", "in/y_labels.png"], ["in"], ["x", "y_labels"]),
-    (["in/x_labels.png"], ["in/x_labels.png", "in/x_labels.png"], ["x_labels"]),
-    (["in/x.png", "in/out/x_explain.png", "in/out/z.png"], ["in", "--out", "in/out"], ["x"]),
-])
-def test_each_picture_has_a_place_of_its_own(tmp_path, monkeypatch, pictures, arguments, places):
-    monkeypatch.chdir(tmp_path)
-    place(".", *pictures)
-    out = Path(arguments[arguments.index("--out") + 1] if "--out" in arguments else "out")
-    found = predict.find_pictures(arguments[:-2] if "--out" in arguments else arguments, out)
-    assert sorted(path.relative_to(out).as_posix() for path in found.values()) == places
-
-
 def test_results_beside_their_pictures_are_not_predicted_again(run, capsys):
     place("in", "x.png", "sub/y.png")
     for _ in range(2):
         assert run("in", "--out", "in") == 0
         assert {str(path.relative_to("in")) for path in Path("in").rglob("*.*")} == {
             "x.png", "x_labels.png", "x_overlay.jpg", "sub/y.png", "sub/y_labels.png", "sub/y_overlay.jpg"}
-    assert "left out: 4 results of an earlier run" in capsys.readouterr().out
-    place("in", "x_labels.png")
-    assert run("in/x.png", "in/x_labels.png", "--out", "in") == 2
-    assert "x_labels.png would be written over, and is one of the pictures" in capsys.readouterr().err
+    assert "left out: 4 results of earlier runs" in capsys.readouterr().out
 
 
 def test_confidence_is_the_probability_of_the_label(run, predictor):
@@ -245,34 +224,88 @@ def test_confidence_is_the_probability_of_the_label(run, predictor):
 
 def test_a_video_gives_the_labels_of_its_frames_and_frames_give_a_video(run, predictor):
     pytest.importorskip("av")
-    with video.VideoWriter(Path("in/clip.mp4"), Fraction(8)) as writer:
+    with video.write_video(Path("in/clip.mp4"), Fraction(8), "") as write:
         for i in range(5):
-            writer.write(photograph(64, 80, seed=i))
+            write(photograph(64, 80, seed=i))
     with video.open_video(Path("in/clip.mp4")) as source:
         frames = [*source.frames]
     place("frames", "1.png", "2.png")
-    assert run("in", "frames", "--video", "4", "--out", "out") == 0
+    for _ in range(2):  # what the first run writes is left out
+        assert run("in", "frames", "--video", "4", "--confidence", "--out", "in") == 0
     for number, frame in enumerate(frames, 1):
-        with Image.open(f"out/clip_labels/{number:06}.png") as picture:
+        with Image.open(f"in/clip_labels/{number:06}.png") as picture:
             np.testing.assert_array_equal(np.array(picture), predictor(frame))
+    with Image.open("in/clip_confidence/000005.png") as picture:
+        np.testing.assert_allclose(np.array(picture) / 255, predictor.probabilities(frames[4]).max(0), atol=0.003)
     for name, rate, length in (("clip_overlay.mp4", 8, 5), ("overlay.mp4", 4, 2)):
-        with video.open_video(Path("out", name)) as source:
+        with video.open_video(Path("in", name)) as source:
             assert source.rate == rate and len([*source.frames]) == length
+    assert len([*Path("in").rglob("*.*")]) == 1 + 2 + 2 * 5 + 2 * 3
 
 
-def test_a_picture_too_long_for_jpeg_has_a_png_overlay(run, monkeypatch):
+def test_a_picture_too_long_for_jpeg_has_a_png_overlay(run, monkeypatch, capsys):
     monkeypatch.setattr(predict, "JPEG_SIDE", 69)  # for the limit of 65,500 pixels
     assert run("a.png", "--out", "out") == 0
     assert names("out") == ["a_labels.png", "a_overlay.png"]
+    assert "out/a_overlay.png is no JPEG" in capsys.readouterr().out
 
 
-def test_labels_are_written_before_all_else(run, monkeypatch, capsys):
-    def fail(*_, **__):
-        raise OSError("no overlay today")
+@pytest.mark.parametrize("fault", [OSError("no overlay"), RuntimeError("no memory"), MemoryError("none")])
+def test_labels_are_written_before_all_else_and_a_fault_stops_no_other_picture(run, monkeypatch, capsys, fault):
+    place("in", "1.png", "2.png")
+    draw, faults = predict.draw.overlay, [fault]
 
-    monkeypatch.setattr(predict.draw, "overlay", fail)
-    assert run("a.png", "--out", "out") == 2
-    assert names("out") == ["a_labels.png"] and "no overlay today" in capsys.readouterr().err
+    def overlay(*arguments, **more):
+        if faults:
+            raise faults.pop()
+        return draw(*arguments, **more)
+
+    monkeypatch.setattr(predict.draw, "overlay", overlay)
+    assert run("in", "--out", "out") == 1
+    assert names("out") == ["1_labels.png", "2_labels.png", "2_overlay.jpg"]
+    output = capsys.readouterr()
+    assert "1 of 2 pictures" in output.out and output.err == f"error: in/1.png: {fault}\n"
+
+
+def test_an_interrupt_keeps_what_is_written_and_tells_where(run, monkeypatch, capsys):
+    place("in", "1.png", "2.png")
+    read = predict.as_rgb
+    monkeypatch.setattr(predict, "as_rgb", lambda path: read(path) if path.stem == "1" else signal.raise_signal(2))
+    assert run("in", "--out", "out") == 130
+    output = capsys.readouterr()
+    assert "1 of 2 pictures: overlays and labels in out/" in output.out and output.err == "error: interrupted\n"
+    assert names("out") == ["1_labels.png", "1_overlay.jpg"]
+
+
+def test_a_picture_larger_than_the_memory_is_refused_by_its_size(run, monkeypatch, capsys):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's limit does not count
+    monkeypatch.setattr(predict.os, "sysconf", lambda _: 10_000)
+    Image.new("1", (4000, 3000)).save("b.png")
+    for more, gigabytes in ([], 0.3), (["--probabilities"], 0.5):
+        assert run("a.png", "b.png", "--out", "out", *more) == 1
+        assert capsys.readouterr().err == (f"error: b.png: 4000x3000 pixels take {gigabytes} GB of memory, and this "
+                                           "machine has 0.1 GB: cut it into smaller pictures\n")
+
+
+@pytest.mark.parametrize(("length", "kept"), [
+    (179, [(0, 179)]), (180, [(0, 80), (80, 180)]), (285, [(0, 80), (80, 180), (180, 285)])])
+def test_long_pictures_are_cut_and_pieces_overlap(length, kept):
+    pieces = predict.cut(length, 10)
+    assert [(piece.start + start, piece.start + start + number) for piece, (start, number) in pieces] == kept
+    assert [(piece.start, piece.stop) for piece, _ in pieces] == [(max(0, a - 20), b + 20) for a, b in kept]
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+def test_a_long_picture_has_the_labels_of_the_whole(tmp_path, turn):
+    save_checkpoint(tmp_path / "x.pt", "mask2former", CLASSES, window=96)  # three strides are two windows, as with 480
+    predictor = Predictor(tmp_path / "x.pt", "cpu")
+    long = np.rot90(photograph(32, 32 * 19), turn).copy()
+    (whole,) = evaluate.predictions(predictor.model, [long])
+    for image, labels in zip((long, photograph(), long), predictor([long, photograph(), long]), strict=True):
+        expected = whole.numpy() if image is long else predictor(image)
+        assert labels.shape == expected.shape and (labels != expected).mean() < 1e-3
+    volume = predictor.probabilities(long)
+    assert volume.shape == (5, *long.shape[:2]) and (volume.argmax(0) != whole.numpy()).mean() < 1e-3
 
 
 def test_a_list_gives_the_labels_of_each_form_of_a_picture(predictor, tmp_path):

@@ -1,15 +1,14 @@
 """Video files in and out, with PyAV: `pip install av`.
 
-Reading order: open_video -> VideoWriter.
+Reading order: open_video -> comment_of -> write_video.
 
 Shapes: a frame is RGB uint8 (H, W, 3).
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
@@ -31,58 +30,68 @@ class Video(NamedTuple):
     length: int | None  # frames, if the file tells
 
 
-def need_av(path: Path) -> None:
-    """Raises UserError if PyAV is not installed."""
-    if av is None:
-        raise UserError(f"{path}: reading and writing videos needs PyAV: pip install av")
+@contextlib.contextmanager
+def faults(path: Path, what: str) -> Iterator[None]:
+    """Raises UserError if PyAV is absent or finds a fault inside."""
+    if not hasattr(getattr(av, "VideoFrame", None), "rotation"):
+        raise UserError(f"{path}: reading and writing videos needs PyAV 14.2 or newer: pip install -U av")
+    try:
+        yield
+    except (av.FFmpegError, IndexError) as error:
+        raise UserError(f"{path}: {what} ({reason(error)}): replace it or take it out") from None
 
 
 @contextlib.contextmanager
 def open_video(path: Path) -> Iterator[Video]:
-    """The first video stream of a file, frame by frame. Raises UserError if it cannot be read."""
-    need_av(path)
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            frames = (frame.to_ndarray(format="rgb24") for frame in container.decode(stream))
-            yield Video(frames, stream.average_rate or Fraction(25), stream.frames or None)
-    except (av.FFmpegError, IndexError) as error:
-        raise UserError(f"{path}: not a readable video ({reason(error)}): replace it or take it out") from None
+    """The first video stream of a file, frame by frame, upright. Raises UserError if it cannot be read."""
+    with faults(path, "not a readable video"), av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        frames = (np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)  # telephones turn by a tag
+                  for frame in container.decode(stream))
+        yield Video(frames, stream.average_rate or Fraction(25), stream.frames or None)
 
 
-class VideoWriter:
-    """Writes frames of one size to an MP4 file (H.264); used in a `with`. An interrupted one ends with its last frame.
+def comment_of(path: Path) -> str | None:
+    """The comment in a video file, if there is one that can be read."""
+    with contextlib.suppress(UserError, OSError), faults(path, ""), av.open(str(path)) as container:
+        return container.metadata.get("comment")
 
-    The sides of H.264 are even: an odd last row or column is left out.
+
+@contextlib.contextmanager
+def write_video(path: Path, rate: Fraction, comment: str) -> Iterator[Callable[[np.ndarray], None]]:
+    """A function that adds a frame to an MP4 file (H.264). An interrupted file ends with its last frame.
+
+    The sides of H.264 are even: an odd last row or column is left out. Raises UserError for a frame of another size,
+    and if a file of this name is there that has not this comment.
     """
+    if path.exists() and comment_of(path) != comment:
+        raise UserError(f"{path} is there, and does not say that it was {comment}: move it or name another place")
+    draft, stream = path.with_name(f".{path.name}.partial"), None
 
-    def __init__(self, path: Path, rate: Fraction) -> None:
-        need_av(path)
-        self.path, self.draft, self.stream = path, path.with_name(f".{path.name}.partial"), None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.container, self.rate = av.open(str(self.draft), "w", format="mp4"), rate
-
-    def write(self, frame: np.ndarray) -> None:
-        """Add a frame. Raises UserError if it has another size than the first."""
+    def write(frame: np.ndarray) -> None:
+        nonlocal stream
         height, width = (side // 2 * 2 for side in frame.shape[:2])
-        if not self.stream:
-            self.stream = self.container.add_stream("libx264", rate=self.rate)
-            self.stream.width, self.stream.height, self.stream.pix_fmt = width, height, "yuv420p"
-        if (self.stream.height, self.stream.width) != (height, width):
-            raise UserError(f"{self.path}: a frame of {width}x{height} pixels after some of {self.stream.width}x"
-                            f"{self.stream.height}: give frames of one size")
+        if not stream:
+            stream = container.add_stream("libx264", rate=rate)
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        if (stream.height, stream.width) != (height, width):
+            raise UserError(f"{path}: a frame of {width}x{height} pixels after some of {stream.width}x{stream.height}: "
+                            "give frames of one size")
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
-        self.container.mux(self.stream.encode(picture))
+        container.mux(stream.encode(picture))
 
-    def __enter__(self) -> "VideoWriter":
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.stream:
-            self.container.mux(self.stream.encode())
-        self.container.close()
-        if self.stream:
-            self.draft.replace(self.path)
-        else:
-            self.draft.unlink(missing_ok=True)
+    with faults(path, "cannot be written"):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with av.open(str(draft), "w", format="mp4") as container:
+                container.metadata["comment"] = comment
+                try:
+                    yield write
+                finally:
+                    if stream:
+                        container.mux(stream.encode())
+        finally:
+            if stream:
+                draft.replace(path)
+            draft.unlink(missing_ok=True)

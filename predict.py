@@ -9,7 +9,8 @@ Reading order: Predictor -> cut -> write_results, write_video -> predict_picture
 
 Shapes: K classes; H, W size of the picture; labels are uint8 (H, W), class indices.
 A picture of any size is seen at the scale of the test, its own size only in strips: 8000 x 6000 pixels with 59 classes
-take 1.8 GB above the model (single-scale, measured on a CPU); --probabilities takes 4 K H W bytes more.
+take 2.0 GB above the model, 66000 x 600, in pieces, 3.1 GB (single-scale, measured on a CPU); --probabilities takes
+4 K H W bytes more.
 """
 
 import argparse
@@ -40,12 +41,6 @@ from weights import names_and_colors
 
 JPEG_SIDE = 65_500  # pixels at most
 BYTES_A_PIXEL = 24  # of a picture, its labels, overlay and sheet, at most
-
-
-def best_class(strip: Tensor) -> list[Tensor]:
-    """Labels and their probabilities in 1/255, both uint8 (rows, W), of probabilities (K, rows, W)."""
-    confidence, labels = strip.max(0)
-    return [labels.to(torch.uint8), confidence.mul(255).round().to(torch.uint8)]
 
 
 class Predictor:
@@ -88,12 +83,24 @@ class Predictor:
             ((volume,),) = self.stream([as_rgb(picture)], lambda strip: [strip])
         return volume
 
+    def best_class(self, strip: Tensor) -> list[Tensor]:
+        """Labels and confidence, both uint8 (rows, W), of probabilities (K, rows, W).
+
+        Confidence is the label's probability in 1/255. With Mask2Former it is the label's score above the least score,
+        for its scores, 0 ... 1, are soft-maxed though they are probabilities: the sure one of 59 comes out as 0.045.
+        """
+        best, labels = strip.max(0)
+        if self.model.config.head == "mask2former":
+            best = (best / strip.amin(0)).log()  # differences of scores are logarithms of ratios
+        return [labels.to(torch.uint8), best.clamp(max=1).mul(255).round().to(torch.uint8)]
+
     def stream(self, images: Iterable[np.ndarray],
-               of_strip: Callable[[Tensor], list[Tensor]] = best_class) -> Iterator[list[np.ndarray]]:
+               of_strip: Callable[[Tensor], list[Tensor]] | None = None) -> Iterator[list[np.ndarray]]:
         """For each image (H, W, 3) the arrays (..., H, W) that `of_strip` makes of its probabilities (K, rows, W).
 
-        Consecutive images share batches of windows.
+        The default is `best_class`. Consecutive images share batches of windows.
         """
+        of_strip = of_strip or self.best_class
         layouts: deque[tuple] = deque()  # of the images that are on their way: axis, and (cut, kept) of each piece
 
         def pieces() -> Iterator[np.ndarray]:
@@ -133,8 +140,8 @@ def write_results(predictor: Predictor, picture: Path, stem: Path, options: argp
     _explain.png. Returns the overlay without its legend."""
     check_memory(picture, BYTES_A_PIXEL + 4 * len(predictor.classes) * options.probabilities)
     image = as_rgb(picture)
-    of_strip = (lambda strip: [*best_class(strip), strip.half()]) if options.probabilities else best_class
-    ((labels, confidence, *volume),) = predictor.stream([image], of_strip)
+    more = (lambda strip: [*predictor.best_class(strip), strip.half()]) if options.probabilities else None
+    ((labels, confidence, *volume),) = predictor.stream([image], more)
     save_labels(labels, Path(f"{stem}_labels.png"), predictor.palette, NOTE)  # the work first: a PNG may have any size
     if options.confidence:
         save_labels(confidence, Path(f"{stem}_confidence.png"), info=NOTE)

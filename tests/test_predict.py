@@ -215,11 +215,16 @@ def test_results_beside_their_pictures_are_not_predicted_again(run, capsys):
     assert "left out: 4 results of earlier runs" in capsys.readouterr().out
 
 
-def test_confidence_is_the_probability_of_the_label(run, predictor):
-    assert run("a.png", "--confidence", "--out", "out") == 0
+def test_confidence_is_255_where_the_model_is_sure(run, checkpoints, predictor):
+    upernet = Predictor(checkpoints / "upernet.pt", "cpu")
+    scores = torch.tensor([[1, 0, 0, 0, 0], [0.1, 0.6, 0.1, 0, 0.2], [0.2] * 5]).T[:, None]  # (K, 1, 3)
+    assert predictor.best_class(scores.softmax(0))[1].tolist() == [[255, 153, 0]]  # Mask2Former's are soft-maxed
+    labels, confidence = upernet.best_class(scores)
+    assert labels.tolist() == [[0, 1, 0]] and confidence.tolist() == [[255, 153, 51]]
+    assert run("a.png", "--confidence", "--out", "out", head="upernet") == 0
     with Image.open("out/a_confidence.png") as picture:
         assert picture.mode == "L"
-        np.testing.assert_allclose(np.array(picture) / 255, predictor.probabilities(photograph()).max(0), atol=0.003)
+        np.testing.assert_allclose(np.array(picture) / 255, upernet.probabilities(photograph()).max(0), atol=0.003)
 
 
 def test_a_video_gives_the_labels_of_its_frames_and_frames_give_a_video(run, predictor):
@@ -236,7 +241,8 @@ def test_a_video_gives_the_labels_of_its_frames_and_frames_give_a_video(run, pre
         with Image.open(f"in/clip_labels/{number:06}.png") as picture:
             np.testing.assert_array_equal(np.array(picture), predictor(frame))
     with Image.open("in/clip_confidence/000005.png") as picture:
-        np.testing.assert_allclose(np.array(picture) / 255, predictor.probabilities(frames[4]).max(0), atol=0.003)
+        volume = predictor.probabilities(frames[4])
+        np.testing.assert_allclose(np.array(picture) / 255, np.log(volume.max(0) / volume.min(0)), atol=0.003)
     for name, rate, length in (("clip_overlay.mp4", 8, 5), ("overlay.mp4", 4, 2)):
         with video.open_video(Path("in", name)) as source:
             assert source.rate == rate and len([*source.frames]) == length

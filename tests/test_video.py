@@ -75,6 +75,24 @@ def test_an_interrupted_video_ends_with_its_last_frame_and_sizes_must_agree(tmp_
         write(np.zeros((32, 32, 3), np.uint8))
     with video.open_video(tmp_path / "x.mp4") as source:
         assert len([*source.frames]) == 1
+
+
+def test_a_video_that_is_damaged_is_named_and_keeps_the_frames_before(tmp_path: Path) -> None:
+    pytest.importorskip("av")
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     with pytest.raises(UserError, match="bad.mp4: not a readable video"), video.open_video(tmp_path / "bad.mp4"):
         pass
+    noise = np.random.default_rng(0).integers(0, 256, (30, 64, 64, 3), np.uint8)
+    with video.write_video(tmp_path / "x.mp4", Fraction(10), "") as write:
+        for frame in noise:
+            write(frame)
+    content = (tmp_path / "x.mp4").read_bytes()
+    half = len(content) // 2
+    (tmp_path / "x.mp4").write_bytes(content[:half] + bytes(half // 2) + content[half + half // 2:])
+    with pytest.raises(UserError, match="x.mp4: not a readable video"), \
+            video.open_video(tmp_path / "x.mp4") as source, \
+            video.write_video(tmp_path / "y.mp4", Fraction(10), "") as write:
+        for frame in source.frames:
+            write(frame)
+    with video.open_video(tmp_path / "y.mp4") as source:
+        assert 0 < len([*source.frames]) < 30

@@ -8,6 +8,7 @@ Shapes: a frame is RGB uint8 (H, W, 3).
 import contextlib
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,18 +39,22 @@ def faults(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except (av.FFmpegError, IndexError) as error:
-        raise UserError(f"{path}: {what} ({reason(error)}): replace it or take it out") from None
+        raise UserError(f"{path}: {what} ({reason(error)})") from None
 
 
 @contextlib.contextmanager
 def open_video(path: Path) -> Iterator[Video]:
     """The first video stream of a file, frame by frame, upright. Raises UserError if it cannot be read."""
-    with faults(path, "not a readable video"), av.open(str(path)) as container:
+    def frames() -> Iterator[np.ndarray]:
+        with unreadable():  # here too, or a fault would pass for one of the video that is written meanwhile
+            for frame in container.decode(stream):
+                yield np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)  # telephones turn by a tag
+
+    unreadable = partial(faults, path, "not a readable video: replace it or take it out")
+    with unreadable(), av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        frames = (np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)  # telephones turn by a tag
-                  for frame in container.decode(stream))
-        yield Video(frames, stream.average_rate or Fraction(25), stream.frames or None)
+        yield Video(frames(), stream.average_rate or Fraction(25), stream.frames or None)
 
 
 def comment_of(path: Path) -> str | None:
@@ -81,7 +86,7 @@ def write_video(path: Path, rate: Fraction, comment: str) -> Iterator[Callable[[
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
         container.mux(stream.encode(picture))
 
-    with faults(path, "cannot be written"):
+    with faults(path, "cannot be written: make room or name another place"):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with av.open(str(draft), "w", format="mp4") as container:

@@ -173,11 +173,12 @@ def keep_apart(found: dict[Path, Path], out: Path) -> dict[Path, Path]:
     def key(place: Path) -> str:
         return place.as_posix().casefold()
 
-    number = Counter(map(key, found.values()))
+    whole = {file: Path(*(part for part in file.parts if part not in ("/", "..", "."))) for file in found}
+    bare = {file: path.with_suffix("") for file, path in whole.items()}
+    ways = [(names, Counter(map(key, names.values()))) for names in (found, bare, whole)]
     places, taken = {}, set()
-    for file, place in found.items():
-        if number[key(place)] > 1:
-            place = Path(*(part for part in file.parts if part not in ("/", "..", ".")))
+    for file in found:  # the shortest of the names that no other picture has
+        place = next((names[file] for names, number in ways if number[key(names[file])] == 1), whole[file])
         while key(place) in taken:
             place = place.with_name(f"{place.name}-2")
         taken.add(key(place))

@@ -207,8 +207,8 @@ def place(folder, *pictures):
 
 @pytest.mark.parametrize(("pictures", "arguments", "places"), [
     (["in/1.png", "in/sub/2.jpg", "in/sub/deep/3.PNG"], ["in"], ["1", "sub/2", "sub/deep/3"]),
-    (["a/1.png", "b/1.png"], ["*/*.png"], ["a/1.png", "b/1.png"]),
-    (["a/1.png", "b/1.png"], ["a", "b"], ["a/1.png", "b/1.png"]),
+    (["a/1.png", "b/1.png"], ["*/*.png"], ["a/1", "b/1"]),
+    (["a/1.png", "b/1.png"], ["a", "b"], ["a/1", "b/1"]),
     (["in/x.png", "in/x.jpg", "in/s.1.png", "in/s.2.png"], ["in"], ["in/x.jpg", "in/x.png", "s.1", "s.2"]),
     (["in/x.png", "in/X.png"], ["in"], ["in/X.png", "in/x.png-2"]),
     (["in/1.png", "in/.hidden.png", "in/__MACOSX/1.png"], ["in"], ["1"]),

@@ -27,7 +27,8 @@ def test_demo_reaches_its_scores(tmp_path, monkeypatch, head):
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 @pytest.mark.parametrize(("head", "explained"), [("mask2former", 1), ("upernet", 0)])
 def test_demo_ends_with_the_report_and_a_sheet_of_queries(head, explained):
-    dry = subprocess.run(["make", "-n", "demo", f"HEAD={head}"], cwd=ROOT, check=True, capture_output=True, text=True)
+    dry = subprocess.run(["make", "-n", "--no-print-directory", "demo", f"HEAD={head}"], cwd=ROOT, check=True,
+                         capture_output=True, text=True)
     *_, report, files, _ = lines = dry.stdout.splitlines()
     assert report.endswith("python -m tools.report")
     assert "report/index.html" in files and ("val_0000_explain.png" in files) == explained

@@ -147,7 +147,7 @@ def test_without_any_font_the_letters_are_boxes_and_a_warning_says_so(fonts, cap
     assert capsys.readouterr().err.startswith("warning: no font here has 路道, drawn as boxes; install one")
 
 
-@pytest.mark.parametrize(("share", "text"), [(0.345, "34 %"), (1, "100 %"), (0.0042, "0.4 %"), (1e-5, "< 0.1 %")])
+@pytest.mark.parametrize(("share", "text"), [(0.345, "34.5 %"), (1, "100.0 %"), (0.0042, "0.4 %"), (1e-5, "< 0.1 %")])
 def test_shares_are_short(share, text):
     assert draw.percent(share) == text
 

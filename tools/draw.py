@@ -201,9 +201,8 @@ def absent(font: ImageFont.FreeTypeFont, letters: Sequence[str]) -> list[str]:
 
 
 def percent(share: float) -> str:
-    """A fraction as a short percentage: '34 %', '0.4 %', '< 0.1 %'."""
-    digits = int(0 < share < 0.01)
-    return "< 0.1 %" if 0 < share < 0.0005 else f"{100 * share:.{digits}f} %"
+    """A fraction in percent with one decimal: '34.2 %', '< 0.1 %'."""
+    return "< 0.1 %" if 0 < share < 0.0005 else f"{100 * share:.1f} %"
 
 
 def shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:

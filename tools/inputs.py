@@ -81,17 +81,18 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 def place_results(pictures: dict[Path, Path], out: Path) -> dict[Path, Path]:
     """Where the results of each picture go: the path that _labels.png and others are added to.
 
-    Where two have one place, also in another case or Unicode form, they get their whole paths, and then numbers.
+    Where two have one place, also in another case or Unicode form, they get whole paths, or then numbers.
     Raises UserError if a file is there that is no result: it would be written over.
     """
     def key(place: Path) -> str:
         return unicodedata.normalize("NFC", place.as_posix()).casefold()
 
-    number = Counter(map(key, pictures.values()))
+    whole = {file: Path(*(part for part in file.parts if part not in ("/", "..", "."))) for file in pictures}
+    bare = {file: path.with_suffix("") for file, path in whole.items()}
+    ways = [(names, Counter(map(key, names.values()))) for names in (pictures, bare, whole)]
     stems, taken = {}, set()
-    for file, place in pictures.items():
-        if number[key(place)] > 1:
-            place = Path(*(part for part in file.parts if part not in ("/", "..", ".")))
+    for file in pictures:  # the shortest of the names that no other picture has
+        place = next((names[file] for names, number in ways if number[key(names[file])] == 1), whole[file])
         while key(place) in taken:
             place = place.with_name(f"{place.name}-2")
         taken.add(key(place))

@@ -92,7 +92,7 @@ def from_zero(labels: np.ndarray) -> np.ndarray:
     (lambda path, labels, i: Image.fromarray(COLOURS[labels]).quantize(3 + i).save(path), LIST, (), same, "palettes"),
     (lambda path, labels, i: Image.fromarray(np.dstack([COLOURS[labels], labels * 0])).save(path), LIST, (), same, ""),
     (lambda path, labels, i: palette_png(path, labels, COLOURS), NAMES, (), same,
-     "labels: palette indices as they are: sky is drawn in 70 130 180, road in 128 64 128, car in 0 0 142\n"),
+     "labels: by the indices of their palettes: sky is drawn in 70 130 180, road in 128 64 128, car in 0 0 142\n"),
     (gray([0, 1, 2]), NAMES, (), same, "labels: 0 is sky, 1 is road, 2 is car\n"),
     (gray([0, 1, 2]), LIST, (), same, "labels: the colours of the list are for drawing only\n"),
     (gray([0, 1, 255]), "2", (), lambda labels: np.where(labels == 2, 255, labels),
@@ -132,6 +132,8 @@ def test_the_colours_of_palettes_are_kept(tmp_path: Path) -> None:
     write(tmp_path, lambda path, labels, i: palette_png(path, labels, COLOURS))
     run(tmp_path, NAMES)
     np.testing.assert_array_equal(data.open_dataset(tmp_path / "own", "train").info.palette, COLOURS)
+    run(tmp_path, "road\ncar\n", "--zero-is-unlabelled", "--out", f"{tmp_path}/two")
+    np.testing.assert_array_equal(data.open_dataset(tmp_path / "two", "train").info.palette, COLOURS[1:])
 
 
 def mixed(one: Callable, other: Callable) -> Callable:

@@ -30,16 +30,17 @@ COLUMNS = {  # the words of a header, by what they stand for
 }
 HEX, NUMBER = r"#(?:[0-9a-fA-F]{3}){1,2}\b", r"\d+"
 TRIPLE = rf"{NUMBER}(?:\s*[,;\s]\s*{NUMBER}){{2}}"
-COLOUR = rf"(?P<colour>{HEX}|[(\[]\s*{TRIPLE}(?:\s*,\s*{NUMBER})?\s*[)\]]|{TRIPLE})"
+COLOUR = rf"(?P<colour>{HEX}|(?:[rR][gG][bB]\s*)?[(\[]\s*{TRIPLE}(?:\s*,\s*{NUMBER})?\s*[)\]]|{TRIPLE})"
 GAP = r"\s*[\s,;:=]\s*"
 FORMS = [re.compile(form) for form in (  # of a line; a name begins and ends with what is no number or separator
     r"(?P<name>[^:]+):(?P<colour>\d+,\d+,\d+)?:[^:]*:[^:]*",  # labelmap.txt
     rf"(?:(?P<id>{NUMBER}){GAP})?(?P<name>.*?[^\s\d,;:=(\[].*?){GAP}{COLOUR}(?:[,;\s]+(?P<alpha>{NUMBER}))?",
     rf"{COLOUR}{GAP}(?P<name>[^\s\d,;:=].*)",
-    rf"(?P<id>{NUMBER}){GAP}(?P<name>[^\s\d,;:=].*)",
+    rf"(?P<id>{NUMBER})[.)]?{GAP}(?P<name>[^\s\d,;:=].*)",
     rf"(?P<name>.*[^\s\d,;:=].*?)\s*[,;:=\t]\s*(?P<id>{NUMBER})",
     r"(?P<name>.*[^\s\d,;:=.].*)",
 )]
+OTHER_SYNTAX = re.compile(r"[\[\]{}]|^-\s|:$")  # of YAML and the like
 NUMBERS_LEFT = re.compile(r"[,;:=\t]\s*-?[\d.]+\s*([,;:=\t]|$)|(^|\s)-?[\d.]+[\s,;]+-?[\d.]+(\s|$)")
 
 
@@ -92,7 +93,7 @@ def entries_of_text(text: str, source: str) -> Iterator[Entry]:
     if separator in (",", ";", "\t"):
         yield from read_table(lines, separator, columns)
         return
-    if len(lines) == 1 and "," in lines[0][1] and not re.search(r"\d", lines[0][1]):
+    if len(lines) == 1 and "," in lines[0][1] and not re.search(r"[\d\[{]", lines[0][1]):
         yield from (Entry(f"{source}, line 1", name.strip()) for name in lines[0][1].split(","))
         return
     read = [read_line(*line) for line in lines[separator is not None:]]
@@ -130,7 +131,7 @@ def read_table(lines: Sequence[tuple[str, str]], separator: str, columns: dict[s
 def read_line(where: str, line: str) -> Entry:
     """The entry of a line without a header."""
     found = next((match for form in FORMS if (match := form.fullmatch(line))), None)
-    if not found or NUMBERS_LEFT.search(found["name"]):
+    if not found or NUMBERS_LEFT.search(found["name"]) or OTHER_SYNTAX.search(found["name"]):
         raise UserError(f"{where}: {line!r} cannot be understood: {KNOWN}")
     parts = {"colour": None, "id": None, "alpha": None, **found.groupdict()}
     return Entry(where, parts["name"].strip(" \t\"'"), parts["colour"] and as_colour(parts["colour"], where),

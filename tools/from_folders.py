@@ -351,8 +351,6 @@ def index_rule(classes: ClassList, surveys: Sequence[Survey], zero_is_unlabelled
         found = [{value & 255 if file.coloured else value: count for value, count in file.counts.items()}
                  for file in surveys]
         print("labels: the gray levels of three equal channels")
-    if any(file.palette for file in surveys):
-        palette = common_palette(surveys, classes.names, palette)
     known = classes.ids or {k: k for k in range(number)}
     known = {IGNORE: IGNORE, **known}
     values = {value for counts in found for value in counts}
@@ -373,11 +371,14 @@ def index_rule(classes: ClassList, surveys: Sequence[Survey], zero_is_unlabelled
     names = [*classes.names, *["unlabelled"] * (IGNORE + 1 - number)]  # by label
     meaning = [f"{value} is {names[known[value]]}" for value in sorted(values)]
     print(f"labels: {', '.join(meaning[:12])}{' ...' if len(meaning) > 12 else ''}")
+    if any(file.palette for file in surveys):
+        palette = common_palette(surveys, known, classes.names, palette)
     check_one_class(found, known, classes.names)
     return Rule(known, False, palette)
 
 
-def common_palette(surveys: Sequence[Survey], names: Sequence[str], palette: np.ndarray) -> np.ndarray:
+def common_palette(surveys: Sequence[Survey], known: dict[int, int], names: Sequence[str],
+                   palette: np.ndarray) -> np.ndarray:
     """`palette` (K, 3) with the colours that the label files give their values. UserError if the files differ."""
     seen: dict[int, tuple[int, Path]] = {}
     for file in surveys:
@@ -387,9 +388,9 @@ def common_palette(surveys: Sequence[Survey], names: Sequence[str], palette: np.
                 raise UserError(f"value {value} is drawn in {spell(first)} in {where} and in {spell(colour)} in "
                                 f"{file.path}: the palettes differ, so the values say nothing; give each class its "
                                 "colour in the list, `name R G B`")
-    own = {k: seen[k][0] for k in range(len(names)) if k in seen}
+    own = {known[value]: colour for value, (colour, _) in sorted(seen.items()) if known[value] != IGNORE}
     drawn = [f"{names[k]} {'' if n else 'is drawn '}in {spell(colour)}" for n, (k, colour) in enumerate(own.items())]
-    print(f"labels: palette indices as they are: {', '.join(drawn[:12])}")
+    print(f"labels: by the indices of their palettes: {', '.join(drawn[:12])}")
     if len(own) < len(palette) or len({*own.values()}) < len(own):
         return palette  # colours that are not all told, or alike, are of no use for drawing
     return np.uint8([[*own[k].to_bytes(3)] for k in range(len(palette))])

@@ -229,6 +229,7 @@ def read_label_image(path: Path) -> LabelImage:
             raise UserError(f"{path} holds {picture.n_frames} pages or frames: save the one that is meant as PNG")
         values = np.asarray(picture)
         mode, palette = picture.mode, picture.getpalette("RGB") if picture.mode in ("P", "PA") else None
+        palette = [0, 0, 0, 255, 255, 255] if mode == "1" else palette  # one bit is black or white
     if mode in ("RGB", "RGBA", "RGBX"):
         if ";16" in stored:  # Pillow would cut them to 8 bits
             raise UserError(f"{path} has 16-bit colours: save it with 8 bits a colour, as PNG")
@@ -239,6 +240,8 @@ def read_label_image(path: Path) -> LabelImage:
     if few := re.fullmatch(r"L;([24])R?", stored):  # Pillow stretches 2 and 4 bits to 0..255
         values = values // (255 // ((1 << int(few[1])) - 1))
     colours = np.uint8(palette).reshape(-1, 3) if palette else None
+    if colours is not None and values.max() >= len(colours):
+        raise UserError(f"{path} holds value {values.max()}, and its palette has {len(colours)} colours: save it again")
     if colours is not None and (colours == np.arange(len(colours))[:, None]).all():
         colours = None  # a ramp of grays is no choice of colours
     return LabelImage(values.astype(np.int32), False, colours)

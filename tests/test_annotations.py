@@ -194,6 +194,7 @@ def pictures(*entries: tuple[int, str, int, int]) -> dict:
     (one({"size": [12, 10], "counts": RUNS}), r"annotation 8: a mask of size \(12, 10\) for an image of \(10"),
     (one({"size": [10, 12], "counts": [4, 9]}), "annotation 8: its runs do not fill 10 x 12 pixels"),
     (one({"size": [10, 12], "counts": "g06"}), "annotation 8: its runs do not fill 10 x 12 pixels"),
+    ({"categories": [{"id": 1, "name": "b"}, {"id": 1, "name": "c"}]}, "two categories have one id"),
     ({"annotations": []}, "hold no polygon, rectangle, circle or mask"),
     (pictures((10, "a.png", 10, 12), (10, "b.png", 10, 12)), "two images have the id 10"),
     (pictures((10, "a.png", 10, 12), (11, "a.png", 10, 12)), "2 pictures have the name a, or one is listed twice"),
@@ -258,6 +259,7 @@ DOTS = painted((1, 4, 2, 5, 3), (1, 6, 4, 7, 5))
     ([shape("b", "rectangle", (2, 3), (7, 3), (7, 9), (2, 9))], FILLED, ""),
     ([shape("b", "circle", (6, 5), (6 + 3.2 * 0.6, 5 - 3.2 * 0.8))], DISC * np.uint8(1), ""),
     ([shape("b", "mask", (4, 2), (6, 4), mask=png(DOTS[2:5, 4:7] > 0))], DOTS, ""),
+    ([shape("b", "mask", (4, 2), (6, 4), mask=png(np.uint8(DOTS[2:5, 4:7] > 0)))], DOTS, ""),  # 0 and 1, as labelme
     ([shape("b", "mask", (-1, -1), (3, 3), mask=png(np.ones((5, 5), bool)))], painted((1, 0, 0, 4, 4)), ""),
     ([shape("b", "rectangle", (2, 3), (7, 9)), shape("c", "line", (0, 0), (9, 9)), shape("c", "point", (1, 1))],
      FILLED, "1 shapes of the kind line, 1 shapes of the kind point"),

@@ -97,7 +97,9 @@ def from_zero(labels: np.ndarray) -> np.ndarray:
     (gray([0, 1, 2]), LIST, (), same, "labels: the colours of the list are for drawing only\n"),
     (gray([0, 1, 255]), "2", (), lambda labels: np.where(labels == 2, 255, labels),
      "labels: 0 is class 0, 1 is class 1, 255 is unlabelled\n"),
-    (gray([0, 127, 255]), "a 0 0 0\nb 127 127 127\nc 255 255 255\n", (), same, ""),
+    (gray([0, 127, 255]), "a 0 0 0\nb 127 127 127\nc 255 255 255\n", (), same, "by the gray levels of the list"),
+    (lambda path, labels, i: Image.fromarray(labels == 0).save(path), "road 255 255 255\nbg 0 0 0\n", (),
+     lambda labels: (labels > 0).astype(np.uint8), "labels: by the colours of their palettes\n"),  # one bit a pixel
     (gray([0, 1, 2]), "road\ncar\n", ("--zero-is-unlabelled",), from_zero, "0 is unlabelled, 1 is road, 2 is car\n"),
     (gray([0, 7, 9]), "id,name\n7,road\n9,car\n", ("--zero-is-unlabelled",), from_zero, "0 is unlabelled, 7 is road"),
     (gray([0, 1, 2]), "void\nroad\ncar\n", (), from_zero, "0 is unlabelled, 1 is road, 2 is car\n"),
@@ -149,6 +151,7 @@ def mixed(one: Callable, other: Callable) -> Callable:
     (gray([1, 2, 3]), NAMES, "use --zero-is-unlabelled"),
     (gray([0, 1, 17]), NAMES, "label value 17 is none of the classes: in 6 of 6 files, first .*a.png: no class is 255"),
     (gray([0, 127, 255]), NAMES, "label value 127 is none .*its gray level in the list, `name 127 127 127`"),
+    (gray([0, 255, 255]), "crack\n", "one class, 'crack', and files with 255, .*: put `background` before it in the"),
     (gray([0, 0, 128]), "2", "label value 128 is none of the classes"),
     (mixed(gray([0, 1, 1]), gray([0, 255, 255])), "2", "some label files hold 0 and 1, others 0 and 255"),
     (mixed(coloured, gray([0, 1, 2])), LIST, "some label files hold colours, others values"),
@@ -214,6 +217,28 @@ def test_folders_named_train_and_val_are_the_splits(tmp_path: Path, capsys, imag
     assert "splits: those of the folders, 1 test, 3 train, 2 val" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("moves", "message"), [
+    ({"a": "val/a"}, r"lack train or val \(5 elsewhere, 1 val\): .*--splits"),
+    ({"a": "train2017/a", "b": "train2017/b", "c": "val2017/c"}, "3 elsewhere, 2 train, 1 val"),
+])
+def test_split_folders_that_do_not_hold_all_are_refused(tmp_path: Path, moves: dict, message: str) -> None:
+    write(tmp_path, gray([0, 1, 2]))
+    for old, new in moves.items():
+        move(tmp_path, (f"images/{old}.jpg", f"images/{new}.jpg"), (f"masks/{old}.png", f"masks/{new}.png"))
+    with pytest.raises(UserError, match=message):
+        run(tmp_path, NAMES)
+
+
+def test_a_test_folder_is_kept_out_of_training(tmp_path: Path) -> None:
+    truth = write(tmp_path, gray([0, 1, 2]))
+    for old in truth:
+        new = f"{'test' if old in 'ab' else 'train'}/{old}"
+        move(tmp_path, (f"images/{old}.jpg", f"images/{new}.jpg"), (f"masks/{old}.png", f"masks/{new}.png"))
+    run(tmp_path, NAMES)
+    assert data.open_dataset(tmp_path / "own", "test").names == ["test/a", "test/b"]
+    assert len(data.open_dataset(tmp_path / "own", "train")) + len(data.open_dataset(tmp_path / "own", "val")) == 4
+
+
 def test_lists_of_the_user_are_the_splits(tmp_path: Path) -> None:
     truth = write(tmp_path, gray([0, 1, 2]))
     (tmp_path / "lists").mkdir()
@@ -242,6 +267,9 @@ def test_pictures_of_one_name_are_kept_apart(tmp_path: Path) -> None:
     (lambda root: [file.unlink() for file in (root / "images").iterdir()], "images is no folder with images"),
     (lambda root: move(root, ("images/a.jpg", "images/\udce9.jpg")), r"\?.jpg: its name is not in UTF-8: rename it"),
     (lambda root: (root / "masks/a.png").write_bytes(b"no image"), "masks/a.png: not a readable image"),
+    (lambda root: [move(root, (f"images/{name}.jpg", f"images/left_{name}.jpg"),
+                        (f"masks/{name}.png", f"masks/right_{name}.png")) for name in "abcdef"],
+     "6 label files have no image of their name"),
 ])
 def test_files_that_do_not_fit_are_named(tmp_path: Path, change: Callable, message: str) -> None:
     write(tmp_path, gray([0, 1, 2]))
@@ -284,6 +312,8 @@ def test_frames_of_one_video_stay_together(capsys) -> None:
     assert by_hand == {"train": ["b-1", "b-2", "b-3"], "val": ["a-1", "a-2"]}
     photographs = [f"{camera}{number}" for camera in ("IMG_", "DSC0") for number in (1003, 1004, 1017, 2208, 2310)]
     assert not from_folders.find_videos(sorted(photographs))  # irregular steps
+    with pytest.raises(UserError, match="--group-by .: no regular expression"):
+        from_folders.split_names(frames, group_by="(")
     with pytest.raises(UserError, match="one group of images, cannot be split"):
         from_folders.split_names(frames, group_by="frame")
 

@@ -33,11 +33,11 @@ import data
 import pictures
 from common import IGNORE, UserError, reason
 from tools import from_folders
-from tools.class_list import read_classes
+from tools.class_list import NO_CLASS, read_classes
 from tools.context import decode_runs
 
 Outline = Callable[[tuple[int, int]], np.ndarray]
-BACKGROUND_NAMES, IGNORE_NAMES = ("background", "bg"), ("ignore", "void", "unlabelled", "unlabeled")
+BACKGROUND_NAMES = ("background", "bg")
 
 
 class Annotated(NamedTuple):
@@ -137,6 +137,9 @@ def read_coco(path: Path, split: str, library: Library, categories: dict[str, No
     """The pictures of a COCO file; adds its category names, in the order of their ids, to `categories`."""
     content, objects, numbers, result = json.loads(path.read_bytes()), defaultdict(list), set(), []
     names = {str(entry["id"]): entry["name"] for entry in sorted(content["categories"], key=lambda e: e["id"])}
+    named = all(isinstance(name, str) and name.strip() for name in names.values())
+    if len(names) < len(content["categories"]) or not named:
+        raise UserError(f"{path}: two categories have one id, or a category has no name: export the file again")
     categories.update(dict.fromkeys(names.values()))
     for annotation in content["annotations"]:
         where, category = f"{path}, annotation {annotation.get('id')}", str(annotation["category_id"])
@@ -146,7 +149,7 @@ def read_coco(path: Path, split: str, library: Library, categories: dict[str, No
             if outline := coco_outline(annotation.get("segmentation"), where, library.left_out):
                 objects[str(annotation["image_id"])].append((names[category], outline))
     for entry in content["images"]:
-        number, size = str(entry["id"]), (entry.get("height"), entry.get("width"))
+        number, size = str(entry["id"]), tuple(entry.get(side) and int(entry[side]) for side in ("height", "width"))
         if number in numbers:
             raise UserError(f"{path}: two images have the id {number}, so that an annotation may be of either: "
                             "export the file again")
@@ -200,6 +203,8 @@ def read_labelme(path: Path, split: str, library: Library, embedded: Path) -> li
     content, root = json.loads(path.read_bytes()), library.root
     size, objects = (content.get("imageHeight"), content.get("imageWidth")), []
     for shape in content["shapes"]:
+        if not isinstance(shape["label"], str) or not shape["label"].strip():
+            raise UserError(f"{path}: a shape's label is {shape['label']!r}: give it a name")
         if outline := labelme_outline(shape, library.left_out):
             objects.append((shape["label"], outline))
     found = library.find(content["imagePath"], path.parent, split)
@@ -250,7 +255,7 @@ def make_classes(found: dict[str, str], classes: str | None, no_background: bool
     if classes:
         names, palette = read_classes(classes)[:2]
     else:  # of several spellings the first
-        spellings = {bare(name): name.strip() for name in reversed(found) if bare(name) not in IGNORE_NAMES}
+        spellings = {bare(name): name.strip() for name in reversed(found) if bare(name) not in NO_CLASS}
         names, palette = list(spellings.values())[::-1], None
     background = next((k for k, name in enumerate(names) if bare(name) in BACKGROUND_NAMES), None)
     if background is None and not no_background:
@@ -259,7 +264,7 @@ def make_classes(found: dict[str, str], classes: str | None, no_background: bool
     data.check_names(names, f"--classes {classes}" if classes else "the annotations")
     background = IGNORE if background is None else background
     # From the weakest rule to the strongest: a list may hold `void`, and may hold `A` and `a`.
-    table = {**dict.fromkeys(IGNORE_NAMES, IGNORE), **dict.fromkeys(BACKGROUND_NAMES, background),
+    table = {**dict.fromkeys(NO_CLASS, IGNORE), **dict.fromkeys(BACKGROUND_NAMES, background),
              **{bare(name): k for k, name in enumerate(names)}, **{name: k for k, name in enumerate(names)}}
     labels = {name: table.get(name, table.get(bare(name))) for name in found}
     if unknown := [name for name, label in labels.items() if label is None]:
@@ -364,5 +369,6 @@ def run_pixels(counts: str | list[int], coded_size: tuple[int, int], where: str,
 def bitmap_pixels(code: str, corner: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
     """The pixels of a PNG in base64 with its left upper corner at (x, y)."""
     canvas = Image.new("1", size[::-1])
-    canvas.paste(Image.open(io.BytesIO(base64.b64decode(code))).convert("1"), corner)
+    mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(code)))) != 0  # labelme writes 0 and 1
+    canvas.paste(Image.fromarray(mask if mask.ndim == 2 else mask[..., 0]), corner)
     return np.flatnonzero(canvas)

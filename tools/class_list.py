@@ -23,12 +23,12 @@ KNOWN = "known are `name`, `name R G B`, `R G B name`, `name #hex`, `id,name`, t
 NO_CLASS = {"ignore", "ignored", "void", "unlabelled", "unlabeled", "dont care", "don't care"}  # names of no class
 COLUMNS = {  # the words of a header, by what they stand for
     "name": {"name", "names", "class", "classes", "class_name", "classname", "label", "labels", "label_name",
-             "category"},
+             "category", "categories", "class_names", "label_names", "object", "objects"},
     "id": {"id", "idx", "index", "value", "pixel_value", "pixelvalue", "class_id", "label_id", "gray", "grey"},
     "r": {"r", "red"}, "g": {"g", "green"}, "b": {"b", "blue"},
     "colour": {"color", "colour", "rgb", "color_rgb", "hex", "color_hex", "hexcolor"},
 }
-HEX, NUMBER = r"#(?:[0-9a-fA-F]{3}){1,2}\b", r"\d+"
+HEX, NUMBER = r"#(?:[0-9a-fA-F]{8}|[0-9a-fA-F]{6}|[0-9a-fA-F]{3})\b", r"\d+"
 TRIPLE = rf"{NUMBER}(?:\s*[,;\s]\s*{NUMBER}){{2}}"
 COLOUR = rf"(?P<colour>{HEX}|(?:[rR][gG][bB]\s*)?[(\[]\s*{TRIPLE}(?:\s*,\s*{NUMBER})?\s*[)\]]|{TRIPLE})"
 GAP = r"\s*[\s,;:=]\s*"
@@ -40,7 +40,8 @@ FORMS = [re.compile(form) for form in (  # of a line; a name begins and ends wit
     rf"(?P<name>.*[^\s\d,;:=].*?)\s*[,;:=\t]\s*(?P<id>{NUMBER})",
     r"(?P<name>.*[^\s\d,;:=.].*)",
 )]
-OTHER_SYNTAX = re.compile(r"[\[\]{}]|^-\s|:$")  # of YAML and the like
+OTHER_SYNTAX = re.compile(  # YAML, XML, tables of Markdown, colours without their #
+    r"[\[\]{}|<>]|^-\s|[:,]$|\s0x[0-9a-fA-F]+$|\s(?=[a-fA-F]*\d)[0-9a-fA-F]{6}$|\s[fF]{6}$")
 NUMBERS_LEFT = re.compile(r"[,;:=\t]\s*-?[\d.]+\s*([,;:=\t]|$)|(^|\s)-?[\d.]+[\s,;]+-?[\d.]+(\s|$)")
 
 
@@ -67,7 +68,7 @@ def read_classes(classes: str) -> ClassList:
     Names such as `ignore` and `void` are no class. A name on several lines is one class of several colours or values.
     Raises UserError, with the line, for what cannot be understood.
     """
-    if classes.isdigit():
+    if classes.isdecimal():
         return collect([Entry(classes, f"class {k}") for k in range(int(classes))], classes)
     text = data.read_text(Path(classes), REMEDY)
     if re.match(r'\s*(\{|\[\s*[{"])', text) or classes.lower().endswith(".json"):
@@ -83,13 +84,15 @@ def read_classes(classes: str) -> ClassList:
 
 def entries_of_text(text: str, source: str) -> Iterator[Entry]:
     """The entries of a text, one a line; blank lines and comments (# and //) are skipped."""
-    lines = [(f"{source}, line {number}", re.sub(r"\s+(#(?![0-9a-fA-F]{3,6}\b)|//).*", "", line).strip())
+    lines = [(f"{source}, line {number}", re.sub(rf"\s+((?!{HEX})#|//).*", "", line).strip())
              for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1)]
     lines = [(where, line) for where, line in lines
              if line and not line.startswith("//") and (not line.startswith("#") or re.match(HEX + r"\s*\S", line))]
     if not lines:
         raise UserError(f"{source} has comments only: {REMEDY}")
     separator, columns = header_of(lines[0][1])
+    if "id" in columns and re.search(r"train[\s_]*id", lines[0][1], re.I):
+        raise UserError(f"{lines[0][0]}: an id and a train id: keep the column whose values the label files hold")
     if separator in (",", ";", "\t"):
         yield from read_table(lines, separator, columns)
         return
@@ -97,7 +100,7 @@ def entries_of_text(text: str, source: str) -> Iterator[Entry]:
         yield from (Entry(f"{source}, line 1", name.strip()) for name in lines[0][1].split(","))
         return
     read = [read_line(*line) for line in lines[separator is not None:]]
-    if len({entry.alpha for entry in read if entry.colour is not None}) > 1:  # numbers of another meaning
+    if {entry.alpha for entry in read if entry.colour is not None} not in ({None}, {"255"}, set()):
         entry = next(entry for entry in read if entry.alpha is not None)
         raise UserError(f"{entry.where}: four numbers for '{entry.name}', which may be R G B or not: write three")
     yield from read
@@ -108,8 +111,11 @@ def header_of(line: str) -> tuple[str | None, dict[str, int]]:
     for separator in (",", ";", "\t", ":", " "):
         words = [re.sub(r"[\s_]+", "_", word.strip(" \"'").lower()) for word in line.split(separator)]
         columns = {kind: k for k, word in [*enumerate(words)][::-1] for kind, known in COLUMNS.items() if word in known}
-        needed = {"name", "r", "g", "b"} if separator == " " else {"name"}
-        if columns.keys() >= needed and (len(columns) > 1 or len(words) == 1):
+        enough = len(columns) > 1 or len(words) == 1
+        if separator == " " and len(words) > 1:  # `green label` is a class
+            enough = len(columns) == len(words) and columns.keys() != {"name", "r"} and (
+                {"id", "colour"} & columns.keys() or {"r", "g", "b"} <= columns.keys())
+        if "name" in columns and enough:
             return separator, columns
     return None, {}
 
@@ -147,7 +153,7 @@ def entries_of_json(content: object, source: str) -> Iterator[Entry]:
             for entry, colour in zip(entries_of_json(inner, source), palette, strict=True):
                 yield entry if colour is None else entry._replace(colour=as_colour(str(colour), entry.where))
             return
-        content = [{"name": value, "id": key} if key.isdigit() else
+        content = [{"name": value, "id": key} if key.isdecimal() else
                    {"name": key, "id" if isinstance(value, int) else "color": value} for key, value in content.items()]
     for number, item in enumerate(content, 1):
         where = f"{source}, class {number}"
@@ -156,7 +162,7 @@ def entries_of_json(content: object, source: str) -> Iterator[Entry]:
         if not isinstance(name, str):
             raise UserError(f"{where}: no name: {REMEDY}")
         colour, value = item.get("color", item.get("colour")), item.get("id", item.get("value"))
-        is_id = isinstance(value, int | str) and str(value).isdigit()
+        is_id = isinstance(value, int | str) and str(value).isdecimal()
         yield Entry(where, name, None if colour is None else as_colour(str(colour), where),
                     int(value) if is_id else None)
 
@@ -169,14 +175,14 @@ def as_colour(text: str, where: str) -> int:
         if re.fullmatch("[0-9a-fA-F]{6}", digits[:6]) and len(digits) in (6, 8):
             return int(digits[:6], 16)
     numbers = re.findall(r"-?[\d.]+", text)
-    if len(numbers) not in (3, 4) or not all(number.isdigit() and int(number) <= 255 for number in numbers):
+    if len(numbers) not in (3, 4) or not all(number.isdecimal() and int(number) <= 255 for number in numbers):
         raise UserError(f"{where}: {text} is no colour: give red, green and blue, whole numbers of 0..255")
     return int.from_bytes(map(int, numbers[:3]))
 
 
 def as_id(text: str, where: str) -> int:
     """A value of label files. Raises UserError."""
-    if not text.isdigit() or int(text) > 65535:
+    if not text.isdecimal() or int(text) > 65535:
         raise UserError(f"{where}: {text} is no value of a label file: give whole numbers from 0 to 65535")
     return int(text)
 

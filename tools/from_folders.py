@@ -33,8 +33,8 @@ MASK_SUFFIXES = ("_gtFine_labelIds", "_labelIds", "_labelTrainIds", "_mask", "-m
                  "_seg", "-seg", "_gt", "_L")  # of masks that lie beside their images
 MASK_FOLDERS = ("mask", "masks", "label", "labels", "annotation", "annotations", "segmentationclass", "gt")
 IMAGE_FOLDERS = ("image", "images", "img", "imgs", "jpegimages", "photos")
-SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
-               "testing": "test"}  # of folders
+SPLIT_NAME = re.compile(r"(train|val|test)(?:ing|id|idation)?(?![a-z])", re.I)  # of a folder
+BOTH_WAYS = re.compile(r"(?i)mask|label|gt|seg|annot|im(g|age)|photo|rgb")  # in what is cut off names on both sides
 PICTURE_EXTENSION = rf"(?i)\.({'|'.join(extension[1:] for extension in pictures.EXTENSIONS)})$"  # a.jpg of a.jpg.png
 GRAY = 0x010101  # a gray level times this is its colour
 Job, Result = TypeVar("Job"), TypeVar("Result")
@@ -133,8 +133,9 @@ def match(stems: dict[Path, str], masks: dict[Path, str]) -> tuple[dict[str, Pat
     ways = [(stems, masks)]
     ways += [tuple({path: re.sub(PICTURE_EXTENSION, "", stem) for path, stem in side.items()} for side in ways[0])]
     ends = [common_ends(side) for side in ways[0]]
-    ways += [(stems, cut(masks, *ends[1])), (cut(stems, *ends[0]), masks),
-             (cut(stems, *ends[0]), cut(masks, *ends[1]))]
+    ways += [(stems, cut(masks, *ends[1])), (cut(stems, *ends[0]), masks)]
+    if all(BOTH_WAYS.search(" ".join(end)) or not any(end) for end in ends):  # left_1 is no image of right_1
+        ways += [(cut(stems, *ends[0]), cut(masks, *ends[1]))]
     ways += [(stems, cut(masks, suffix)) for suffix in MASK_SUFFIXES]
     ways += [(cut(stems, ends[0][0]), cut(masks, suffix)) for suffix in MASK_SUFFIXES]
     ways += [tuple({path: "/".join(part for part in stem.split("/")[:-1] if part.lower() not in
@@ -196,9 +197,15 @@ def choose_splits(names: list[str], lists: Path | None, val_fraction: float, gro
         return read_lists(names, lists)
     folders = defaultdict(list)
     for name in names:
-        found = [SPLIT_NAMES[part.lower()] for part in name.split("/")[:-1] if part.lower() in SPLIT_NAMES]
+        found = [made[1].lower() for part in name.split("/")[:-1] if (made := SPLIT_NAME.match(part))]
         folders[found[0] if found else ""].append(name)
-    if folders.keys() >= {"train", "val"} and "" not in folders:
+    if folders.keys() == {"train", "test"}:
+        folders |= split_names(folders["train"], val_fraction, group_by)
+    elif len(folders) > 1 and not folders.keys() >= {"train", "val"} or len(folders) > 1 and "" in folders:
+        where = ", ".join(f"{len(part)} {split or 'elsewhere'}" for split, part in sorted(folders.items()))
+        raise UserError(f"folders named like splits hold not all images, or lack train or val ({where}): move the "
+                        "files, or give lists with --splits")
+    if folders.keys() >= {"train", "val"}:
         print("splits: those of the folders, " + ", ".join(f"{len(part)} {split}" for split, part in folders.items()))
         return dict(folders)
     return split_names(names, val_fraction, group_by)
@@ -217,11 +224,13 @@ def read_lists(names: list[str], folder: Path) -> dict[str, list[str]]:
         splits[split] = []
         for line in data.read_split(folder / f"{split}.txt"):
             stem = line[:-len(Path(line).suffix)] if line.lower().endswith(pictures.EXTENSIONS) else line
-            found = known.get(unicodedata.normalize("NFC", stem)) or known.get(Path(stem).name, [])
+            found = known.get(unicodedata.normalize("NFC", stem), [])
             if len(found) != 1:
                 raise UserError(f"{folder / split}.txt names '{line}', which is {len(found)} of the labelled images: "
                                 "give the names of this data set, one a line")
             splits[split] += found
+    if twice := [name for name, number in Counter(sum(splits.values(), [])).items() if number > 1]:
+        raise UserError(f"{folder}: '{twice[0]}' is named twice in the lists: leave one line")
     return splits
 
 
@@ -234,9 +243,12 @@ def split_names(names: Iterable[str], val_fraction: float = 0.2, group_by: str |
     """
     names = sorted(names)
     groups = defaultdict(list)
-    for name in names:
-        found = re.search(group_by, name) if group_by else None
-        groups[found[found.re.groups and 1] if found else name].append(name)
+    try:
+        for name in names:
+            found = re.search(group_by, name) if group_by else None
+            groups[found and found[found.re.groups and 1] or name].append(name)
+    except re.error as error:
+        raise UserError(f"--group-by {group_by}: no regular expression ({error})") from None
     if not group_by and (videos := find_videos(names)):
         groups = videos
         print(f"frames of {len(groups)} videos ({', '.join(map(repr, [*groups][:3]))} ...): those of one video are not "
@@ -328,6 +340,8 @@ def colour_rule(classes: ClassList, surveys: Sequence[Survey]) -> Rule:
     found = [{file.palette.get(value, value if file.coloured else value * GRAY): count
               for value, count in file.counts.items()} for file in surveys]
     remedy = "add it to the list, `ignore R G B` for no class"
+    if not all(file.coloured or file.palette for file in surveys):
+        print("labels: by the gray levels of the list")
     if any(file.palette for file in surveys):
         print("labels: by the colours of their palettes")
         remedy += "; or take the colours out of the list if the files' indices are the classes"
@@ -356,6 +370,9 @@ def index_rule(classes: ClassList, surveys: Sequence[Survey], zero_is_unlabelled
     values = {value for counts in found for value in counts}
     if zero_is_unlabelled:
         known = {IGNORE: IGNORE, 0: IGNORE, **(classes.ids or {k + 1: k for k in range(number)})}
+    elif number == 1 and not classes.ids and IGNORE in values:
+        raise UserError(f"one class, '{classes.names[0]}', and files with {IGNORE}, which may be it or no class: put "
+                        "`background` before it in the list, then 0 and 255 are the two")
     elif number == 2 and not classes.ids and IGNORE in values:
         kinds = {frozenset(counts) & {1, IGNORE} for counts in found} - {frozenset()}
         if kinds == {frozenset({IGNORE})} and values <= {0, IGNORE}:

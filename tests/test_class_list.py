@@ -44,6 +44,10 @@ def read(tmp_path: Path, text: str | bytes) -> class_list.ClassList:
     "name r g b\nsky 70 130 180\nroad 128 64 128\ncar 0 0 142\n",
     "name\tcolor\nsky\t#4682b4\nroad\t#804080\ncar\t#00008e\n",
     'name,rgb\nsky,"70, 130, 180"\nroad,"(128, 64, 128)"\ncar,"0 0 142"\n',
+    '"sky","70","130","180"\n"road","128","64","128"\n"car","0","0","142"\n',
+    "r g b name\n70 130 180 sky\n128 64 128 road\n0 0 142 car\n",
+    '{"tools": [{"tool": "superpixel", "name": "sky", "color": "#4682b4"}, {"name": "road", "color": "#804080"},'
+    ' {"name": "car", "color": "#00008e"}]}',
     "// of our camera\n# three\nsky 70 130 180  # above\nroad 128 64 128 // below\ncar 0 0 142\n",
     b"\xef\xbb\xbf" + b"sky 70 130 180\nroad 128 64 128\ncar 0 0 142\n",
     "sky 70 130 180\nroad 128 64 128\ncar 0 0 142\n".encode("utf-16"),
@@ -69,6 +73,12 @@ def test_colours_in_every_form(tmp_path: Path, text: str | bytes) -> None:
     ("Pixel Value, Class\n0, background\n1, tumour\n", ["background", "tumour"], {}, {0: 0, 1: 1}),
     ("Idx,Ratio,Train,Val,Stuff,Name\n1,0.15,11664,1172,1,wall\n2,0.1,6046,612,1,building;edifice\n",
      ["wall", "building;edifice"], {}, {1: 0, 2: 1}),
+    ("sky, road, lane 1\n", ["sky", "road", "lane 1"], {}, {}),
+    ("void 0 0 0 0\nsky 70 130 180 255\n", ["sky"], {0: 255, SKY: 0}, {0: 255, 1: 0}),
+    ('"lane 1" 70 130 180\nlevel 2 road 128 64 128\n', ["lane 1", "level 2 road"], {SKY: 0, ROAD: 1}, {}),
+    ("name,r,g,b\nvoid,,,\nsky,70,130,180\n", ["sky"], {SKY: 0}, {0: 255, 1: 0}),
+    ('{"0": {"name": "sky", "color": [70, 130, 180]}}', ["sky"], {SKY: 0}, {0: 0}),
+    ('{"id2label": {"0": "sky", "1": "road"}}', ["sky", "road"], {}, {0: 0, 1: 1}),
     ("0 sky\n1 road\n", ["sky", "road"], {}, {0: 0, 1: 1}),
     ("7: sky\n9: road\n", ["sky", "road"], {}, {7: 0, 9: 1}),
     ("1. sky\n2. road\n", ["sky", "road"], {}, {1: 0, 2: 1}),
@@ -119,6 +129,20 @@ def test_a_number_and_the_palette_of_several_colours(tmp_path: Path) -> None:
     ("0 sky\n0 road\n", "line 2: the value of 'road' is that of another class"),
     ("lane 1 0 0 255\nlane 2 0 0 254\n", "line 1: four numbers for 'lane', which may be R G B or not"),
     ("sky 0 70 130 180\nroad 1 128 64 128\n", "line 1: four numbers for 'sky'"),
+    ("lane 1 0 0 255\nlane 2 0 255 255\n", "line 1: four numbers for 'lane'"),
+    ("sky 1 2 3 255\nroad 4 5 6\n", "line 1: four numbers for 'sky'"),
+    ("lane 1,0,0,255\n", "line 1: .* cannot be understood"),
+    ("sky 1 2 3\nlane 1\t5\t6\n", "line 2: .* cannot be understood"),
+    ("sky 1, 2 3\n", "line 1: .* cannot be understood"),
+    ("road 0\ncar 1\n", "line 1: is the number of 'road 0' a label value, or a part of the name"),
+    ("name id\nlane 1\nlane 2\n", "line 2: is the number of 'lane 1' a label value"),
+    ("name b g r\nsky 1 2 3\n", "line 1: the order of colours is red, green, blue"),
+    ("id,name\n0,a, b\n", "line 2: '0,a, b' has not the columns of the header"),
+    ("label,name,r,g,b\n0,sky,1,2,3\n", "line 2: '0' is no name of a class"),
+    ("sky\na\0b\n", "line 2: .* is no name of a class"),
+    ('{"sky": [1, 2, 3], "sky": [4, 5, 6]}', "JSON .a key is there twice in sky, sky; write a list"),
+    *((f"sky\n{line}\n", "line 2: .* cannot be understood") for line in (
+        "road-128-64-128", "road @ 1 2 3", "\u8def\uff0c128\uff0c64", "; road", "% road", "--", "label: road")),
     ("0 70 130 180 sky\n", "line 1: .* cannot be understood"),
     ("names: [sky, road]\n", "line 1: .* cannot be understood"),
     ("sky:\n  - 1\n", "line 1: .* cannot be understood"),
@@ -142,3 +166,8 @@ def test_what_cannot_be_understood_is_refused(tmp_path: Path, text: str | bytes,
 def test_an_absent_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none.txt: cannot be read \(No such file or directory\): give --classes a"):
         class_list.read_classes(f"{tmp_path}/none.txt")
+
+
+def test_a_header_of_one_word_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert read(tmp_path, "label\nsky\nroad\n").names == ["sky", "road"]
+    assert "line 1: 'label' is taken for a header, not for a class\n" in capsys.readouterr().out

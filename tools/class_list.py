@@ -40,8 +40,9 @@ FORMS = [re.compile(form) for form in (  # of a line; a name begins and ends wit
     rf"(?P<name>.*[^\s\d,;:=].*?)\s*[,;:=\t]\s*(?P<id>{NUMBER})",
     r"(?P<name>.*[^\s\d,;:=.].*)",
 )]
-OTHER_SYNTAX = re.compile(  # YAML, XML, tables of Markdown, colours without their #
-    r"[\[\]{}|<>]|^-\s|[:,]$|\s0x[0-9a-fA-F]+$|\s(?=[a-fA-F]*\d)[0-9a-fA-F]{6}$|\s[fF]{6}$")
+OTHER_SYNTAX = re.compile(  # YAML, XML, Markdown, other comments and separators, colours without their #
+    r'["\[\]{}|<>@，；：]|^[-;%=*/\\]|[:,]$|:\s|\d[^\w\s]+\d+[^\w\s]+\d|(^|\s)#|'
+    r"\s0x[0-9a-fA-F]+$|\s(?=[a-fA-F]*\d)[0-9a-fA-F]{6}$|\s[fF]{6}$")
 NUMBERS_LEFT = re.compile(r"[,;:=\t]\s*-?[\d.]+\s*([,;:=\t]|$)|(^|\s)-?[\d.]+[\s,;]+-?[\d.]+(\s|$)")
 
 
@@ -73,7 +74,7 @@ def read_classes(classes: str) -> ClassList:
     text = data.read_text(Path(classes), REMEDY)
     if re.match(r'\s*(\{|\[\s*[{"])', text) or classes.lower().endswith(".json"):
         try:
-            entries = list(entries_of_json(json.loads(text), classes))
+            entries = list(entries_of_json(json.loads(text, object_pairs_hook=without_repeated_keys), classes))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise error if isinstance(error, UserError) else UserError(
                 f"{classes}: not a list of classes in JSON ({reason(error)}): {REMEDY}") from None
@@ -91,18 +92,28 @@ def entries_of_text(text: str, source: str) -> Iterator[Entry]:
     if not lines:
         raise UserError(f"{source} has comments only: {REMEDY}")
     separator, columns = header_of(lines[0][1])
+    if len(columns) == 1:
+        print(f"{lines[0][0]}: '{lines[0][1]}' is taken for a header, not for a class")
     if "id" in columns and re.search(r"train[\s_]*id", lines[0][1], re.I):
         raise UserError(f"{lines[0][0]}: an id and a train id: keep the column whose values the label files hold")
     if separator in (",", ";", "\t"):
         yield from read_table(lines, separator, columns)
         return
-    if len(lines) == 1 and "," in lines[0][1] and not re.search(r"[\d\[{]", lines[0][1]):
-        yield from (Entry(f"{source}, line 1", name.strip()) for name in lines[0][1].split(","))
-        return
+    if columns.keys() >= {*"rgb"} and not columns["r"] < columns["g"] < columns["b"]:
+        raise UserError(f"{lines[0][0]}: the order of colours is red, green, blue: {KNOWN}")
+    names = lines[0][1].split(",")
+    if len(lines) == 1 and len(names) > 1 and all(re.search(r"[^\W\d_]", name) for name in names):
+        lines = [(lines[0][0], name.strip()) for name in names]  # `sky, road, car`
     read = [read_line(*line) for line in lines[separator is not None:]]
-    if {entry.alpha for entry in read if entry.colour is not None} not in ({None}, {"255"}, set()):
-        entry = next(entry for entry in read if entry.alpha is not None)
-        raise UserError(f"{entry.where}: four numbers for '{entry.name}', which may be R G B or not: write three")
+    four = [entry for entry in read if entry.alpha is not None]  # R G B and opacity, or a name with a number and R G B
+    if four and (len(four) < sum(entry.colour is not None for entry in read) or len({e.name for e in four}) < len(four)
+                 or any(e.alpha != "255" and e.colour != 0 for e in four)):
+        raise UserError(f"{four[0].where}: four numbers for '{four[0].name}', which may be R G B or not: write three")
+    stems = {re.sub(r"\s+\d+$", "", entry.name) for entry in read if entry.colour is entry.id is None}
+    if len(stems) == len(read) and not stems & {entry.name for entry in read} or (
+            "id" in columns and any(entry.id is None for entry in read)):
+        raise UserError(f"{read[0].where}: is the number of '{read[0].name}' a label value, or a part of the name? "
+                        "Write `value: name` on each line, or a list of names in JSON")
     yield from read
 
 
@@ -111,7 +122,7 @@ def header_of(line: str) -> tuple[str | None, dict[str, int]]:
     for separator in (",", ";", "\t", ":", " "):
         words = [re.sub(r"[\s_]+", "_", word.strip(" \"'").lower()) for word in line.split(separator)]
         columns = {kind: k for k, word in [*enumerate(words)][::-1] for kind, known in COLUMNS.items() if word in known}
-        enough = len(columns) > 1 or len(words) == 1
+        enough = len(words) == 1 or len(columns) > 1 and (separator != ":" or "colour" in columns)
         if separator == " " and len(words) > 1:  # `green label` is a class
             enough = len(columns) == len(words) and columns.keys() != {"name", "r"} and (
                 {"id", "colour"} & columns.keys() or {"r", "g", "b"} <= columns.keys())
@@ -124,36 +135,55 @@ def read_table(lines: Sequence[tuple[str, str]], separator: str, columns: dict[s
     """The entries of a table with a header; columns that are not known are left out."""
     if "colour" not in columns and 0 < len({"r", "g", "b"} & columns.keys()) < 3:
         raise UserError(f"{lines[0][0]}: a header with {lines[0][1]!r} needs all of r, g, b")
+    width = len(lines[0][1].split(separator))
     for where, line in lines[1:]:
         fields = [field.strip() for field in next(csv.reader([line], delimiter=separator, skipinitialspace=True))]
-        if len(fields) <= max(columns.values()) or not fields[columns["name"]]:
+        if len(fields) <= max(columns.values()) or not fields[columns["name"]] or any(fields[width:]):
             raise UserError(f"{where}: {line!r} has not the columns of the header: mend it")
         colour = " ".join(fields[columns[c]] for c in "rgb") if "r" in columns else (
             fields[columns["colour"]] if "colour" in columns else None)
-        yield Entry(where, fields[columns["name"]], colour and as_colour(colour, where),
+        yield Entry(where, fields[columns["name"]], as_colour(colour, where) if colour and colour.strip() else None,
                     as_id(fields[columns["id"]], where) if "id" in columns else None)
 
 
 def read_line(where: str, line: str) -> Entry:
     """The entry of a line without a header."""
+    line = re.sub(r'"(\d+)"', r"\1", line)
     found = next((match for form in FORMS if (match := form.fullmatch(line))), None)
-    if not found or NUMBERS_LEFT.search(found["name"]) or OTHER_SYNTAX.search(found["name"]):
+    name = found["name"].strip(" \t\"'") if found else ""
+    if not found or gaps_differ(found) or NUMBERS_LEFT.search(name) or OTHER_SYNTAX.search(name):
         raise UserError(f"{where}: {line!r} cannot be understood: {KNOWN}")
     parts = {"colour": None, "id": None, "alpha": None, **found.groupdict()}
-    return Entry(where, parts["name"].strip(" \t\"'"), parts["colour"] and as_colour(parts["colour"], where),
+    return Entry(where, name, parts["colour"] and as_colour(parts["colour"], where),
                  parts["id"] and as_id(parts["id"], where), parts["alpha"])
+
+
+def gaps_differ(line: re.Match) -> bool:
+    """Whether the gaps say that a number behind the name may belong to it: `lane 1,0,0,255`, `lane 1, 2 3`."""
+    if "alpha" not in line.groupdict() or not line["colour"][0].isdecimal():
+        return False
+    first, *gaps = [gap.replace(" ", "") for gap in re.findall(r"[\s,;:=]+", line.string[line.end("name"):])]
+    return len({*gaps}) > 1 or first == "" != gaps[0] and (line["alpha"] is not None or gaps[0] == "\t")
+
+
+def without_repeated_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object as a dict, in which a second value would replace the first unseen. Raises ValueError."""
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ValueError(f"a key is there twice in {', '.join(key for key, _ in pairs)}; write a list of objects")
+    return dict(pairs)
 
 
 def entries_of_json(content: object, source: str) -> Iterator[Entry]:
     """The entries of JSON: names, objects with a name and a color or id, {"classes": ..}, {id: name}, {name: color}."""
     if isinstance(content, dict):
-        inner = next((content[key] for key in ("classes", "labels", "categories") if key in content), None)
+        inner = next((content[key] for key in ("classes", "labels", "categories", "tools", "names", "id2label")
+                      if isinstance(content.get(key), list | dict)), None)
         if inner is not None:
             palette = content.get("palette") or [None] * len(inner)
             for entry, colour in zip(entries_of_json(inner, source), palette, strict=True):
                 yield entry if colour is None else entry._replace(colour=as_colour(str(colour), entry.where))
             return
-        content = [{"name": value, "id": key} if key.isdecimal() else
+        content = [{"id": key, **(value if isinstance(value, dict) else {"name": value})} if key.isdecimal() else
                    {"name": key, "id" if isinstance(value, int) else "color": value} for key, value in content.items()]
     for number, item in enumerate(content, 1):
         where = f"{source}, class {number}"
@@ -195,6 +225,8 @@ def collect(entries: Sequence[Entry], source: str) -> ClassList:
     several = len({entry.name for entry in entries}) < len(entries)  # colours or values of one class
     has_colours, has_ids = (any(getattr(entry, field) is not None for entry in entries) for field in ("colour", "id"))
     for place, (where, name, colour, value, _) in enumerate(entries):
+        if not name.isprintable() or not any(map(str.isalpha, name)):
+            raise UserError(f"{where}: {name!r} is no name of a class: {KNOWN}")
         no_class = re.sub(r"[\s_-]+", " ", name).strip().casefold() in NO_CLASS
         for has, given, what in ((has_colours, colour, "colour"), (has_ids, value, "value")):
             if has and given is None and not no_class:

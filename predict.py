@@ -19,6 +19,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from fast import inference
 from pictures import Picture, as_rgb, picture_size, save_labels
 from tools import draw, video
 from tools.explain import explain
-from tools.inputs import MARK, NOTE, find_pictures, place_results, save_picture
+from tools.inputs import MARK, NOTE, find_pictures, is_result, place_results, save_picture
 from weights import names_and_colors
 
 JPEG_SIDE = 65_500  # pixels at most
@@ -179,6 +180,9 @@ def write_video(predictor: Predictor, path: Path, stem: Path, options: argparse.
             yield frame
 
     with video.open_video(path) as source, video.write_video(Path(f"{stem}_overlay.mp4"), source.rate, MARK) as write:
+        for kind in ("labels", "confidence"):
+            for earlier in filter(is_result, Path(f"{stem}_{kind}").glob("[0-9]" * 6 + ".png")):
+                earlier.unlink()  # the last frames of a longer video would pass for some of this one
         results = tqdm(predictor.stream(read(source.frames)), path.name, source.length, unit="frame", disable=None)
         for number, (labels, confidence) in enumerate(results, 1):
             save_labels(labels, Path(f"{stem}_labels/{number:06}.png"), predictor.palette, NOTE)
@@ -202,19 +206,19 @@ def predict_pictures(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:  # left at Ctrl-C too: what is written is whole, and the summary tells where
         stack.callback(lambda: done and print(f"{done} of {len(stems)} pictures: overlays and labels in {out}/"))
         stack.enter_context(inference(predictor.model, options.fast))  # once for all pictures
-        film = options.video and stack.enter_context(video.write_video(out / "overlay.mp4", options.video, MARK))
+        rate = options.video and Fraction(options.video).limit_denominator(1001)  # 29.97 and the like
+        film = rate and stack.enter_context(video.write_video(out / "overlay.mp4", rate, MARK))
         for file, stem in bar:
             try:
                 stem.parent.mkdir(parents=True, exist_ok=True)
-                if file.suffix.lower() in video.EXTENSIONS:
-                    write_video(predictor, file, stem, options)
-                else:
-                    overlay = write_results(predictor, file, stem, options)
-                    if film:
-                        film(overlay)
+                write = write_video if file.suffix.lower() in video.EXTENSIONS else write_results
+                overlay = write(predictor, file, stem, options)
                 done += 1
+                if film and overlay is not None:
+                    film(overlay)
             except (ValueError, OSError, RuntimeError, MemoryError) as error:  # out of memory: one of the last two
-                failures.append(str(error) if isinstance(error, UserError) else f"{file}: {common.reason(error)}")
+                text = str(error) if isinstance(error, UserError) else common.reason(error)
+                failures.append(text if common.printable(str(file)) in text else f"{file}: {text}")
     for failure in failures:
         common.complain(failure)
     return 0 if not failures else 1 if done else 2
@@ -233,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         help="write NAME_confidence.png too: gray, 255 where the model is sure of its label")
     parser.add_argument("--probabilities", action="store_true", help="write NAME_probabilities.npz too: (K, H, W)")
     parser.add_argument("--explain", action="store_true", help="write NAME_explain.png too: queries and attention")
-    parser.add_argument("--video", type=common.positive, metavar="FPS",
+    parser.add_argument("--video", type=common.rate, metavar="FPS",
                         help="write the overlays, in the order of the pictures, as OUT/overlay.mp4 too")
     evaluate.add_device_options(parser)
     options = parser.parse_args(arguments)

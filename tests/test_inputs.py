@@ -32,6 +32,7 @@ def in_new_folder(tmp_path, monkeypatch):
     (["a/1.png", "b/1.png"], [], "*/*.png", ["a/1", "b/1"]),
     (["a/1.png", "b/2.png"], [], "[ab]", ["1", "2"]),
     (["a/1.png", "b/1.png"], [], "a b ./a/1.png", ["a/1", "b/1"]),
+    (["in/1.png", "in/sub/2.png"], [], "in in/sub in/sub/2.png", ["1", "sub/2"]),
     (["in/x.png", "in/x.jpg", "in/s.1.png", "in/s.2.png"], [], "in", ["s.1", "s.2", "in/x.jpg", "in/x.png"]),
     (["in/x.png", "in/X.png"], [], "in", ["in/X.png", "in/x.png-2"]),
     (["in/é.png", f"in/{unicodedata.normalize('NFD', 'é')}.png"], [], "in",

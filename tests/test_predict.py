@@ -236,17 +236,42 @@ def test_a_video_gives_the_labels_of_its_frames_and_frames_give_a_video(run, pre
         frames = [*source.frames]
     place("frames", "1.png", "2.png")
     for _ in range(2):  # what the first run writes is left out
-        assert run("in", "frames", "--video", "4", "--confidence", "--out", "in") == 0
+        assert run("in", "frames", "--video", "29.97", "--confidence", "--out", "in") == 0
     for number, frame in enumerate(frames, 1):
         with Image.open(f"in/clip_labels/{number:06}.png") as picture:
             np.testing.assert_array_equal(np.array(picture), predictor(frame))
     with Image.open("in/clip_confidence/000005.png") as picture:
         volume = predictor.probabilities(frames[4])
         np.testing.assert_allclose(np.array(picture) / 255, np.log(volume.max(0) / volume.min(0)), atol=0.003)
-    for name, rate, length in (("clip_overlay.mp4", 8, 5), ("overlay.mp4", 4, 2)):
+    for name, rate, length in (("clip_overlay.mp4", 8, 5), ("overlay.mp4", Fraction("29.97"), 2)):
         with video.open_video(Path("in", name)) as source:
             assert source.rate == rate and len([*source.frames]) == length
     assert len([*Path("in").rglob("*.*")]) == 1 + 2 + 2 * 5 + 2 * 3
+
+
+def test_a_shorter_video_leaves_no_frames_of_the_longer_one(run):
+    pytest.importorskip("av")
+    for length in (4, 2):
+        Path("clip.mp4").unlink(missing_ok=True)
+        with video.write_video(Path("clip.mp4"), Fraction(8), "") as write:
+            for _ in range(length):
+                write(photograph(64, 80))
+        assert run("clip.mp4", "--confidence", "--out", "out") == 0
+        Path("out/clip_labels/000009.png").touch()  # no result of ours
+    for kind, more in (("labels", ["000009.png"]), ("confidence", [])):
+        assert names(f"out/clip_{kind}") == ["000001.png", "000002.png", *more]
+
+
+def test_a_picture_of_another_size_is_left_out_of_the_video_alone(run, capsys):
+    pytest.importorskip("av")
+    place("in", "1.png", "2.png")
+    Image.fromarray(photograph(64, 80)).save("in/2.png")
+    assert run("in", "--video", "4", "--out", "out") == 1
+    output = capsys.readouterr()
+    assert "2 of 2 pictures" in output.out
+    assert output.err == ("error: in/2.png: out/overlay.mp4: a frame of 80x64 pixels after some of 70x50: "
+                          "give frames of one size\n")
+    assert names("out") == ["1_labels.png", "1_overlay.jpg", "2_labels.png", "2_overlay.jpg", "overlay.mp4"]
 
 
 def test_a_picture_too_long_for_jpeg_has_a_png_overlay(run, monkeypatch, capsys):

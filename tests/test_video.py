@@ -78,9 +78,16 @@ def test_an_interrupted_video_ends_with_its_last_frame_and_sizes_must_agree(tmp_
 
 
 def test_a_video_that_is_damaged_is_named_and_keeps_the_frames_before(tmp_path: Path) -> None:
-    pytest.importorskip("av")
+    av = pytest.importorskip("av")
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     with pytest.raises(UserError, match="bad.mp4: not a readable video"), video.open_video(tmp_path / "bad.mp4"):
+        pass
+    with av.open(tmp_path / "sound.mp4", "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 8000
+        container.mux([*stream.encode(sound), *stream.encode()])
+    with pytest.raises(UserError, match="sound.mp4: it holds no pictures"), video.open_video(tmp_path / "sound.mp4"):
         pass
     noise = np.random.default_rng(0).integers(0, 256, (30, 64, 64, 3), np.uint8)
     with video.write_video(tmp_path / "x.mp4", Fraction(10), "") as write:

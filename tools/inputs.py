@@ -38,7 +38,7 @@ def find_pictures(arguments: Sequence[str]) -> dict[Path, Path]:
                  if name == argument and file == Path(name) or file.suffix.lower() in EXTENSIONS + video.EXTENSIONS}
         if not files:
             raise UserError(f"no picture at {argument}: name a file, a folder of pictures or a glob in quotes")
-        found |= files
+        found = found | files | found  # the place that the first argument gives
     pictures = {file: place for file, place in found.items() if not is_result(file)}
     if not pictures:
         raise UserError("these are results of predict.py and no pictures: name others")

@@ -38,7 +38,7 @@ def faults(path: Path, what: str) -> Iterator[None]:
         raise UserError(f"{path}: reading and writing videos needs PyAV 14.2 or newer: pip install -U av")
     try:
         yield
-    except (av.FFmpegError, IndexError) as error:
+    except av.FFmpegError as error:
         raise UserError(f"{path}: {what} ({reason(error)})") from None
 
 
@@ -52,6 +52,8 @@ def open_video(path: Path) -> Iterator[Video]:
 
     unreadable = partial(faults, path, "not a readable video: replace it or take it out")
     with unreadable(), av.open(str(path)) as container:
+        if not container.streams.video:
+            raise UserError(f"{path}: it holds no pictures: take it out")
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         yield Video(frames(), stream.average_rate or Fraction(25), stream.frames or None)

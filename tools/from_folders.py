@@ -1,6 +1,7 @@
 """A plain data set of your own images and label images: `python data.py from-folders`.
 
-Reading order: from_folders -> pair_files -> choose_splits -> survey -> choose_rule -> convert_labels -> write_dataset.
+Reading order: from_folders -> pair_files (match, safe_names) -> choose_splits -> survey -> choose_rule (colour_rule,
+index_rule) -> convert_labels -> write_dataset.
 
 Nothing is guessed file by file: all label files are read first, one rule is chosen for all of them, and every guess is
 printed in a line.
@@ -9,13 +10,14 @@ Shapes: H, W height and width, K classes.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from os.path import commonprefix
 from pathlib import Path
@@ -34,7 +36,9 @@ MASK_SUFFIXES = ("_gtFine_labelIds", "_labelIds", "_labelTrainIds", "_mask", "-m
 MASK_FOLDERS = ("mask", "masks", "label", "labels", "annotation", "annotations", "segmentationclass", "gt")
 IMAGE_FOLDERS = ("image", "images", "img", "imgs", "jpegimages", "photos")
 SPLIT_NAME = re.compile(r"(train|val|test)(?:ing|id|idation)?(?![a-z])", re.I)  # of a folder
-BOTH_WAYS = re.compile(r"(?i)mask|label|gt|seg|annot|im(g|age)|photo|rgb")  # in what is cut off names on both sides
+KINDS = re.compile(r"(?i)mask|label|gt|seg|annot|im(g|age)|photo|rgb|^_L$")  # words that tell a kind of file
+SEPARATOR = r"[_.\- ]"  # of the words of a name
+DEVICE = r"(?i)(con|prn|aux|nul|com\d|lpt\d)(?=$|\.)"  # no name of a file on Windows
 PICTURE_EXTENSION = rf"(?i)\.({'|'.join(extension[1:] for extension in pictures.EXTENSIONS)})$"  # a.jpg of a.jpg.png
 GRAY = 0x010101  # a gray level times this is its colour
 Job, Result = TypeVar("Job"), TypeVar("Result")
@@ -47,12 +51,14 @@ def from_folders(images: Path, labels: Path, classes: str, out: Path, image_suff
 
     Images are copied or linked; labels are checked, and converted to class indices. Raises UserError.
     """
+    check_out(out)  # before all files are read
     class_list = read_classes(classes)
-    pairs = pair_files(images, labels, image_suffix, mask_suffix)
-    parts = choose_splits([pair.name for pair in pairs], splits, val_fraction, group_by)
-    surveys = list(in_parallel(survey, pairs, workers, "reading labels"))
+    pairs = {pair.name: pair for pair in pair_files(images, labels, image_suffix, mask_suffix)}
+    parts = choose_splits([*pairs], splits, val_fraction, group_by)
+    jobs = [pairs[name] for names in parts.values() for name in names]
+    surveys = list(in_parallel(survey, jobs, workers, "reading labels"))
     rule = choose_rule(class_list, surveys, zero_is_unlabelled)
-    write_dataset(out, class_list.names, rule.palette, pairs, partial(add_pair, rule=rule, link=link), parts, workers)
+    write_dataset(out, class_list.names, rule.palette, jobs, partial(add_pair, rule=rule, link=link), parts, workers)
 
 
 # ------------------------------------------------------------------------------------------------------------ the files
@@ -63,113 +69,142 @@ class Pair(NamedTuple):
     name: str
 
 
+Stems = dict[Path, str]  # files and their names: the path below a folder, without the extension
+
+
 def pair_files(images: Path, labels: Path, image_suffix: str = "", mask_suffix: str = "") -> list[Pair]:
     """The images below one folder and the label files below another, or the same, that belong together.
 
     Names, with the folders above them, are equal but for the suffixes; without given suffixes those that make them
     equal are found. Images without labels are left out and counted. Raises UserError for the reverse.
     """
-    stems = {path: path.relative_to(images).with_suffix("").as_posix() for path in files_below(images)}
+    stems, masks = stems_below(images), stems_below(labels)
     if images.resolve() == labels.resolve():
         masks = pick_masks(stems, mask_suffix)
-    else:
-        masks = {path: path.relative_to(labels).with_suffix("").as_posix() for path in files_below(labels)}
-        stems = {path: stem for path, stem in stems.items() if path not in masks}  # masks/ may lie below the images
-    if image_suffix or mask_suffix:
-        stems, masks = cut(stems, suffix=image_suffix), cut(masks, suffix=mask_suffix)
-    by_name, masks_by_name = match(stems, masks)
-    if alone := sorted(masks_by_name.keys() - by_name.keys()):
-        raise UserError(f"{len(alone)} label files have no image of their name, first of all "
-                        f"{masks_by_name[alone[0]]}: add the images, or name what the files of each kind end with by "
-                        "--image-suffix and --mask-suffix")
-    unlabelled = sorted(by_name.keys() - masks_by_name.keys())
-    if unlabelled:
-        print(f"left out: {len(unlabelled)} images without labels ({by_name[unlabelled[0]]} ...)")
-    names = safe_names(sorted(masks_by_name))
-    return [Pair(by_name[key], masks_by_name[key], name) for key, name in names.items()]
+    elif images.resolve().is_relative_to(labels.resolve()):  # the inner one of two folders holds one kind of files
+        masks = {path: stem for path, stem in masks.items() if not path.is_relative_to(images)}
+    stems = {path: stem for path, stem in stems.items() if path not in masks}
+    if not stems or not masks:
+        raise UserError(f"{images} and {labels} hold nothing but {'images' if stems else 'label files'}: give the "
+                        "folder of the others too")
+    stems, masks = end_with(image_suffix, stems, "--image-suffix"), end_with(mask_suffix, masks, "--mask-suffix")
+    image_of, label_of = match(stems, masks)
+    if alone := sorted(label_of.keys() - image_of.keys()):
+        raise UserError(f"{len(alone)} label files have no image of their name, first of all {label_of[alone[0]]}: add "
+                        "the images, or name what the files of each kind end with by --image-suffix and --mask-suffix")
+    if unlabelled := sorted(image_of.keys() - label_of.keys()):
+        print(f"left out: {len(unlabelled)} images without labels ({image_of[unlabelled[0]]} ...)")
+    return [Pair(image_of[key], label_of[key], name) for key, name in safe_names(sorted(label_of)).items()]
 
 
-def files_below(folder: Path) -> list[Path]:
+def stems_below(folder: Path) -> Stems:
     """All picture files below a folder, without hidden ones and what macOS adds to archives."""
     files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in pictures.EXTENSIONS
-             and not any(part.startswith((".", "__MACOSX")) for part in file.relative_to(folder).parts)]
+             and not any(part.startswith((".", "__MACOSX")) for part in file.relative_to(folder).parts)
+             and not file.is_dir()]
     if not files:
         raise UserError(f"{folder} is no folder with images: give the folders of the images and the label images")
     for file in files:
         if re.search("[\ud800-\udfff]", str(file)):
             raise UserError(f"{file}: its name is not in UTF-8: rename it")
-    return files
+    return {file: unicodedata.normalize("NFC", file.relative_to(folder).with_suffix("").as_posix()) for file in files}
 
 
-def pick_masks(stems: dict[Path, str], suffix: str) -> dict[Path, str]:
-    """Take the label files out of `stems`: those in a folder for masks, or with a suffix beside a file without it."""
+def pick_masks(stems: Stems, suffix: str) -> Stems:
+    """The label files among `stems`: those in a folder for masks, else those with a suffix, the most frequent one."""
     masks = {path: stem for path, stem in stems.items()
              if any(part.lower() in MASK_FOLDERS for part in stem.split("/")[:-1])}
-    if not masks:
-        known = {*stems.values()}
-        suffix = suffix or next((end for end in MASK_SUFFIXES
-                                 if any(stem.endswith(end) and stem[:-len(end)] in known for stem in known)), "")
-        masks = {path: stem for path, stem in stems.items() if suffix and stem.endswith(suffix)}
+    suffix = suffix or max(MASK_SUFFIXES, key=lambda end: sum(stem.endswith(end) for stem in stems.values()))
+    masks = masks or {path: stem for path, stem in stems.items() if stem.endswith(suffix)}
     if not masks:
         raise UserError("images and labels are in one folder, and no label file is told by its name: say what the "
-                        "names of label files end with by --mask-suffix")
-    for path in masks:
-        del stems[path]
+                        "names of label files end with by --mask-suffix, or move them to a folder of their own")
     return masks
 
 
-def cut(stems: dict[Path, str], suffix: str = "", prefix: str = "") -> dict[Path, str]:
-    """The stems that end with the suffix and whose file names begin with the prefix, without both."""
+def end_with(suffix: str, stems: Stems, option: str) -> Stems:
+    """The files whose names end with the suffix of an option, named without it; the others are counted."""
+    result = cut(stems, suffix)
+    if not result:
+        raise UserError(f"{option} {suffix}: no name ends so before its extension; one is {next(iter(stems.values()))}")
+    if len(result) < len(stems):
+        print(f"left out: {len(stems) - len(result)} files that do not end with {suffix}")
+    return result
+
+
+def cut(stems: Stems, suffix: str, prefix: str = "") -> Stems:
+    """The files whose names end with the suffix and begin with the prefix, named without both."""
     result = {}
     for path, stem in stems.items():
         folder, slash, name = stem.rpartition("/")
-        if name.endswith(suffix) and name.startswith(prefix):
+        if name.endswith(suffix) and name.startswith(prefix) and len(name) > len(suffix + prefix):
             result[path] = folder + slash + name[len(prefix):len(name) - len(suffix)]
     return result
 
 
-def match(stems: dict[Path, str], masks: dict[Path, str]) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Images and label files by name, by the first of some ways to read their names that finds all images' names."""
-    ways = [(stems, masks)]
-    ways += [tuple({path: re.sub(PICTURE_EXTENSION, "", stem) for path, stem in side.items()} for side in ways[0])]
-    ends = [common_ends(side) for side in ways[0]]
-    ways += [(stems, cut(masks, *ends[1])), (cut(stems, *ends[0]), masks)]
-    if all(BOTH_WAYS.search(" ".join(end)) or not any(end) for end in ends):  # left_1 is no image of right_1
-        ways += [(cut(stems, *ends[0]), cut(masks, *ends[1]))]
-    ways += [(stems, cut(masks, suffix)) for suffix in MASK_SUFFIXES]
-    ways += [(cut(stems, ends[0][0]), cut(masks, suffix)) for suffix in MASK_SUFFIXES]
-    ways += [tuple({path: "/".join(part for part in stem.split("/")[:-1] if part.lower() not in
-                                   IMAGE_FOLDERS + MASK_FOLDERS) + "/" + stem.split("/")[-1]
-                    for path, stem in side.items()} for side in way) for way in ways]  # train/images/a, train/masks/a
-    for way in ways:
-        keys = [[unicodedata.normalize("NFC", stem).strip("/") for stem in side.values()] for side in way]
-        if keys[1] and {*keys[1]} <= {*keys[0]}:
+def match(stems: Stems, masks: Stems) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Images and label files by name: read in the first of the ways that finds one image for each label file.
+
+    A label file may be left over only beside another one of its image, as a picture of its colours is.
+    """
+    for sides in ways_to_read(stems, masks):
+        images, labels = ({*side.values()} for side in sides)
+        others = [stem for path, stem in masks.items() if path not in sides[1]]
+        if labels and labels <= images and all(any(stem[:i] in labels for i in range(len(stem))) for stem in others):
             break
     else:
-        way = ways[0]
+        sides, others = (stems, masks), []
     result = []
-    for side, plain in zip(way, ways[0], strict=True):
+    for what, side, plain in zip(("images", "labels"), sides, (stems, masks), strict=True):
         files: dict[str, Path] = {}
         for path, stem in side.items():
-            other = files.setdefault(unicodedata.normalize("NFC", stem).strip("/"), path)
+            other = files.setdefault(stem, path)
             if other != path:
                 raise UserError(f"{other} and {path.name} have one name: keep one of them, or tell label files apart "
                                 "by --mask-suffix")
         result.append(files)
         path, stem = next(iter(side.items()), (None, ""))
         if path and stem.rpartition("/")[2] != plain[path].rpartition("/")[2]:
-            what = "labels" if plain is masks else "images"
-            print(f"{what}: {path.name} is taken for '{stem.strip('/')}', and so on")
+            print(f"{what}: {path.name} is taken for '{stem}', and so on")
+    if others:
+        print(f"left out: {len(others)} other label files of the same images ({others[0]} ...)")
     return result[0], result[1]
 
 
-def common_ends(stems: dict[Path, str]) -> tuple[str, str]:
-    """What all file names end and begin with: a suffix from a separator on, and a prefix without digits at its end."""
+def ways_to_read(stems: Stems, masks: Stems) -> Iterator[tuple[Stems, Stems]]:
+    """The files with their names as they are, then without more and more of their ends, without the JPG of a.jpg.png,
+    and without the folders of kinds: train/images/a and train/masks/a are a pair.
+    """
+    for no_kinds, no_extension in itertools.product((False, True), repeat=2):
+        both = (stems, masks)
+        if no_extension:
+            both = [{path: re.sub(PICTURE_EXTENSION, "", stem) for path, stem in side.items()} for side in both]
+        if no_kinds:
+            both = [{path: "/".join([part for part in Path(stem).parts[:-1] if part.lower() not in
+                                     IMAGE_FOLDERS + MASK_FOLDERS] + [Path(stem).name])
+                     for path, stem in side.items()} for side in both]
+        cuts = [{end: cut(side, *end) for end in common_ends(side) + more}
+                for side, more in zip(both, ([], [(suffix, "") for suffix in MASK_SUFFIXES]), strict=True)]
+        for ends in sorted(itertools.product(*cuts), key=lambda ends: len("".join(sum(ends, ())))):
+            # Nothing is cut off both sides but kinds of files: left_1 is no image of right_1.
+            if not all(map(any, ends)) or all(KINDS.search("".join(end)) for end in ends):
+                yield cuts[0][ends[0]], cuts[1][ends[1]]
+
+
+def common_ends(stems: Stems) -> list[tuple[str, str]]:
+    """(suffix, prefix) of all file names, from none to all that they share. They are made of whole words.
+
+    Words with a number at the end are not cut: cam1_7 and cam2_7, a_1 and a_2 are no pairs.
+    """
     names = [stem.rpartition("/")[2] for stem in stems.values()]
-    suffix = commonprefix([name[::-1] for name in names])[::-1] if len(names) > 1 else ""
-    suffix = re.sub(r"^[^_.\- ]*", "", suffix)
-    prefix = commonprefix([name[:len(name) - len(suffix)] for name in names]) if len(names) > 1 else ""
-    return suffix, re.sub(r"\d+$", "", prefix)
+    prefix, suffix = commonprefix(names), commonprefix([name[::-1] for name in names])[::-1]
+    prefixes = [prefix[:found.end()] for found in re.finditer(SEPARATOR, prefix)]
+    if letters := re.sub(r"\d+$", "", prefix):  # img of img1, img12
+        prefixes += [letters] * all(name[len(letters):len(letters) + 1].isdigit() for name in names)
+    suffixes = [suffix[found.start():] for found in re.finditer(SEPARATOR, suffix)]
+    prefixes, suffixes = (["", *(end for end in ends if not re.search(rf"\d({SEPARATOR}|$)", end))] if len(names) > 1
+                          else [""] for ends in (prefixes, suffixes))
+    return [*itertools.product(suffixes, prefixes)]
 
 
 def safe_names(keys: Iterable[str]) -> dict[str, str]:
@@ -178,7 +213,7 @@ def safe_names(keys: Iterable[str]) -> dict[str, str]:
     for key in keys:
         parts = [re.sub(r'[\\<>:"|?*]', "_", "".join(c if c.isprintable() else "_" for c in part)).strip(" .") or "_"
                  for part in key.split("/")]
-        name = re.sub(PICTURE_EXTENSION, r"_\1", "/".join(parts))
+        name = re.sub(PICTURE_EXTENSION, r"_\1", "/".join(re.sub(DEVICE, r"\1_", part) for part in parts))
         number = 1
         while f"{name}-{number}".casefold() in taken or number == 1 and name.casefold() in taken:
             number += 1
@@ -192,67 +227,56 @@ def safe_names(keys: Iterable[str]) -> dict[str, str]:
 
 # ----------------------------------------------------------------------------------------------------------- the splits
 def choose_splits(names: list[str], lists: Path | None, val_fraction: float, group_by: str | None) -> dict[str, list]:
-    """The names of each split: from the user's lists, from folders named train and val, or chosen."""
+    """The names of each split: from the user's lists, from folders named train, val and test, or chosen."""
     if lists:
         return read_lists(names, lists)
     folders = defaultdict(list)
     for name in names:
         found = [made[1].lower() for part in name.split("/")[:-1] if (made := SPLIT_NAME.match(part))]
         folders[found[0] if found else ""].append(name)
-    if folders.keys() == {"train", "test"}:
-        folders |= split_names(folders["train"], val_fraction, group_by)
-    elif len(folders) > 1 and not folders.keys() >= {"train", "val"} or len(folders) > 1 and "" in folders:
+    if len(folders) < 2:
+        return split_names(names, val_fraction, group_by)
+    if "" in folders or "train" not in folders:
         where = ", ".join(f"{len(part)} {split or 'elsewhere'}" for split, part in sorted(folders.items()))
-        raise UserError(f"folders named like splits hold not all images, or lack train or val ({where}): move the "
-                        "files, or give lists with --splits")
-    if folders.keys() >= {"train", "val"}:
-        print("splits: those of the folders, " + ", ".join(f"{len(part)} {split}" for split, part in folders.items()))
-        return dict(folders)
-    return split_names(names, val_fraction, group_by)
+        raise UserError(f"folders named like splits hold not all images, or lack train ({where}): move the files, or "
+                        "give lists with --splits")
+    print("splits: those of the folders, " + ", ".join(f"{len(folders[split])} {split}" for split in sorted(folders)))
+    if "val" not in folders:
+        folders |= split_names(folders.pop("train"), val_fraction, group_by)
+    return dict(folders)
 
 
 def read_lists(names: list[str], folder: Path) -> dict[str, list[str]]:
     """Splits by the files train.txt, val.txt and perhaps test.txt in a folder."""
-    known = defaultdict(list)
+    known, splits = defaultdict(list), {}
     for name in names:
         for key in {name, name.rpartition("/")[2]}:
             known[key].append(name)
-    splits = {}
-    for split in ("train", "val", "test"):
-        if split == "test" and not (folder / "test.txt").is_file():
-            continue
+    for split in ("train", "val", *["test"] * (folder / "test.txt").is_file()):
         splits[split] = []
         for line in data.read_split(folder / f"{split}.txt"):
-            stem = line[:-len(Path(line).suffix)] if line.lower().endswith(pictures.EXTENSIONS) else line
-            found = known.get(unicodedata.normalize("NFC", stem), [])
+            found = known.get(unicodedata.normalize("NFC", re.sub(PICTURE_EXTENSION, "", line)), [])
             if len(found) != 1:
                 raise UserError(f"{folder / split}.txt names '{line}', which is {len(found)} of the labelled images: "
                                 "give the names of this data set, one a line")
             splits[split] += found
-    if twice := [name for name, number in Counter(sum(splits.values(), [])).items() if number > 1]:
+    listed = Counter(sum(splits.values(), []))
+    if twice := [name for name, number in listed.items() if number > 1]:
         raise UserError(f"{folder}: '{twice[0]}' is named twice in the lists: leave one line")
+    if left := {*names} - {*listed}:
+        print(f"left out: {len(left)} images that are in no list ({min(left)} ...)")
     return splits
 
 
 def split_names(names: Iterable[str], val_fraction: float = 0.2, group_by: str | None = None) -> dict[str, list[str]]:
     """About that share of the names to "val", the others to "train"; neither is empty if there are two groups.
 
-    A hash of the name decides, so that a larger data set later keeps the choice. Names that are one group stay
-    together: `group_by` is a regular expression, and what it finds in a name (its first bracket, if it has one) is the
-    group. Without it, frames of videos are told by a number of four digits or more at the end.
+    A hash of the name decides, so that a larger data set later keeps the choice (of groups: nearly). Names that are one
+    group stay together: `group_by` is a regular expression, and what it finds in a name (its first bracket, if it has
+    one) is the group. Without it, frames of videos are told by a number of four digits or more at the end.
     """
     names = sorted(names)
-    groups = defaultdict(list)
-    try:
-        for name in names:
-            found = re.search(group_by, name) if group_by else None
-            groups[found and found[found.re.groups and 1] or name].append(name)
-    except re.error as error:
-        raise UserError(f"--group-by {group_by}: no regular expression ({error})") from None
-    if not group_by and (videos := find_videos(names)):
-        groups = videos
-        print(f"frames of {len(groups)} videos ({', '.join(map(repr, [*groups][:3]))} ...): those of one video are not "
-              "both learned from and judged by; --group-by can say otherwise, '.*' splits frame by frame")
+    groups = group_names(names, group_by) if group_by else find_videos(names) or {name: [name] for name in names}
     if len(groups) < 2:
         raise UserError("one image, or one group of images, cannot be split into training and validation: give more, "
                         "or other groups with --group-by")
@@ -268,6 +292,21 @@ def split_names(names: Iterable[str], val_fraction: float = 0.2, group_by: str |
     return {"train": sorted({*names} - {*val}), "val": sorted(val)}
 
 
+def group_names(names: Sequence[str], group_by: str) -> dict[str, list[str]]:
+    """Names by what the regular expression finds in them; a name in which it finds nothing is alone."""
+    try:
+        found = {name: re.search(group_by, name) for name in names}
+    except re.error as error:
+        raise UserError(f"--group-by {group_by} is no regular expression ({error}): mend it") from None
+    if not any(found.values()):
+        raise UserError(f"--group-by {group_by} finds nothing in the names, of which one is {names[0]}: mend it")
+    groups = defaultdict(list)
+    for name, place in found.items():
+        groups[(place and place[place.re.groups and 1]) or name].append(name)
+    print(f"{len(groups)} groups of images, of {min(map(len, groups.values()))} to {max(map(len, groups.values()))}")
+    return groups
+
+
 def find_videos(names: Sequence[str]) -> dict[str, list[str]]:
     """Names by what stands before their numbers, if these are numbers of frames; else {}.
 
@@ -281,8 +320,11 @@ def find_videos(names: Sequence[str]) -> dict[str, list[str]]:
         if videos[before]:
             steps[int(number) - int(videos[before][-1][len(before):])] += 1
         videos[before].append(name)
-    regular = steps and max(steps.values()) >= steps.total() / 2
-    return dict(videos) if regular and 1 < len(videos) <= len(names) / 3 else {}
+    if not steps or max(steps.values()) < steps.total() / 2 or not 1 < len(videos) <= len(names) / 3:
+        return {}
+    print(f"frames of {len(videos)} videos ({', '.join(map(repr, [*videos][:3]))} ...): those of one video are not "
+          "both learned from and judged by; --group-by can say otherwise, '.*' splits frame by frame")
+    return dict(videos)
 
 
 # ----------------------------------------------------------------------------------------------------------- the labels
@@ -291,7 +333,7 @@ class Survey(NamedTuple):
     path: Path
     coloured: bool
     counts: dict[int, int]  # pixels by value, or by colour 0xRRGGBB
-    palette: dict[int, int]  # the colours of the values that occur, of a palette image
+    palette: dict[int, int] | None  # of a palette image: the colours of the values that occur
 
 
 def survey(pair: Pair) -> Survey:
@@ -299,9 +341,9 @@ def survey(pair: Pair) -> Survey:
     image = pictures.read_label_image(pair.label)
     pictures.check_size(pair.image, pair.label, image.values.shape)
     values, counts = np.unique(image.values, return_counts=True)
-    colours = {} if image.palette is None else dict(zip(values.tolist(), as_numbers(image.palette)[values].tolist(),
-                                                        strict=True))
-    return Survey(pair.label, image.coloured, dict(zip(values.tolist(), counts.tolist(), strict=True)), colours)
+    palette = image.palette if image.palette is None else dict(
+        zip(values.tolist(), as_numbers(image.palette)[values].tolist(), strict=True))
+    return Survey(pair.label, image.coloured, dict(zip(values.tolist(), counts.tolist(), strict=True)), palette)
 
 
 def as_numbers(colours: np.ndarray) -> np.ndarray:
@@ -318,62 +360,61 @@ class Rule(NamedTuple):
 
 def choose_rule(classes: ClassList, surveys: Sequence[Survey], zero_is_unlabelled: bool) -> Rule:
     """One rule for all files. A rule that is a guess is printed; what could mean several things is refused."""
-    if zero_is_unlabelled and (classes.colours or 0 in classes.ids):
-        raise UserError("--zero-is-unlabelled is for class indices, and the list says what 0 is, or has colours: "
-                        "write `ignore` there for no class")
+    colours = Counter()
+    for file in surveys:
+        colours.update(file.counts if file.coloured else {})
+    if three_grays := colours and all(colour % GRAY == 0 for colour in colours):
+        surveys = [file._replace(coloured=False, counts={colour & 255: n for colour, n in file.counts.items()})
+                   if file.coloured else file for file in surveys]
     grays = {colour & 255 for colour in classes.colours if colour % GRAY == 0}
-    plain = {value for file in surveys if not file.coloured and not file.palette for value in file.counts}
-    if classes.colours and (len(plain) == 0 or plain <= grays):
+    plain = {value for file in surveys if not file.coloured and file.palette is None for value in file.counts}
+    if classes.colours and plain <= grays:
+        if zero_is_unlabelled:
+            raise UserError("--zero-is-unlabelled is for class indices, but the label files have the colours of the "
+                            "list: write `ignore R G B` there for no class")
         return colour_rule(classes, surveys)
     if classes.colours and any(file.coloured or file.palette for file in surveys):
         raise UserError("some label files hold colours, others values that are no colour of the list: "
                         "give files of one kind")
-    rule = index_rule(classes, surveys, zero_is_unlabelled)
+    if colours and not three_grays:
+        first = next(file.path for file in surveys if file.coloured)
+        most = "; ".join(spell(colour) for colour, _ in colours.most_common(12))
+        raise UserError(f"{first} holds colours: give each class its colour in the list, `name R G B` on a line; "
+                        f"the files have {len(colours)}: {most}")
+    if three_grays:
+        print("labels: the gray levels of three equal channels")
     if classes.colours:
         print("labels: the colours of the list are for drawing only")
-    return rule
+    return index_rule(classes, surveys, zero_is_unlabelled)
 
 
 def colour_rule(classes: ClassList, surveys: Sequence[Survey]) -> Rule:
     """By the colours of the list: of pixels, of a palette, or gray levels."""
-    known = classes.colours
-    found = [{file.palette.get(value, value if file.coloured else value * GRAY): count
-              for value, count in file.counts.items()} for file in surveys]
-    remedy = "add it to the list, `ignore R G B` for no class"
+    found, remedy = [], "add it to the list, `ignore R G B` for no class"
+    for file in surveys:
+        found.append(Counter())
+        for value, count in file.counts.items():
+            found[-1][value if file.coloured else file.palette[value] if file.palette else value * GRAY] += count
     if not all(file.coloured or file.palette for file in surveys):
         print("labels: by the gray levels of the list")
     if any(file.palette for file in surveys):
         print("labels: by the colours of their palettes")
         remedy += "; or take the colours out of the list if the files' indices are the classes"
-    check_values(found, surveys, known, lambda value: f"colour {spell(value)}", remedy)
-    check_one_class(found, known, classes.names)
-    return Rule(known, True, classes.palette)
+    check_values(found, surveys, classes.colours, lambda value: f"colour {spell(value)}", remedy)
+    check_one_class(found, classes.colours, classes.names)
+    return Rule(classes.colours, True, classes.palette)
 
 
 def index_rule(classes: ClassList, surveys: Sequence[Survey], zero_is_unlabelled: bool) -> Rule:
     """By the values: class indices, the values of the list, 0 and 255, or indices from 1 on."""
-    number, palette, found = len(classes.names), classes.palette, [file.counts for file in surveys]
-    if any(file.coloured for file in surveys):
-        colours = Counter()
-        for file in surveys:
-            colours.update(file.counts if file.coloured else {})
-        if any(colour % GRAY for colour in colours):
-            most = "; ".join(spell(colour) for colour, _ in colours.most_common(12))
-            first = next(file.path for file in surveys if file.coloured)
-            raise UserError(f"{first} holds colours: give each class its colour in the list, `name R G B` on a line; "
-                            f"the files have {len(colours)}: {most}")
-        found = [{value & 255 if file.coloured else value: count for value, count in file.counts.items()}
-                 for file in surveys]
-        print("labels: the gray levels of three equal channels")
-    known = classes.ids or {k: k for k in range(number)}
-    known = {IGNORE: IGNORE, **known}
+    number, found = len(classes.names), [file.counts for file in surveys]
     values = {value for counts in found for value in counts}
+    known = {IGNORE: IGNORE, **(classes.ids or {k: k for k in range(number)})}
+    if zero_is_unlabelled and classes.ids.get(0, IGNORE) != IGNORE:
+        raise UserError("--zero-is-unlabelled contradicts the list, which says what 0 is: leave one of them out")
     if zero_is_unlabelled:
         known = {IGNORE: IGNORE, 0: IGNORE, **(classes.ids or {k + 1: k for k in range(number)})}
-    elif number == 1 and not classes.ids and IGNORE in values:
-        raise UserError(f"one class, '{classes.names[0]}', and files with {IGNORE}, which may be it or no class: put "
-                        "`background` before it in the list, then 0 and 255 are the two")
-    elif number == 2 and not classes.ids and IGNORE in values:
+    elif known == {0: 0, 1: 1, IGNORE: IGNORE} and IGNORE in values:
         kinds = {frozenset(counts) & {1, IGNORE} for counts in found} - {frozenset()}
         if kinds == {frozenset({IGNORE})} and values <= {0, IGNORE}:
             known = {0: 0, IGNORE: 1}
@@ -385,53 +426,52 @@ def index_rule(classes: ClassList, surveys: Sequence[Survey], zero_is_unlabelled
     if 0 in values - known.keys() or number in values and values - {IGNORE} <= {*range(number + 1)}:
         remedy = f"if 0 is unlabelled, use --zero-is-unlabelled; {remedy}"
     check_values(found, surveys, known, lambda value: f"value {value}", remedy)
+    colours, palette = common_colours(surveys), classes.palette.copy()
     names = [*classes.names, *["unlabelled"] * (IGNORE + 1 - number)]  # by label
-    meaning = [f"{value} is {names[known[value]]}" for value in sorted(values)]
+    meaning = [f"{value} is {names[known[value]]}" + (f" ({spell(colours[value])})" if value in colours else "")
+               for value in sorted(values)]
     print(f"labels: {', '.join(meaning[:12])}{' ...' if len(meaning) > 12 else ''}")
-    if any(file.palette for file in surveys):
-        palette = common_palette(surveys, known, classes.names, palette)
     check_one_class(found, known, classes.names)
+    own = {known[value]: colour for value, colour in sorted(colours.items(), reverse=True) if known[value] != IGNORE}
+    if len({*own.values()}) == len(own) and own.keys() >= {*range(number)}:  # else some would be alike
+        palette = np.uint8([[*own[k].to_bytes(3)] for k in range(number)])
     return Rule(known, False, palette)
 
 
-def common_palette(surveys: Sequence[Survey], known: dict[int, int], names: Sequence[str],
-                   palette: np.ndarray) -> np.ndarray:
-    """`palette` (K, 3) with the colours that the label files give their values. UserError if the files differ."""
+def common_colours(surveys: Sequence[Survey]) -> dict[int, int]:
+    """The colours that palettes give to the values that occur. Raises UserError if the files differ."""
     seen: dict[int, tuple[int, Path]] = {}
     for file in surveys:
-        for value, colour in file.palette.items():
+        for value, colour in (file.palette or {}).items():
             first, where = seen.setdefault(value, (colour, file.path))
             if first != colour:
                 raise UserError(f"value {value} is drawn in {spell(first)} in {where} and in {spell(colour)} in "
                                 f"{file.path}: the palettes differ, so the values say nothing; give each class its "
                                 "colour in the list, `name R G B`")
-    own = {known[value]: colour for value, (colour, _) in sorted(seen.items()) if known[value] != IGNORE}
-    drawn = [f"{names[k]} {'' if n else 'is drawn '}in {spell(colour)}" for n, (k, colour) in enumerate(own.items())]
-    print(f"labels: by the indices of their palettes: {', '.join(drawn[:12])}")
-    if len(own) < len(palette) or len({*own.values()}) < len(own):
-        return palette  # colours that are not all told, or alike, are of no use for drawing
-    return np.uint8([[*own[k].to_bytes(3)] for k in range(len(palette))])
+    return {value: colour for value, (colour, _) in seen.items()}
 
 
 def check_values(found: Sequence[dict], surveys: Sequence[Survey], known: dict, text: Callable, remedy: str) -> None:
-    """Raises UserError for values that the rule does not know: which, in how many files, where first."""
-    files = defaultdict(list)
+    """Raises UserError for values that the rule does not know: which, in how many files and pixels, where first."""
+    files, pixels = defaultdict(list), Counter()
     for counts, file in zip(found, surveys, strict=True):
         for value in counts.keys() - known.keys():
             files[value].append(file.path)
+            pixels[value] += counts[value]
     if files:
-        value, where = max(files.items(), key=lambda item: len(item[1]))
-        others = f" (and {len(files) - 1} others)" if len(files) > 1 else ""
-        raise UserError(f"label {text(value)}{others} is none of the classes: in {len(where)} of {len(surveys)} files, "
-                        f"first {where[0]}: {remedy}")
+        value, *others = sorted(files, key=lambda value: (-len(files[value]), -pixels[value]))
+        more = f" (and {len(others)} others: {'; '.join(map(text, others[:11]))})" if others else ""
+        raise UserError(f"label {text(value)}{more} is none of the classes: in {len(files[value])} of {len(surveys)} "
+                        f"files, {pixels[value]} pixels, first {files[value][0]}: {remedy}")
 
 
 def check_one_class(found: Sequence[dict], known: dict, names: Sequence[str]) -> None:
-    """Raises UserError if the files hold one class of several, or none: nothing could be learned."""
+    """Raises UserError if the files hold one class, or none: nothing could be learned."""
     present = {known[value] for counts in found for value in counts} - {IGNORE}
-    if len(present) < min(2, len(names)):
+    if len(present) < 2:
         what = f"nothing but '{names[present.pop()]}'" if present else "no class at all"
-        raise UserError(f"the label files hold {what}: there must be pixels of two classes; are these the right files?")
+        remedy = "are these the right files?" if len(names) > 1 else "put `background` before it in the list"
+        raise UserError(f"the label files hold {what}: there must be pixels of two classes; {remedy}")
 
 
 def spell(colour: int) -> str:
@@ -447,8 +487,9 @@ def convert_labels(path: Path, rule: Rule) -> np.ndarray:
         values = values * GRAY if image.palette is None else as_numbers(image.palette)[values]
     elif image.coloured and not rule.colours:
         values = values & 255
-    present, places = np.unique(values, return_inverse=True)
-    return np.array([rule.labels[value] for value in present.tolist()], np.uint8)[places].reshape(values.shape)
+    table = np.zeros(max(rule.labels) + 1, np.uint8)
+    table[[*rule.labels]] = [*rule.labels.values()]
+    return table[values]
 
 
 # --------------------------------------------------------------------------------------------------------- the data set
@@ -465,15 +506,20 @@ def add_image(draft: Path, image: Path, name: str, link: bool = False) -> None:
     (os.symlink if link else shutil.copyfile)(image.resolve(), place)
 
 
+def check_out(out: Path) -> None:
+    """Raises UserError if a data set cannot be made there."""
+    common.make_folder(out.parent, "--out")
+    if out.exists():
+        raise UserError(f"{out} exists: remove it or choose another folder with --out")
+
+
 def write_dataset(out: Path, classes: list[str], palette: np.ndarray, jobs: Sequence[Job],
                   add: Callable[[Path, Job], Result], splits: dict[str, list[str]], workers: int) -> list[Result]:
     """Make a plain data set at `out`: add(draft, job) brings in one pair, in a worker process. Returns its results.
 
     Raises UserError if `out` exists or the result cannot be opened again; nothing is left then.
     """
-    common.make_folder(out.parent, "--out")
-    if out.exists():
-        raise UserError(f"{out} exists: remove it or choose another folder with --out")
+    check_out(out)
     info = {"name": out.name, "classes": classes, "palette": palette.tolist(), "ignore_index": IGNORE}
     with common.new_folder(out) as draft:
         results = list(in_parallel(partial(add, draft), jobs, workers, f"making {out}"))

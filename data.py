@@ -83,7 +83,7 @@ class SegmentationDataset:
         values, palette = read_labels(path)
         check_size(self.image_paths[i], path, values.shape)
         if palette is not None:
-            self.check_palette(path, np.unique(values), palette)
+            self.check_palette(path, values, palette)
         ignored = (values < first) | (values == ignore)
         foreign = values[~ignored & (values > last)]
         if foreign.size:
@@ -96,11 +96,12 @@ class SegmentationDataset:
         Editors reorder palettes: the picture looks right, and every value means another class. Colours that no class
         has are those of a tool, and tell nothing.
         """
-        classes = self.info.classes
+        classes, first = self.info.classes, self.layout.first_class
         class_of = {colour.tobytes(): k for k, colour in enumerate(self.info.palette)}
-        for value in values[values < len(palette)].tolist():
-            own, drawn = value - self.layout.first_class, class_of.get(palette[value].tobytes())
-            if drawn is not None and 0 <= own < len(classes) and (palette[value] != self.info.palette[own]).any():
+        for own, colour in enumerate(palette[first:first + len(classes)]):
+            value, drawn = own + first, class_of.get(colour.tobytes())
+            # The pixels come last: this is done for every sample of a training, and palettes mostly agree.
+            if drawn is not None and (colour != self.info.palette[own]).any() and (values == value).any():
                 raise UserError(f"{path} draws value {value}, '{classes[own]}', in the colour of '{classes[drawn]}': "
                                 "its palette has another order; make the data set with "
                                 "`python data.py from-folders`, which goes by the colours")

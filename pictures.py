@@ -235,12 +235,12 @@ def read_label_image(path: Path) -> LabelImage:
             raise UserError(f"{path} has 16-bit colours: save it with 8 bits a colour, as PNG")
         return LabelImage(values[..., :3] @ np.int32([1 << 16, 1 << 8, 1]), True)
     values = values[..., 0] if values.ndim == 3 else values
-    if mode not in ("1", "L", "LA", "P", "PA", "F") and not mode.startswith("I") or (values % 1).any():
+    if mode not in ("1", "L", "LA", "P", "PA", "F") and not mode.startswith("I") or mode == "F" and (values % 1).any():
         raise UserError(f"{path} has mode {mode}, not one whole number or colour a pixel: save it as PNG of indices")
     if few := re.fullmatch(r"L;([24])R?", stored):  # Pillow stretches 2 and 4 bits to 0..255
         values = values // (255 // ((1 << int(few[1])) - 1))
     colours = np.uint8(palette).reshape(-1, 3) if palette else None
-    if colours is not None and values.max() >= len(colours):
+    if colours is not None and len(colours) < 256 and values.max() >= len(colours):
         raise UserError(f"{path} holds value {values.max()}, and its palette has {len(colours)} colours: save it again")
     if colours is not None and (colours == np.arange(len(colours))[:, None]).all():
         colours = None  # a ramp of grays is no choice of colours

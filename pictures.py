@@ -113,6 +113,12 @@ def open_picture(source: str | Path | bytes) -> Iterator[Image.Image]:
         raise UserError(f"{name}: not a readable image ({why}): replace it or take it out") from None
 
 
+def files_below(folder: Path, extensions: tuple[str, ...] = EXTENSIONS) -> list[Path]:
+    """The files with one of the extensions below a folder, without hidden ones and what macOS adds to archives."""
+    return [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in extensions and not file.is_dir()
+            and not any(part.startswith((".", "__MACOSX")) for part in file.relative_to(folder).parts)]
+
+
 def orientation(picture: Image.Image) -> int:
     """EXIF's orientation 1..8 of a picture that is not loaded yet; 1 where the tag or all of EXIF makes no sense."""
     try:

@@ -20,7 +20,7 @@ import re
 import tempfile
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -50,18 +50,12 @@ class Annotated(NamedTuple):
     objects: list[tuple[str, Outline]]
 
 
-def files_below(root: Path, extensions: Sequence[str]) -> list[Path]:
-    """The files with one of the extensions below a folder, without hidden ones and what macOS adds to archives."""
-    return [path for path in sorted(root.rglob("*")) if path.suffix.lower() in extensions
-            and not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(root).parts)]
-
-
 class Library:
     """The picture files below a folder; it also counts what is left out."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.left_out = Path(os.path.normpath(root)), Counter()
-        self.files = files_below(self.root, pictures.EXTENSIONS)
+        self.files = pictures.files_below(self.root)
         self.by_name = defaultdict(list)  # a file's name -> its paths, each with the parts below the root
         for file in self.files:
             parts = unicodedata.normalize("NFC", file.relative_to(self.root).as_posix()).split("/")
@@ -115,7 +109,7 @@ def from_coco(images: Path, json_path: Path | None, no_background: bool, out: Pa
     json_path = json_path or images
     if not json_path.exists():
         raise UserError(f"{json_path} does not exist: name the COCO file with --json")
-    files = files_below(json_path, (".json",)) if json_path.is_dir() else [json_path]
+    files = pictures.files_below(json_path, (".json",)) if json_path.is_dir() else [json_path]
     splits = [find_split(file.relative_to(json_path)) if len(files) > 1 else "" for file in files]
     if not files or len(files) > 1 and not all(splits):
         raise UserError(f"{json_path} holds {len(files)} .json files, not one for each of train, val and test: "
@@ -184,7 +178,7 @@ def polygon_outline(polygons: list[np.ndarray], left_out: Counter) -> Outline | 
 def from_labelme(images: Path, classes: str | None, no_background: bool, out: Path, workers: int) -> None:
     """Make a plain data set of a folder with labelme's .json files, beside or among the pictures. Raises UserError."""
     library, annotated = Library(images), []
-    files = files_below(library.root, (".json",))
+    files = pictures.files_below(library.root, (".json",))
     if not files:
         raise UserError(f"{images} holds no .json files: give the folder that labelme saved to")
     splits = [find_split(file.relative_to(library.root).parent) for file in files]

@@ -98,10 +98,8 @@ def pair_files(images: Path, labels: Path, image_suffix: str = "", mask_suffix: 
 
 
 def stems_below(folder: Path) -> Stems:
-    """All picture files below a folder, without hidden ones and what macOS adds to archives."""
-    files = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in pictures.EXTENSIONS
-             and not any(part.startswith((".", "__MACOSX")) for part in file.relative_to(folder).parts)
-             and not file.is_dir()]
+    """All picture files below a folder and their names."""
+    files = pictures.files_below(folder)
     if not files:
         raise UserError(f"{folder} is no folder with images: give the folders of the images and the label images")
     for file in files:

@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import common
 from common import UserError
-from pictures import EXTENSIONS, open_picture
+from pictures import EXTENSIONS, files_below, open_picture
 from tools import video
 
 MARK = "written by predict.py"  # the comment in each result: no result is a picture of a later run
@@ -48,14 +48,12 @@ def find_pictures(arguments: Sequence[str]) -> dict[Path, Path]:
 
 
 def below(path: Path) -> Iterator[tuple[Path, Path]]:
-    """A file, or all below a folder but hidden ones, with their places. Links to folders are not followed."""
+    """A file, or the pictures and videos below a folder, with their places. Links to folders are not followed."""
     if not path.is_dir():
         yield path, Path(path.stem)
         return
-    for file in sorted(path.rglob("*"), key=natural):
-        place = file.relative_to(path)
-        if not file.is_dir() and not any(part.startswith((".", "__MACOSX")) for part in place.parts):
-            yield file, place.with_suffix("")
+    for file in sorted(files_below(path, EXTENSIONS + video.EXTENSIONS), key=natural):
+        yield file, file.relative_to(path).with_suffix("")
 
 
 def natural(path: str | Path) -> list[str | int]:

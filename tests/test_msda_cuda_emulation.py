@@ -26,19 +26,25 @@ COMPILER = os.environ.get("CXX", "g++")
 needs_nvcc = pytest.mark.skipif(build.find_cuda_home() is None, reason="no CUDA toolkit (nvcc)")
 
 
-def compile_host(output, *flags):
+def compile_host(output, architecture, *flags):
     if shutil.which(COMPILER) is None:
         pytest.skip(f"no C++ compiler ({COMPILER})")
     command = [COMPILER, "-std=c++17", "-Wall", "-Wno-unknown-pragmas", f"-I{EMULATION}", f"-I{TORCH_HEADERS}",
-               str(EMULATION / "host.cpp"), "-o", str(output), *flags]
+               f"-DEMULATED_ARCH={architecture}", str(EMULATION / "host.cpp"), "-o", str(output), *flags]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return output
 
 
+@pytest.fixture(scope="module", params=[800, 900])
+def library(request, tmp_path_factory):
+    """The emulated launchers: atomics of one float, and from 9.0 on of four."""
+    output = tmp_path_factory.mktemp("host") / "host.so"
+    return ctypes.CDLL(str(compile_host(output, request.param, "-O2", "-shared", "-fPIC")))
+
+
 @pytest.fixture(scope="module")
-def emulate(tmp_path_factory):
+def emulate(library):
     """Output and gradients of the emulated launchers; value and cotangent of one type, the rest float32."""
-    library = ctypes.CDLL(str(compile_host(tmp_path_factory.mktemp("host") / "host.so", "-O2", "-shared", "-fPIC")))
 
     def pointers(*tensors):
         return [ctypes.c_void_p(x.data_ptr()) for x in tensors]
@@ -98,16 +104,29 @@ def test_lost_points(emulate, bad):
     assert (got[2][..., 1, :] == 0).all() and (got[3][..., 1] == 0).all()
 
 
+@pytest.mark.parametrize("dtype, touches", [(torch.float32, {800: 4, 900: 4}), (torch.float16, {800: 8, 900: 4})])
+def test_atomics_touch_few_sectors(library, emulate, request, dtype, touches):
+    """The memory serves atomics by sectors of 32 bytes; the 32 floats of a corner fill 4 of them. If each lane added
+    the neighbouring channels that it multiplies, they would be touched 16 times in float32, 32 times in 16 bits (8.0),
+    or 4 and 8 times (9.0)."""
+    value, locations, weights, cotangent = random_inputs([(6, 5)], 2, 7, 8, 32, 3, dtype)
+    library.emulated_sectors()
+    emulate([(6, 5)], value, locations.clamp(0.2, 0.8), weights, cotangent)  # all corners lie on the map
+    architecture = request.node.callspec.params["library"]
+    assert library.emulated_sectors() == touches[architecture] * weights.numel() * 4
+
+
 def test_empty_queries_launch_nothing(emulate):
     got = emulate([(2, 2)], *random_inputs([(2, 2)], 2, 0, 1, 32, 1))
     assert got[0].shape == (2, 0, 32) and (got[1] == 0).all()
 
 
 @pytest.mark.slow
-def test_sanitizers_find_nothing_in_cpu_and_cuda_kernels(tmp_path):
+@pytest.mark.parametrize("architecture", [800, 900])
+def test_sanitizers_find_nothing_in_cpu_and_cuda_kernels(tmp_path, architecture):
     """AddressSanitizer and UndefinedBehaviorSanitizer, on cases with NaN, infinite and far-out points."""
     flags = ("-g", "-O1", "-fopenmp-simd", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    done = subprocess.run([compile_host(tmp_path / "host", *flags)], capture_output=True, text=True)
+    done = subprocess.run([compile_host(tmp_path / "host", architecture, *flags)], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "same\n", done.stdout + done.stderr
 
 

@@ -31,23 +31,22 @@ __device__ Vector<T, N> load(const T* source) {
   return *reinterpret_cast<const Vector<T, N>*>(source);
 }
 
-// target[i] += scale * x[i], against all other groups.
-template <int N, typename T>
-__device__ void add(float* target, float scale, const Vector<T, N>& x) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if constexpr (N % 4 == 0) {  // one 16-byte reduction instead of four
-#pragma unroll
-    for (int i = 0; i < N; i += 4)
-      atomicAdd(reinterpret_cast<float4*>(target + i),
-                make_float4(scale * static_cast<float>(x.at[i]), scale * static_cast<float>(x.at[i + 1]),
-                            scale * static_cast<float>(x.at[i + 2]), scale * static_cast<float>(x.at[i + 3])));
-  } else
-#endif
-  {
-#pragma unroll
-    for (int i = 0; i < N; ++i) atomicAdd(target + i, scale * static_cast<float>(x.at[i]));
-  }
+// target[i] += scale * x[i], against all other groups, in one instruction: of four floats from sm_90 on.
+template <typename T>
+__device__ void add(float* target, float scale, const Vector<T, 1>& x) {
+  atomicAdd(target, scale * static_cast<float>(x.at[0]));
 }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr int kWide = 4;
+template <typename T>
+__device__ void add(float* target, float scale, const Vector<T, 4>& x) {
+  atomicAdd(reinterpret_cast<float4*>(target),
+            make_float4(scale * static_cast<float>(x.at[0]), scale * static_cast<float>(x.at[1]),
+                        scale * static_cast<float>(x.at[2]), scale * static_cast<float>(x.at[3])));
+}
+#else
+constexpr int kWide = 1;
+#endif
 
 // The sum over a group of lanes, in all of them.
 template <int kLanes>
@@ -104,10 +103,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
                     float* __restrict__ grad_weights) {
   const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, rows = p.B * p.Q * p.M;
   const int64_t D = kChannels ? kChannels : p.D;
+  // The memory serves atomics by sectors of 32 bytes, so neighbouring lanes add to neighbouring channels: kAtOnce in one
+  // instruction, kStep on in the next. For the dot products a lane takes N neighbours, so it holds two sets of channels.
+  constexpr int kAtOnce = N < kWide ? N : kWide, kParts = N / kAtOnce, kStep = kLanes * kAtOnce;
   // Groups past the end share a warp with others: they compute a row again for the shuffles' sake, and store nothing.
   const bool counts = thread / kLanes < rows;
   const int64_t row = counts ? thread / kLanes : rows - 1, head = head_start(p, row);
-  const int lane = threadIdx.x % kLanes;
+  const int lane = threadIdx.x % kLanes, shift = lane * (kAtOnce - N);  // from one set to the other
+  grad_value += shift;
   for (int level = 0; level < p.L; ++level) {
     for (int k = 0; k < p.P; ++k) {
       const int64_t i = (row * p.L + level) * p.P + k;
@@ -115,7 +118,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       const float weight = weights[i];
       float grad_u = 0, grad_v = 0, grad_weight = 0;
       for (int64_t c = lane * N; c < D; c += kLanes * N) {
-        const auto grad = load<T, N>(grad_output + row * D + c);
+        const T* source = grad_output + row * D + c;
+        const auto grad = load<T, N>(source);
+        Vector<T, kAtOnce> part[kParts];
+#pragma unroll
+        for (int j = 0; j < kParts; ++j) part[j] = load<T, kAtOnce>(source + shift + j * kStep);
 #pragma unroll
         for (int corner = 0; corner < 4; ++corner) {
           if (!point.has(corner)) continue;
@@ -124,7 +131,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
           float dot = 0;
 #pragma unroll
           for (int j = 0; j < N; ++j) dot += static_cast<float>(grad.at[j]) * static_cast<float>(pixel.at[j]);
-          if (counts) add<N>(grad_value + offset, weight * point.share(corner), grad);
+          if (counts) {
+            const float scale = weight * point.share(corner);
+#pragma unroll
+            for (int j = 0; j < kParts; ++j) add(grad_value + offset + j * kStep, scale, part[j]);
+          }
           grad_weight += point.share(corner) * dot;
           grad_u += point.slope_u(corner) * dot;
           grad_v += point.slope_v(corner) * dot;

@@ -1,8 +1,9 @@
 // Enough of CUDA to run kernels.cu, unchanged, on a host without a GPU. It lies before the real header on the include
-// path. Read: switch_to -> __shfl_xor_sync -> run_warp -> MSDA_LAUNCH.
+// path. Read: run_warp -> __shfl_xor_sync -> atomicAdd -> MSDA_LAUNCH.
 //
 // Warps run one after another; the 32 lanes of a warp are fibers that take turns, and stop at each shuffle until all
 // have arrived. A lane that left, or stands at another shuffle, ends the program: on a GPU that is undefined.
+// The n-th atomics of all lanes count as one instruction. That is exact where no lane skips a corner.
 #pragma once
 
 #include <ucontext.h>
@@ -11,6 +12,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <set>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -21,6 +24,11 @@
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 struct Index {
   unsigned x;
@@ -36,13 +44,15 @@ struct Lane {
   std::vector<char> stack = std::vector<char>(1 << 16);
   bool done = false;
   unsigned thread = 0;
-  int64_t shuffles = 0;
+  int64_t shuffles = 0, atomics = 0;
   double offered = 0;
 };
 inline Lane lanes[kLanes];
 inline ucontext_t scheduler;
 inline int running = 0;
 inline std::function<void()> body;
+inline std::set<std::pair<int64_t, uintptr_t>> touched;  // by a warp: (its n-th atomic, sector of 32 bytes)
+inline int64_t sectors = 0;                              // the sum of all warps
 
 inline void yield() {
   const int me = running;
@@ -58,7 +68,7 @@ inline void enter() {
 inline void run_warp(unsigned first_thread) {
   for (int i = 0; i < kLanes; ++i) {
     Lane& lane = lanes[i];
-    lane.done = false, lane.shuffles = 0, lane.thread = first_thread + i;
+    lane.done = false, lane.shuffles = lane.atomics = 0, lane.thread = first_thread + i;
     getcontext(&lane.context);
     lane.context.uc_stack.ss_sp = lane.stack.data();
     lane.context.uc_stack.ss_size = lane.stack.size();
@@ -74,6 +84,8 @@ inline void run_warp(unsigned first_thread) {
       swapcontext(&scheduler, &lanes[running].context);
     }
   }
+  sectors += touched.size();
+  touched.clear();
 }
 
 template <typename Kernel, typename... Arguments>
@@ -102,11 +114,16 @@ A __shfl_xor_sync(unsigned mask, A x, int step) {
   return result;
 }
 
-template <typename A>
-A atomicAdd(A* target, A x) {
-  const A before = *target;
+inline void atomicAdd(float* target, float x) {
+  using namespace emulation;
+  touched.emplace(lanes[running].atomics++, reinterpret_cast<uintptr_t>(target) / 32);
   *target += x;
-  return before;
+}
+
+inline void atomicAdd(float4* target, float4 x) {
+  using namespace emulation;
+  touched.emplace(lanes[running].atomics++, reinterpret_cast<uintptr_t>(target) / 32);
+  *target = make_float4(target->x + x.x, target->y + x.y, target->z + x.z, target->w + x.w);
 }
 
 #define MSDA_LAUNCH(kernel, blocks, threads, stream, ...) emulation::launch(kernel, blocks, threads, __VA_ARGS__)

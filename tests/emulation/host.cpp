@@ -2,6 +2,9 @@
 // Read: problem -> the extern "C" functions -> main.
 #include "cuda_runtime_api.h"  // first: it takes CUDA's place in kernels.cu
 //
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+#define __CUDA_ARCH__ EMULATED_ARCH  // for kernels.cu alone: PyTorch's headers would look for CUDA's functions
 #include "../../msda_cuda/csrc/cpu.h"
 #include "../../msda_cuda/csrc/kernels.cu"
 
@@ -31,6 +34,9 @@ extern "C" int emulated_backward(int type, const int64_t* sizes, const int64_t* 
   return backward_cuda(Type(type), problem(sizes, shapes), grad_output, value, locations, weights, grad_value,
                        grad_locations, grad_weights, nullptr);
 }
+
+// How many sectors of 32 bytes the atomic instructions have touched since the last call.
+extern "C" int64_t emulated_sectors() { return std::exchange(emulation::sectors, 0); }
 
 // Arrays of exactly the needed size, so that a sanitizer sees the first step outside.
 static bool compare(const std::vector<float>& a, const std::vector<float>& b, const char* what) {

@@ -103,8 +103,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
                     float* __restrict__ grad_weights) {
   const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, rows = p.B * p.Q * p.M;
   const int64_t D = kChannels ? kChannels : p.D;
-  // The memory serves atomics by sectors of 32 bytes, so neighbouring lanes add to neighbouring channels: kAtOnce in one
-  // instruction, kStep on in the next. For the dot products a lane takes N neighbours, so it holds two sets of channels.
+  // The memory serves atomics by sectors of 32 bytes, so neighbouring lanes add to neighbouring channels: kAtOnce with
+  // one instruction, kStep further with the next. The dot products take N neighbours a lane: two sets of channels.
   constexpr int kAtOnce = N < kWide ? N : kWide, kParts = N / kAtOnce, kStep = kLanes * kAtOnce;
   // Groups past the end share a warp with others: they compute a row again for the shuffles' sake, and store nothing.
   const bool counts = thread / kLanes < rows;

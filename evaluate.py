@@ -118,9 +118,9 @@ def automatic_window_batch(model: nn.Module, device: torch.device | str) -> int:
 
 
 def to_device(array: np.ndarray, device: torch.device | str) -> Tensor:
-    """The array as a tensor there; to a GPU it is copied from pinned memory, and the host does not wait for it."""
-    tensor = torch.from_numpy(array)
-    return (tensor.pin_memory() if torch.device(device).type == "cuda" else tensor).to(device, non_blocking=True)
+    """The array as a tensor on the device. It goes to a GPU from pinned memory: the host does not wait for the copy."""
+    tensor, cuda = torch.from_numpy(array), torch.device(device).type == "cuda"
+    return (tensor.pin_memory() if cuda else tensor).to(device, non_blocking=cuda)
 
 
 def make_views(image: np.ndarray, window: int, multi_scale: bool, device: torch.device | str = "cpu") -> list[View]:
@@ -283,7 +283,8 @@ def evaluate(model: nn.Module, dataset: data.SegmentationDataset, *, multi_scale
     """Confusion matrix int64 (K, K), summed over the first `limit` images of the data set and over all processes.
 
     Process r takes the images r, r + world, ... and calls `save` for each; none is counted twice. `fast` switches the
-    fast text on: the same numbers to rounding. The model goes back into training mode if it was in it.
+    fast text on: the same numbers to rounding. The model goes back into training mode if it was in it. The result is on
+    the host; no picture waits for the device but those that `save` gets and, each five seconds, one for the progress.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine, labels, shown = range(len(dataset))[:limit][rank::world], deque(), -math.inf
@@ -308,9 +309,9 @@ def evaluate(model: nn.Module, dataset: data.SegmentationDataset, *, multi_scale
                 shown = time.monotonic()
             if save:
                 save(index, prediction.cpu().numpy())
-    total = total.cpu()
+    total = total.cpu()  # gloo, not NCCL, adds it up
     if world > 1:
-        dist.all_reduce(total)  # between hosts, by gloo
+        dist.all_reduce(total)
     return total
 
 

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -96,23 +97,30 @@ def slide(model: nn.Module, image: Tensor, window: int, stride: int, window_batc
     return torch.stack(list(sliding_scores(model, [View(one[None]) for one in image], window_batch, stride)))
 
 
+@torch.no_grad()
 def automatic_window_batch(model: nn.Module, device: torch.device | str) -> int:
     """How many windows go through the model at once: on a CPU 4 of 480 pixels, or as many pixels in smaller ones.
 
-    On CUDA the memory of one window is measured; the batch may fill 60 % of what is then free, 64 windows at most.
+    On CUDA it is measured: a batch may take 60 % of the free memory, for pictures, votes and earlier scores come to it.
     """
-    window = model.config.window
+    window, batch = model.config.window, 1
     if torch.device(device).type != "cuda":
         return max(1, min(32, 4 * 480**2 // window**2))
-    probe = torch.zeros(1, 3, window, window, device=device)
-    with torch.no_grad():
-        model(probe)  # once for what stays: workspaces, and weights cast by autocast
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        model(probe)
-    used = max(1, torch.cuda.max_memory_allocated(device) - before)
-    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's, but free to use
-    return max(1, min(64, int(0.6 * (torch.cuda.mem_get_info(device)[0] + idle) / used)))
+    for number in (1, 1, 8):  # the first leaves what stays: workspaces, cast weights; 8 share what a batch costs once
+        if number <= batch:
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            model(torch.zeros(number, 3, window, window, device=device))
+            used = torch.cuda.max_memory_allocated(device) - before
+            free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - before  # with PyTorch's
+            batch = max(1, min(64, int(0.6 * free * number / used)))
+    return batch
+
+
+def to_device(array: np.ndarray, device: torch.device | str) -> Tensor:
+    """The array as a tensor on the device. It goes to a GPU from pinned memory: the host does not wait for the copy."""
+    tensor, cuda = torch.from_numpy(array), torch.device(device).type == "cuda"
+    return (tensor.pin_memory() if cuda else tensor).to(device, non_blocking=cuda)
 
 
 def make_views(image: np.ndarray, window: int, multi_scale: bool, device: torch.device | str = "cpu") -> list[View]:
@@ -123,7 +131,7 @@ def make_views(image: np.ndarray, window: int, multi_scale: bool, device: torch.
     scaled = data.multi_scale_images(image, window) if multi_scale else [data.single_scale_image(image, window)]
     counts, views = Counter(picture.shape for picture in scaled), []
     for shape, picture in {picture.shape: picture for picture in scaled}.items():
-        pixels = torch.from_numpy(picture).to(device).permute(2, 0, 1)[None]  # (h, w, 3) -> (1, 3, h, w)
+        pixels = to_device(picture, device).permute(2, 0, 1)[None]  # (h, w, 3) -> (1, 3, h, w)
         views.append(View(data.normalize(pixels), False, counts[shape]))
         if multi_scale:
             views.append(View(views[-1].image.flip(-1), True, counts[shape]))
@@ -182,30 +190,37 @@ def votes(model: nn.Module, images: Iterable[np.ndarray], multi_scale: bool, dev
           window_batch: int | None = None) -> Iterator[Iterator[Tensor]]:
     """The strips of probabilities that `vote` makes of each image, uint8 (H, W, 3), in order; use each before the next.
 
-    Images are read and resized in a thread while the model works, and consecutive images share batches of windows.
+    A thread reads images, resizes them and copies them to the device while the model works: ahead of it, as many as
+    fill a batch of windows, which consecutive images share. The host never waits for the device.
     """
-    prepared = prefetch((image.shape[:2], make_views(image, model.config.window, multi_scale, device))
-                        for image in images)
+    window_batch = window_batch or automatic_window_batch(model, device)
+    least = 44 if multi_scale else 4  # windows of an image
+    prepared = prefetch(((image.shape[:2], make_views(image, model.config.window, multi_scale, device))
+                         for image in images), 1 + window_batch // least)
     ahead, current = tee(prepared)  # the model is ahead of the votes
     scores = sliding_scores(model, (view for _, views in ahead for view in views), window_batch)
     for size, views in current:
         yield vote(zip(views, scores, strict=False), size, model.config.num_classes)  # the rest: next pictures
 
 
-def prefetch(items: Iterable, ahead: int = 2) -> Iterator:
+def prefetch(items: Iterable, ahead: int) -> Iterator:
     """The items in order, taken from their source in a thread, `ahead` of their use."""
-    items, end = iter(items), object()
-    with ThreadPoolExecutor(1) as thread:
+    items, end, thread = iter(items), object(), ThreadPoolExecutor(1)
+    try:
         waiting = deque(thread.submit(next, items, end) for _ in range(ahead))
         while (item := waiting.popleft().result()) is not end:
             waiting.append(thread.submit(next, items, end))
             yield item
+    finally:
+        thread.shutdown(cancel_futures=True)
 
 
 def confusion_matrix(prediction: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """int64 (K, K) pixel counts: row = label, column = prediction. Pixels labelled 255 are left out."""
-    cells = torch.where(labels == data.IGNORE, num_classes**2, labels.long() * num_classes + prediction)
-    return torch.bincount(cells.flatten(), minlength=num_classes**2 + 1)[:-1].view(num_classes, num_classes)
+    cells = torch.where(labels == data.IGNORE, num_classes**2, labels.long() * num_classes + prediction).flatten()
+    counts = cells.new_zeros(num_classes**2 + 1)
+    counts.scatter_add_(0, cells, torch.ones_like(cells))  # bincount and a mask would wait for the device
+    return counts[:-1].view(num_classes, num_classes)
 
 
 class Metrics(NamedTuple):
@@ -224,7 +239,6 @@ def metrics(confusion: Tensor, without: Sequence[int] = ()) -> Metrics:
     A class in neither labels nor predictions has the IoU NaN and is left out of the mean. So are the classes `without`
     in the last three numbers, but their pixels still lower the IoU of a class that is predicted there.
     """
-    confusion = confusion.cpu()
     hits, labelled, predicted = confusion.diagonal().double(), confusion.sum(1), confusion.sum(0)
     iou, accuracy = hits / (labelled + predicted - hits), hits / labelled  # 0 / 0 is NaN: wanted
     kept = [k not in without for k in range(len(confusion))]
@@ -269,11 +283,17 @@ def evaluate(model: nn.Module, dataset: data.SegmentationDataset, *, multi_scale
     """Confusion matrix int64 (K, K), summed over the first `limit` images of the data set and over all processes.
 
     Process r takes the images r, r + world, ... and calls `save` for each; none is counted twice. `fast` switches the
-    fast text on: the same numbers to rounding. The model goes back into training mode if it was in it.
+    fast text on: the same numbers to rounding. The model goes back into training mode if it was in it. The result is on
+    the host; no picture waits for the device but those that `save` gets and, each five seconds, one for the progress.
     """
-    distributed = dist.is_available() and dist.is_initialized()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    mine = range(len(dataset))[:limit][rank::world]
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine, labels, shown = range(len(dataset))[:limit][rank::world], deque(), -math.inf
+
+    def images() -> Iterator[np.ndarray]:
+        for index in mine:
+            labels.append(to_device(dataset.labels(index), device))  # in the thread that reads images
+            yield dataset.image(index)
+
     total = torch.zeros(len(dataset.info.classes), len(dataset.info.classes), dtype=torch.int64, device=device)
     bar = tqdm(mine, desc="evaluating", unit="image", dynamic_ncols=True,
                disable=None if progress and rank == 0 else True)  # None: silent only where stderr is no terminal
@@ -281,15 +301,16 @@ def evaluate(model: nn.Module, dataset: data.SegmentationDataset, *, multi_scale
         keep_freed_memory()
     precision = torch.autocast(torch.device(device).type, amp, enabled=amp is not None)
     with common.eval_mode(model), inference(model, fast), precision:
-        results = predictions(model, map(dataset.image, mine), multi_scale=multi_scale, device=device,
-                              window_batch=window_batch)
+        results = predictions(model, images(), multi_scale=multi_scale, device=device, window_batch=window_batch)
         for index, prediction in zip(bar, results, strict=True):
-            total += confusion_matrix(prediction, torch.from_numpy(dataset.labels(index)).to(device), len(total))
-            if not bar.disable:
-                bar.set_postfix(mIoU=in_percent(metrics(total).mean_iou), refresh=False)
+            total += confusion_matrix(prediction, labels.popleft(), len(total))
+            if not bar.disable and (index == mine[-1] or time.monotonic() > shown + 5):
+                bar.set_postfix(mIoU=in_percent(metrics(total.cpu()).mean_iou), refresh=False)  # waits for the device
+                shown = time.monotonic()
             if save:
                 save(index, prediction.cpu().numpy())
-    if distributed:
+    total = total.cpu()  # gloo, not NCCL, adds it up
+    if world > 1:
         dist.all_reduce(total)
     return total
 
@@ -328,7 +349,8 @@ def match_classes(model: nn.Module, info: data.DatasetInfo, theirs: Sequence[str
     if order is None:
         names, order, note = ours, list(range(number)), f"the checkpoint names no classes: {info.name}'s are taken"
     elif names != ours:
-        model.register_forward_hook(lambda _, images, scores: scores[:, np.argsort(order)])
+        places = np.argsort(order)  # an index would be copied to the device, and waited for, with every batch
+        model.register_forward_hook(lambda _, images, scores: torch.stack([scores[:, k] for k in places], 1))
         note = f"{info.name} has the checkpoint's classes in another order or case: they are matched by name"
     if note and os.environ.get("RANK", "0") == "0":
         print(note)

@@ -66,7 +66,8 @@ class Predictor:
         self.classes, self.palette = names_and_colors(facts, model.config.num_classes)
         self.multi_scale, self.fast = multi_scale, fast
         self.model.forward = torch.autocast(self.device.type, amp, enabled=amp is not None)(model.forward)
-        self.window_batch = window_batch or evaluate.automatic_window_batch(self.model, self.device)
+        with inference(self.model, fast):
+            self.window_batch = window_batch or evaluate.automatic_window_batch(self.model, self.device)
 
     def __call__(self, picture: Picture | list[Picture]) -> np.ndarray | list[np.ndarray]:
         """Class index of every pixel, uint8 (H, W); of a list of pictures the list of theirs.

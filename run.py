@@ -65,7 +65,8 @@ def join_processes(name: str | None) -> Process:
     store, rank, world = next(rendezvous("env://"))
     # Both at once: tensors on the host travel by gloo and need no device to be waited for.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=fresh_store(store, rank, world), rank=rank, world_size=world)
+    dist.init_process_group(backend, store=fresh_store(store, rank, world), rank=rank, world_size=world,
+                            timeout=timedelta(minutes=30))  # for both: one may validate or save for long
     return Process(rank, world, device)
 
 

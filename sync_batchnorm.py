@@ -23,11 +23,18 @@ def global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     The processes may hold different numbers of images, none included. What travels is each one's mean and variance: a
     sum of squares would lose the variance of a channel whose mean is large (Chan, Golub and LeVeque, 1983).
     """
-    count = x.numel() // x.shape[1]
-    variance, mean = torch.var_mean(x, _OVER, correction=0) if count else x.new_zeros(2, x.shape[1])
-    row = torch.cat([mean, variance, mean.new_full((1,), count)])
-    rows = row.new_empty(dist.get_world_size(), len(row))
-    dist.all_gather(list(rows), row)  # into the rows of one tensor
+    count, dtype = x.numel() // x.shape[1], torch.promote_types(x.dtype, torch.float32)
+    mean, variance = x.new_zeros(2, x.shape[1], dtype=dtype)
+    if x.dtype != dtype and count > 1:
+        # No float32 copy of a 16-bit map: it is twice its size. With momentum 1 PyTorch's kernel, which computes in
+        # float32, puts the moments of these images in place of running ones. Its variance is the unbiased one.
+        F.batch_norm(x, mean, variance, training=True, momentum=1.0)
+        variance *= (count - 1) / count
+    elif count:
+        variance, mean = torch.var_mean(x.to(dtype), _OVER, correction=0)
+    row = torch.cat([mean, variance, mean.new_full((1,), count)])[None]
+    rows = row.new_empty(dist.get_world_size(), row.shape[1])
+    dist.all_gather_single(rows, row)
     means, variances, counts = rows.split([len(mean), len(mean), 1], 1)  # (P, C), (P, C), (P, 1)
     total = counts.sum()
     mean = (counts * means).sum(0) / total
@@ -39,22 +46,27 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
-        mean, variance, count = global_moments(x.to(weight.dtype))  # statistics in float32 under autocast
-        ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt(), count)
+        mean, variance, count = global_moments(x)
+        ctx.save_for_backward(x, weight, mean, variance, count)
         ctx.mark_non_differentiable(mean, variance, count)
+        ctx.eps = eps
         return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps), mean, variance, count
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor, *_) -> tuple[Tensor | None, ...]:
-        x, weight, mean, inverse_std, count = ctx.saved_tensors
-        x_hat = (x - mean[:, None, None]) * inverse_std[:, None, None]
-        own = torch.stack([grad.to(weight.dtype).sum(_OVER), (grad * x_hat).sum(_OVER)])  # (2, C)
-        everyones = own.clone()  # weight and bias keep this process's share: DDP averages it like every other gradient
-        dist.all_reduce(everyones)
-        mean_grad, mean_grad_x_hat = (everyones / count)[:, :, None, None]
-        grad_x = (grad - mean_grad - x_hat * mean_grad_x_hat) * (weight * inverse_std)[:, None, None]
-        return grad_x.to(x.dtype), own[1], own[0], None
+        x, weight, mean, variance, count = ctx.saved_tensors
+        if x.numel():  # for fixed mean and variance; PyTorch's kernels compute in float32 and leave 16-bit maps so
+            grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+                grad, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True])
+        else:
+            grad_x, grad_weight, grad_bias = map(torch.zeros_like, (x, weight, weight))
+        sums = torch.stack([grad_weight, grad_bias])  # a copy: DDP averages each process's share like other gradients
+        dist.all_reduce(sums)
+        # What mean and variance add: -(mean(grad) + x_hat mean(grad x_hat)) weight / std, itself a batch norm of x.
+        factors = sums / -count * weight * (variance + ctx.eps).rsqrt()
+        grad_x += F.batch_norm(x, mean, variance, *factors, training=False, eps=ctx.eps)
+        return grad_x, grad_weight, grad_bias, None
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):

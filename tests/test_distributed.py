@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,18 @@ def count_averages() -> list[int]:
             parallel(torch.ones(1, 2)).sum().backward()
         counts.append(len(averaged))
     return counts
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), ("cuda:0", "cpu:gloo,cuda:nccl")])
+def test_processes_wait_for_each_other_for_half_an_hour(monkeypatch, device, backend):
+    asked = {}
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(run.common, "choose_device", lambda _: torch.device(device))
+    monkeypatch.setattr(run.torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(run, "rendezvous", lambda _: iter([(torch.distributed.HashStore(), 0, 1)]))
+    monkeypatch.setattr(run.dist, "init_process_group", lambda name, **options: asked.update(options, name=name))
+    assert run.join_processes(device) == (0, 1, torch.device(device))
+    assert asked["name"] == backend and asked["timeout"] == timedelta(minutes=30)
 
 
 @pytest.fixture(scope="module")

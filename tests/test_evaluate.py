@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,13 +19,17 @@ import torch
 import torch.nn.functional as F
 from conftest import OFFICIAL, ROOT, load_golden, noise
 from PIL import Image
-from test_predict import PALETTE, photograph, save_checkpoint, status_of
+from test_predict import PALETTE, SMALL, photograph, save_checkpoint, status_of
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import evaluate
 from common import UserError
 from evaluate import View, confusion_matrix, metrics, predict, slide, vote
+from model import build_model
 
 assert_exactly = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-12)
 
@@ -103,6 +108,60 @@ def test_an_image_that_the_model_cannot_take_is_refused(size, window, message):
 @pytest.mark.parametrize(("window", "number"), [(480, 4), (240, 16), (32, 32)])
 def test_the_automatic_batch_holds_as_many_pixels_as_four_windows_of_480(window, number):
     assert evaluate.automatic_window_batch(SmallModel(window), "cpu") == number
+
+
+@pytest.mark.parametrize(("free", "used", "number"), [
+    (100, lambda windows: 2 + windows, 48),  # 60 / (10 / 8): what a batch costs once is not counted for every window
+    (100, lambda windows: 7 + windows, 7),  # eight would not fit
+    (100, lambda windows: 90 * windows, 1),
+    (1000, lambda windows: windows, 64),
+])
+def test_on_cuda_the_batch_takes_60_percent_of_the_free_memory(monkeypatch, free, used, number):
+    """A device that is a dictionary: 5 are allocated, 3 more are cached; the first call leaves 1 behind."""
+    memory, sizes = {"allocated": 5, "peak": 0}, []
+
+    def model(images):
+        sizes.append(len(images))
+        memory["peak"] = memory["allocated"] + used(len(images))
+        memory["allocated"] = 6
+
+    model.config = SimpleNamespace(window=8)
+    monkeypatch.setattr(evaluate.torch, "zeros", lambda *size, device: np.zeros(size))
+    for name, answer in [("memory_allocated", lambda _: memory["allocated"]), ("reset_peak_memory_stats", lambda _: 0),
+                         ("max_memory_allocated", lambda _: memory["peak"]), ("memory_reserved", lambda _: 9),
+                         ("mem_get_info", lambda _: (free - 3, 1000))]:
+        monkeypatch.setattr(evaluate.torch.cuda, name, answer)
+    assert evaluate.automatic_window_batch(model, "cuda") == number
+    assert used(number) <= 0.6 * free or number == 1
+    assert sizes[:2] == [1, 1] and max(sizes) <= max(1, number)  # no more than has been found to fit
+
+
+def test_prefetch_takes_as_many_items_ahead_as_it_is_told_and_stops_when_closed():
+    taken, gates = [], [threading.Event() for _ in range(100)]
+
+    def source():
+        for i in range(100):
+            taken.append(i)
+            yield i
+            gates[i].set()  # the thread has come back for the next one
+
+    items = evaluate.prefetch(source(), ahead=5)
+    assert next(items) == 0
+    assert gates[4].wait(10) and not gates[5].wait(0.1) and taken == [0, 1, 2, 3, 4, 5]
+    assert [next(items) for _ in range(90)] == list(range(1, 91))
+    items.close()
+    assert taken[-1] <= 96
+    assert list(evaluate.prefetch(iter("abc"), ahead=7)) == list("abc")
+
+
+@pytest.mark.parametrize("window", [32, 64, 90, 480])
+@pytest.mark.parametrize(("multi_scale", "least"), [(False, 4), (True, 44)])
+def test_no_image_has_fewer_windows_than_prefetching_counts_on(window, multi_scale, least):
+    def windows(size):
+        return sum(len(evaluate.window_places(view.image.shape[2:], window, window * 2 // 3))
+                   for view in evaluate.make_views(np.zeros((*size, 3), np.uint8), window, multi_scale))
+
+    assert min(map(windows, [(10, 10), (window, window), (100, 100), (50, 60), (40, 700)])) >= least
 
 
 def test_views_are_one_or_ten_with_the_double_one_counted_twice():
@@ -258,12 +317,71 @@ def test_evaluate_agrees_with_predicting_each_picture_by_itself(dataset):
     assert confusion.equal(total)
 
 
+class Copies(TorchDispatchMode):
+    """Copies from one device to another, as (from, to, whether the host goes on at once)."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        devices = [x.device.type for x in tree_leaves((args, result)) if isinstance(x, torch.Tensor) and x.dim()]
+        if len(set(devices)) > 1:  # an operator of tensors on two devices copies one of them unseen
+            self.made.append((devices[0], devices[-1], (kwargs or {}).get("non_blocking", False)))
+        return result
+
+
+@pytest.mark.parametrize("strip", [evaluate.STRIP, 5 * 52 * 7])
+@pytest.mark.parametrize("multi_scale", [False, True])
+def test_on_a_gpu_the_host_waits_for_the_counts_at_the_end_alone(dataset, monkeypatch, multi_scale, strip):
+    """On fake CUDA tensors: code that reads one of their values raises. Images and labels come from pinned memory."""
+    pinned, reduced = [], []
+    monkeypatch.setattr(evaluate, "STRIP", strip)
+    monkeypatch.setattr(evaluate, "prefetch", lambda items, ahead: items)  # a thread would have no fake tensors
+    monkeypatch.setattr(data, "resize", unset_fake_temporarily()(data.resize))  # on the host, with values
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.shape) or tensor)
+    for name, answer in [("is_initialized", True), ("get_rank", 0), ("get_world_size", 2)]:
+        monkeypatch.setattr(evaluate.dist, name, lambda answer=answer: answer)
+    monkeypatch.setattr(evaluate.dist, "all_reduce", reduced.append)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"), Copies() as copies:
+        model = SmallModel()
+        evaluate.match_classes(model, dataset.info, list("edcba"))  # scores change their order
+        copies.made.clear()
+        evaluate.evaluate(model, dataset, multi_scale=multi_scale, device="cuda", window_batch=4)
+    views = 5 if multi_scale else 1
+    assert len(pinned) == 4 * (views + 1)  # process 0 has four of the seven images
+    assert copies.made == [("cpu", "cuda", True)] * len(pinned) + [("cuda", "cpu", False)]
+    assert [counts.device.type for counts in reduced] == ["cpu"]  # for gloo
+
+
+@pytest.mark.filterwarnings("ignore")  # of CUDA and its operator, which need not be here
+@pytest.mark.parametrize("head", ["mask2former", "upernet"])
+def test_scores_of_a_segmenter_wait_for_nothing(head, monkeypatch):
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # it reads values
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad(), Copies() as copies:
+        scores = build_model(head, "tiny", 5, **SMALL).eval()(torch.zeros(2, 3, 64, 64))
+    assert scores.device.type == "cuda" and scores.shape == (2, 5, 64, 64) and not copies.made
+
+
+def test_images_and_labels_are_read_in_one_thread_beside_the_model(dataset, monkeypatch):
+    readers = []
+    for name in ("image", "labels"):
+        read = getattr(dataset, name)
+        monkeypatch.setattr(dataset, name, lambda i, read=read: readers.append(threading.get_ident()) or read(i))
+    evaluate.evaluate(SmallModel(), dataset)
+    assert len(readers) == 14 and len(set(readers)) == 1 and threading.get_ident() not in readers
+
+
 def test_progress_shows_the_time_left_and_the_running_miou_on_a_terminal_only(dataset, monkeypatch, capsys):
     evaluate.evaluate(SmallModel(), dataset)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr(evaluate, "tqdm", functools.partial(evaluate.tqdm, mininterval=0))
+    reads = []
+    monkeypatch.setattr(evaluate, "metrics", lambda counts: reads.append(counts) or metrics(counts))
     confusion = evaluate.evaluate(SmallModel(), dataset)
+    assert len(reads) == 2  # the first and the last image, and each five seconds: the host waits for the device there
     lines = capsys.readouterr().err.split("\r")
     assert "7/7" in lines[-1] and f"mIoU={100 * metrics(confusion).mean_iou:.1f}" in lines[-1]
     assert any(re.search(r"1/7 \[00:0\d<00:0\d", line) for line in lines)  # time gone < time left

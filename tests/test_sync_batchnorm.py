@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sync_batchnorm import convert_sync_batchnorm, global_moments
 
@@ -52,6 +54,19 @@ def started(layer: nn.BatchNorm2d) -> nn.BatchNorm2d:
     return layer
 
 
+class MapTypes(TorchDispatchMode):
+    """The types of all maps (B, C, h, w) that PyTorch's operators make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.types |= {x.dtype for x in tree_leaves(result) if isinstance(x, torch.Tensor) and x.dim() == 4}
+        return result
+
+
 def far() -> torch.Tensor:
     """Images in float32 whose mean is 10,000 times their spread: E[x^2] - E[x]^2 would be 0 or worse."""
     return (1e4 + torch.linspace(-1, 1, 2 * CHANNELS * 100).view(2, CHANNELS, 10, 10)).float()
@@ -64,9 +79,12 @@ def worker(rank: int) -> list[dict]:
         everything = images(sum(shares))
         mine = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
         layer = convert_sync_batchnorm(started(nn.BatchNorm2d(CHANNELS, dtype=torch.float64)))
-        half = convert_sync_batchnorm(nn.BatchNorm2d(CHANNELS))  # maps in half precision, weights in float32
+        half = convert_sync_batchnorm(started(nn.BatchNorm2d(CHANNELS)))  # maps in half precision, weights in float32
         results.append(step(layer, everything[mine], everything.cos()[mine]))
-        results[-1] |= {"half": half(everything[mine].bfloat16()).detach(), "mean of half": half.running_mean}
+        x, weights = everything[mine].bfloat16(), everything.cos()[mine].bfloat16()
+        with MapTypes() as made:
+            results[-1]["half"] = step(half, x, weights)
+        results[-1]["types of maps"] = made.types
     results[0]["far"] = global_moments(far()[rank : rank + 1])[1]
     return results
 
@@ -91,10 +109,27 @@ def test_two_processes_are_one_batch(pair, case):
         assert torch.equal(first[name], second[name])  # bit for bit: DDP need not broadcast the buffers
     assert expected["state.num_batches_tracked"] == 1
 
-    plain = nn.BatchNorm2d(CHANNELS)
-    normalised = plain(everything.bfloat16().float()).bfloat16()
-    torch.testing.assert_close(torch.cat([first["half"], second["half"]]), normalised, rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(first["mean of half"], plain.running_mean, rtol=1e-5, atol=1e-6)  # in float32
+
+@pytest.mark.parametrize("case", range(len(SHARES)), ids=str)
+def test_maps_in_half_precision_stay_so_and_sums_are_in_float32(pair, case):
+    """The same step as in float32, forward and backward, to the rounding of maps; moments and sums have none."""
+    everything = images(sum(SHARES[case])).bfloat16()
+    weights = images(sum(SHARES[case])).cos().bfloat16()
+    plain, x = started(nn.BatchNorm2d(CHANNELS)), everything.float().requires_grad_()
+    y = plain(x)
+    y.backward((weights * y.bfloat16().cos()).float())  # the gradient that reaches the layer in half precision
+    first, second = (results[case]["half"] for results in pair)
+    for name, expected in (("y", y.detach()), ("x", x.grad)):
+        found = torch.cat([first[name], second[name]])
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(first[f"state.{name}"], plain.state_dict()[name], rtol=1e-5, atol=1e-5)
+    for name in ("weight", "bias"):
+        expected = getattr(plain, name).grad
+        torch.testing.assert_close(first[name] + second[name], expected, rtol=1e-2, atol=2e-2)
+    for results in pair:
+        assert results[case]["types of maps"] == {torch.bfloat16}
 
 
 def test_variance_of_a_channel_with_a_large_mean(pair):

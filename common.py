@@ -1,12 +1,14 @@
 """The common parts of the command lines: one line for a user's fault, whole files, worker processes, devices.
 
-Reading order: UserError -> run -> complain -> Parser; make_folder, check_file -> write_whole, new_folder; in_parallel.
+Reading order: UserError -> run -> complain -> Parser; make_folder, check_file -> write_whole, new_folder; in_parallel;
+choose_device.
 """
 
 import argparse
 import contextlib
 import math
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -139,13 +141,37 @@ def leave_interrupt_to_parent(_: int = 0) -> None:
     torch.set_num_threads(1)
 
 
+# The oldest driver for all versions of a major release (NVIDIA, "CUDA Compatibility", minor version compatibility).
+DRIVER_FLOORS = {"12": 525, "13": 580}
+NVIDIA_DRIVER, NVIDIA_DEVICE = Path("/proc/driver/nvidia/version"), Path("/dev/nvidia0")
+
+
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name; None takes CUDA if there is one. Raises UserError if it cannot be used."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    """The device of that name; None takes CUDA if there is one. Raises UserError if it cannot be used.
+
+    None is not the CPU of a machine with an NVIDIA GPU: where PyTorch was built for CUDA and finds none, that is told.
+    """
+    works = torch.cuda.is_available()
+    fails = torch.version.cuda and not works and (NVIDIA_DRIVER.exists() or NVIDIA_DEVICE.exists())
+    name = name or ("cuda" if works or fails else "cpu")
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError):  # what PyTorch raises differs from device to device
-        raise UserError(f"device '{name}' cannot be used here: choose cpu, cuda or mps with --device") from None
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # what PyTorch raises differs by device
+        fault = f"device '{name}' cannot be used here: choose cpu, cuda or mps with --device"
+        raise UserError(why_no_cuda(error) if fails and name.startswith("cuda") else fault) from None
+
+
+def why_no_cuda(error: BaseException) -> str:
+    """What keeps PyTorch from the NVIDIA GPU, mostly a driver older than the CUDA of its wheel, and the remedies."""
+    text = NVIDIA_DRIVER.read_text() if NVIDIA_DRIVER.exists() else ""
+    driver = next(iter(re.findall(r"\b\d{3,}\.\d+[.\d]*", text)), "(version unknown)")
+    floor = DRIVER_FLOORS.get(torch.version.cuda.split(".")[0], 0)
+    if driver[0].isdigit() and int(driver.split(".")[0]) < floor:
+        return (f"NVIDIA driver {driver} is too old for CUDA {torch.version.cuda} of PyTorch {torch.__version__}: "
+                f"update it to {floor} or newer, or `pip install torch torchvision --index-url https://download."
+                "pytorch.org/whl/cu126` (CUDA 12.6, driver 525 or newer); --device cpu takes the CPU")
+    return (f"CUDA {torch.version.cuda} of PyTorch cannot be used with NVIDIA driver {driver} ({reason(error)}): "
+            f"`nvidia-smi` tells more; it needs driver {floor} or newer; --device cpu takes the CPU")
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import torch
 
 import common
 from common import UserError
@@ -110,3 +111,38 @@ def test_every_command_line_complains_in_one_line(capsys, script):
     printed = capsys.readouterr()
     assert stop.value.code == 2 and not printed.out and printed.err.count("\n") == 1
     assert printed.err.startswith("error: ") and printed.err.endswith("--help lists the options)\n")
+
+
+DRIVER = "NVRM version: NVIDIA UNIX {}x86_64  {}  Tue Jul 29 17:01:27 UTC 2025\nGCC version:  gcc version 12.2.0\n"
+CPU_REMEDY = "--device cpu takes the CPU"
+
+
+@pytest.mark.parametrize(("driver", "wheel", "told"), [
+    (DRIVER.format("Kernel Module  ", "535.104.05"), "13.0", ["driver 535.104.05 is too old", "CUDA 13.0", "to 580 or",
+                                                              "https://download.pytorch.org/whl/cu126`"]),
+    (DRIVER.format("Open Kernel Module for ", "470.82"), "12.6", ["driver 470.82 is too old", "12.6", "to 525 or"]),
+    (DRIVER.format("", "580.65.06"), "13.2", ["CUDA 13.2", "driver 580.65.06 (no GPU is visible)", "nvidia-smi"]),
+    (None, "13.0", ["version unknown", "CUDA 13.0", "needs driver 580"]),  # a container shows the device alone
+])
+def test_a_gpu_that_cannot_be_used_is_told_instead_of_taking_the_cpu(monkeypatch, tmp_path, driver, wheel, told):
+    def no_cuda(*_, device):
+        if device.startswith("cuda"):
+            raise RuntimeError("no GPU is visible\nand more")
+        return Mock(device=device)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "empty", no_cuda)
+    monkeypatch.setattr(torch.version, "cuda", wheel)
+    monkeypatch.setattr(common, "NVIDIA_DEVICE", tmp_path / "nvidia0")
+    monkeypatch.setattr(common, "NVIDIA_DRIVER", tmp_path / "version")
+    assert common.choose_device(None) == "cpu"  # a machine without such a GPU
+    with pytest.raises(UserError, match="device 'cuda' cannot be used here: choose"):
+        common.choose_device("cuda")
+    (tmp_path / ("version" if driver else "nvidia0")).write_text(driver or "")
+    for name in (None, "cuda", "cuda:1"):
+        with pytest.raises(UserError) as fault:
+            common.choose_device(name)
+        assert all(text in str(fault.value) for text in [*told, CPU_REMEDY])
+    assert common.choose_device("cpu") == "cpu"
+    monkeypatch.setattr(torch.version, "cuda", None)  # a build without CUDA
+    assert common.choose_device(None) == "cpu"

@@ -135,7 +135,7 @@ def in_parallel(function: Callable, jobs: Sequence, workers: int, title: str) ->
         yield from tqdm(results, desc=title, total=len(jobs), unit="image", disable=None)  # None: on a terminal only
 
 
-def leave_interrupt_to_parent(_: int = 0) -> None:
+def leave_interrupt_to_parent() -> None:
     """Start of a worker process: Ctrl-C is for the main process, which ends its workers without their tracebacks."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

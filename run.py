@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import json
 import math
-import multiprocessing
 import os
 import platform
 import resource
@@ -267,13 +266,10 @@ def restore(state: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.Gra
 class StopSignal:
     """SIGTERM and Ctrl-C set `wanted` and nothing else, so that the loop can finish its iteration; a second one kills.
 
-    Both mostly go to a whole process group. The data loader's workers must run by now, and are taken out of the group:
-    without them no iteration can be finished.
+    Both mostly go to a whole process group, which the data loader's workers have left by now (data.start_worker).
     """
 
     def __init__(self) -> None:
-        for worker in multiprocessing.active_children():
-            os.setpgid(worker.pid, 0)
         self.wanted = False
         self.before = {n: signal.signal(n, self.want) or signal.SIG_DFL for n in (signal.SIGTERM, signal.SIGINT)}
 

@@ -338,7 +338,8 @@ def start_stream(options: argparse.Namespace, dataset: SegmentationDataset, wind
     rank, world, _ = process
     mine = positions(iteration, rank, world, options.batch, share_batch(options.global_batch, world, options.batch))
     stream = training_loader(dataset, window, seed=options.seed, positions=mine, workers=options.workers)
-    return itertools.chain([next(stream)], stream)  # as it starts it draws from torch's RNG, which is restored later
+    # Every worker has started by its first batch. As the stream starts it draws from torch's RNG: restored later.
+    return itertools.chain([next(stream) for _ in range(max(1, options.workers))], stream)
 
 
 def start_log(options: argparse.Namespace, process: Process, folder: Path, model: Segmenter,

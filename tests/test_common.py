@@ -1,16 +1,21 @@
 """common.py: exit statuses, one line for each fault, files and folders that are whole or the old ones."""
 
 import importlib
+import multiprocessing
 import os
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import small
 import torch
 
 import common
 from common import UserError
+from tools.check import check
 
 
 @pytest.mark.parametrize(("work", "status", "line"), [
@@ -102,6 +107,14 @@ def test_destinations_are_looked_at_before_the_work(tmp_path):
 
 def test_parallel_results_come_in_order():
     assert list(common.in_parallel(abs, [-3, 2, -1], 2, "title")) == [3, 2, 1]
+
+
+def test_jobs_reach_workers_that_share_no_memory_with_this_process(monkeypatch, tmp_path, capsys):
+    """Data sets, functions and results travel as bytes: by default so on macOS, and on Linux from Python 3.14."""
+    monkeypatch.setattr(common, "ProcessPoolExecutor",
+                        partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn")))
+    assert check(small.write_data(tmp_path / "data"), tmp_path / "sheet.png", workers=1) == 0
+    assert "8 train images, 3 val images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", ["evaluate", "predict", "tools.report", "weights", "tools.prepare"])

@@ -329,11 +329,12 @@ def test_a_run_cut_in_a_validation_makes_up_for_it(place, monkeypatch):
     assert all(same(load(f"runs/uncut/{kind}.pt"), load(f"runs/cut/{kind}.pt")) for kind in ("last", "best"))
 
 
-def test_a_signal_to_all_processes_finishes_the_iteration_saves_and_exits_0(place):
-    """As torchrun and terminals send it: to the workers of the data loader, too."""
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_a_signal_to_all_processes_finishes_the_iteration_saves_and_exits_0(place, method):
+    """As torchrun and terminals send it: to the workers of the data loader and what started them, too."""
     options = [*small.OPTIONS, "--workers", "1", "--iterations", "5000", "--name", "cut"]
-    command = [sys.executable, small.__file__, *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with subprocess.Popen([sys.executable, small.__file__, *options], env={**os.environ, "SMALL_START": method},
+                          stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         for line in process.stdout:
             if line.startswith("2/5000"):
                 break

@@ -10,9 +10,9 @@
 Reading order: Recipe -> parameter_groups, lr_factor -> train, which ends in the loop -> what the loop calls -> what
 the preparation calls -> the command line. Processes, folders, checkpoint files and logs are in run.py.
 
-The global batch is 16 images = devices x per-device batch x accumulation, and every layout makes the same step. Only
-batch norm differs with accumulation: it sees the images that are on the devices at once. Data parallelism is DDP;
-weights, gradients and optimizer state of the largest model are 9 GB and fit one device, so nothing is sharded.
+The global batch is 16 images = devices x images at once x accumulation (layout.py), and every layout makes the same
+step. Only batch norm differs with accumulation: it sees the images that are on the devices at once. Data parallelism is
+DDP; weights, gradients and optimizer state of the largest model are 9 GB and fit one device, so nothing is sharded.
 
 Shapes: B images in a micro-batch, N in the global batch, w the window's side in pixels, K classes.
 """
@@ -416,7 +416,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command. Exit status 2 for a user's fault, 1 for a loss that is not finite, 130 for an early Ctrl-C."""
+    """The command. Exit status 2 for a user's fault or too small a GPU, 1 for a loss that is not finite, 130 for an
+    early Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         options = parse(arguments)
@@ -426,6 +427,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train(options, process)
     except (UserError, OSError) as error:
         sys.exit(common.complain(str(error)))
+    except torch.OutOfMemoryError:
+        sys.exit(common.complain("the GPU's memory ran out: go on with --resume and a smaller --batch (or "
+                                 "--checkpoint-activations), or start anew with --amp bf16"))
     except KeyboardInterrupt:
         sys.exit(common.complain("interrupted; what was saved is whole, and --resume goes on from there", 130))
     if dist.is_initialized():

@@ -277,6 +277,14 @@ def test_cut_and_resumed_is_uncut_bit_for_bit(place, monkeypatch, amp, cuts):
         assert [line["iteration"] for line in log(name, "train")] == [1, 2, 3, 4]
 
 
+def test_a_gpu_whose_memory_runs_out_is_one_line(place, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\n and more")
+
+    monkeypatch.setattr(train, "set_rates", full)
+    assert "--resume and a smaller --batch" in fault(capsys, "--iterations", "1")
+
+
 def test_without_batch_a_number_is_chosen_printed_and_kept(place, capsys):
     """The recipe's 8 images are more than the 4 of the step; a resumed run keeps 4 where they divide the step."""
     more = ("--data", "data", "--size", "tiny", "--workers", "0", "--device", "cpu")

@@ -163,15 +163,16 @@ def choose_device(name: str | None) -> torch.device:
 
 def why_no_cuda(error: BaseException) -> str:
     """What keeps PyTorch from the NVIDIA GPU, mostly a driver older than the CUDA of its wheel, and the remedies."""
-    text = NVIDIA_DRIVER.read_text() if NVIDIA_DRIVER.exists() else ""
-    driver = next(iter(re.findall(r"\b\d{3,}\.\d+[.\d]*", text)), "(version unknown)")
-    floor = DRIVER_FLOORS.get(torch.version.cuda.split(".")[0], 0)
-    if driver[0].isdigit() and int(driver.split(".")[0]) < floor:
-        return (f"NVIDIA driver {driver} is too old for CUDA {torch.version.cuda} of PyTorch {torch.__version__}: "
-                f"update it to {floor} or newer, or `pip install torch torchvision --index-url https://download."
-                "pytorch.org/whl/cu126` (CUDA 12.6, driver 525 or newer); --device cpu takes the CPU")
-    return (f"CUDA {torch.version.cuda} of PyTorch cannot be used with NVIDIA driver {driver} ({reason(error)}): "
-            f"`nvidia-smi` tells more; it needs driver {floor} or newer; --device cpu takes the CPU")
+    cuda = torch.version.cuda
+    floor = DRIVER_FLOORS.get(cuda.split(".")[0], max(DRIVER_FLOORS.values()))  # a newer CUDA needs no older driver
+    driver = re.search(r"\b(\d{3,})\.\d+[.\d]*", NVIDIA_DRIVER.read_text() if NVIDIA_DRIVER.exists() else "")
+    if driver and int(driver[1]) < floor:
+        return (f"NVIDIA driver {driver[0]} is too old for CUDA {cuda} of PyTorch {torch.__version__}: update it to "
+                f"{floor} or newer, or `pip install torch torchvision --index-url https://download.pytorch.org/whl/"
+                "cu126` (CUDA 12.6, driver 525 or newer); --device cpu takes the CPU")
+    return (f"CUDA {cuda} of PyTorch {torch.__version__} cannot be used with the NVIDIA driver "
+            f"({driver[0] if driver else 'of unknown version'}; {floor} or newer is needed): {reason(error)}; "
+            "`nvidia-smi` tells more, --device cpu takes the CPU")
 
 
 @contextlib.contextmanager

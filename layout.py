@@ -55,9 +55,11 @@ def choose_layout(options: argparse.Namespace, usual_batch: int, usual_recompute
         candidates = [n for n in candidates if n > 1]
     if not candidates:
         raise UserError("UperNet's batch norm needs 2 images at once, on all devices together: use --batch 2")
-    on_gpu, given = process.device.type == "cuda", options.checkpoint_activations
-    measured = on_gpu and None in (options.batch, given)
-    for recompute in [given] if given is not None else [False, True] if on_gpu else [usual_recompute]:
+    on_gpu, choices = process.device.type == "cuda", [options.checkpoint_activations]
+    measured = on_gpu and None in (options.batch, *choices)
+    if choices == [None]:
+        choices = [False, True] if on_gpu else [usual_recompute]
+    for recompute in choices:
         if recompute:
             checkpoint_activations(model)
         if measured:

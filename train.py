@@ -398,7 +398,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if options.resume is not None:
         folder = run.find_run(options.resume)
         earlier = run.read_config(folder)
-        p.set_defaults(**earlier | {"batch": None, "earlier_batch": earlier["batch"]})
+        p.set_defaults(**earlier | {"batch": None, "earlier_batch": earlier.get("batch")})
         options = p.parse_args([*arguments, "--resume", str(folder)])
         for name in ("head", "size", "window", "freeze_backbone"):
             if getattr(options, name) != earlier.get(name):

@@ -134,8 +134,8 @@ CPU_REMEDY = "--device cpu takes the CPU"
     (DRIVER.format("Kernel Module  ", "535.104.05"), "13.0", ["driver 535.104.05 is too old", "CUDA 13.0", "to 580 or",
                                                               "https://download.pytorch.org/whl/cu126`"]),
     (DRIVER.format("Open Kernel Module for ", "470.82"), "12.6", ["driver 470.82 is too old", "12.6", "to 525 or"]),
-    (DRIVER.format("", "580.65.06"), "13.2", ["CUDA 13.2", "driver 580.65.06 (no GPU is visible)", "nvidia-smi"]),
-    (None, "13.0", ["version unknown", "CUDA 13.0", "needs driver 580"]),  # a container shows the device alone
+    (DRIVER.format("", "580.65.06"), "13.2", ["CUDA 13.2", "(580.65.06; 580 or newer", "no GPU is visible;"]),
+    (None, "13.0", ["CUDA 13.0", "(of unknown version; 580 or newer"]),  # a container shows the device alone
 ])
 def test_a_gpu_that_cannot_be_used_is_told_instead_of_taking_the_cpu(monkeypatch, tmp_path, driver, wheel, told):
     def no_cuda(*_, device):

@@ -68,6 +68,12 @@ def test_a_damaged_or_missing_last_falls_back(folder, capsys, torn):
     assert load_last(folder, ALONE) == {}
 
 
+def test_a_node_that_does_not_see_the_folder_has_no_checkpoint(tmp_path, monkeypatch):
+    """Its iteration is 0 then, and open_run says that the processes see different files."""
+    monkeypatch.setattr(run, "on_first", lambda process, call: tmp_path / "last.pt")
+    assert load_last(tmp_path, Process(1, 2, CPU)) == {}
+
+
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells what is mapped")
 def test_a_resumed_run_maps_its_checkpoint_and_lets_it_go(tmp_path):
     """96 MB: no tensor is copied before it is used, and none keeps the file when all are where they belong."""

@@ -37,7 +37,7 @@ def choose_layout(options: argparse.Namespace, usual_batch: int, usual_recompute
                   process: Process) -> int:
     """Fill in `options.batch` and `options.checkpoint_activations` where they are None; returns the accumulation.
 
-    A resumed run keeps its batch if that divides the share of a device. Else a GPU gets the largest divisor of the
+    A resumed run keeps its batch if that suits the share of a device. Else a GPU gets the largest divisor of the
     share that fits its memory, and computes activations twice only where fewer than 2 images fit without. Elsewhere
     nothing is measured: the usual batch or the largest divisor below it, and the usual choice about activations.
 
@@ -45,14 +45,14 @@ def choose_layout(options: argparse.Namespace, usual_batch: int, usual_recompute
     alike. Raises UserError if not even one image fits, or UperNet would get a single one.
     """
     share, earlier = options.global_batch // process.world, vars(options).pop("earlier_batch", None)
-    if earlier and options.batch is None:
-        if share % earlier == 0:
-            options.batch = earlier
-        elif process.rank == 0:
-            print(f"--batch {earlier} of this run does not divide a device's {share} images: it is chosen anew")
-    candidates = [options.batch] if options.batch else [n for n in range(share, 0, -1) if share % n == 0]
-    if options.head == "upernet" and process.world == 1:
-        candidates = [n for n in candidates if n > 1]
+    least = 2 if options.head == "upernet" and process.world == 1 else 1
+    candidates = [n for n in range(share, least - 1, -1) if share % n == 0]
+    if options.batch is None and earlier in candidates:
+        options.batch = earlier
+    elif options.batch is None and earlier and process.rank == 0:
+        print(f"--batch {earlier} of this run does not suit {process.world} x {share} images: it is chosen anew")
+    if options.batch:
+        candidates = [n for n in candidates if n == options.batch]
     if not candidates:
         raise UserError("UperNet's batch norm needs 2 images at once, on all devices together: use --batch 2")
     on_gpu, choices = process.device.type == "cuda", [options.checkpoint_activations]

@@ -116,17 +116,16 @@ def test_elsewhere_the_usual_batch_or_what_divides(global_batch, devices, usual,
         assert options.checkpoint_activations == checkpointed(model) == recompute
 
 
-def test_a_resumed_run_keeps_its_batch_where_it_divides(capsys):
-    model = small.small_model("mask2former", "tiny", 3)
-    for earlier, devices, typed, batch, line in [(4, 2, None, 4, ""), (4, 8, None, 2, "--batch 4 of this run does not"),
-                                                 (4, 8, 1, 1, "")]:
-        options = open_options(earlier_batch=earlier, batch=typed, checkpoint_activations=False)
-        for rank in (1, 0):  # one process tells
-            layout.choose_layout(argparse.Namespace(**vars(options)), 2, True, model, Process(rank, devices, CPU))
-            printed = capsys.readouterr().out
-            assert (line in printed and printed.count("\n") == 1) if line and rank == 0 else not printed
-        layout.choose_layout(options, 2, True, model, Process(1, devices, CPU))
-        assert options.batch == batch
+@pytest.mark.parametrize(("head", "earlier", "devices", "typed", "batch", "told"), [
+    ("mask2former", 4, 2, None, 4, False), ("mask2former", 4, 8, None, 2, True), ("mask2former", 4, 8, 1, 1, False),
+    ("upernet", 1, 16, None, 1, False), ("upernet", 1, 1, None, 2, True),  # alone it needs 2
+])
+def test_a_resumed_run_keeps_its_batch_where_that_can_be(capsys, head, earlier, devices, typed, batch, told):
+    for rank in (1, 0):
+        options = open_options(head=head, earlier_batch=earlier, batch=typed, checkpoint_activations=False)
+        layout.choose_layout(options, 2, True, small.small_model(head, "tiny", 3), Process(rank, devices, CPU))
+        line = f"--batch {earlier} of this run does not suit {devices} x {16 // devices} images: it is chosen anew\n"
+        assert options.batch == batch and capsys.readouterr().out == line * (told and rank == 0)
 
 
 @pytest.mark.parametrize("given", [{"batch": 1}, {"global_batch": 1}])

@@ -297,7 +297,7 @@ def test_without_batch_a_number_is_chosen_printed_and_kept(place, capsys):
             train.main(["--resume", "mine", "--iterations", str(step), *options])
         printed, config = capsys.readouterr().out, json.loads(Path("runs/mine/config.json").read_text())
         assert f"global batch {line}; iterations {step - 1} to {step}\n" in printed
-        assert ("--batch 4 of this run does not divide a device's 6 images" in printed) == (step == 3)
+        assert ("--batch 4 of this run does not suit 1 x 6 images" in printed) == (step == 3)
         assert (config["batch"], config["checkpoint_activations"], config["global_batch"]) == (batch, False, 4)
 
 

@@ -262,7 +262,7 @@ def restore(state: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.Gra
     if not state:
         return
     optimizer.load_state_dict(state["optimizer"])
-    if process.device.type == "cpu":  # where they still lie in the mapped file, and keep it
+    if process.device.type == "cpu":  # the moments are still the mapped file's, and would keep it
         for moments in optimizer.state.values():
             moments.update({name: value.clone() for name, value in moments.items()})
     if state["scaler"]:  # empty unless the run was in fp16

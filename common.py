@@ -1,12 +1,14 @@
 """The common parts of the command lines: one line for a user's fault, whole files, worker processes, devices.
 
-Reading order: UserError -> run -> complain -> Parser; make_folder, check_file -> write_whole, new_folder; in_parallel.
+Reading order: UserError -> run -> complain -> Parser; make_folder, check_file -> write_whole, new_folder; in_parallel;
+choose_device.
 """
 
 import argparse
 import contextlib
 import math
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -133,19 +135,44 @@ def in_parallel(function: Callable, jobs: Sequence, workers: int, title: str) ->
         yield from tqdm(results, desc=title, total=len(jobs), unit="image", disable=None)  # None: on a terminal only
 
 
-def leave_interrupt_to_parent(_: int = 0) -> None:
+def leave_interrupt_to_parent() -> None:
     """Start of a worker process: Ctrl-C is for the main process, which ends its workers without their tracebacks."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
+# The oldest driver for all versions of a major release (NVIDIA, "CUDA Compatibility", minor version compatibility).
+DRIVER_FLOORS = {"12": 525, "13": 580}
+NVIDIA_DRIVER, NVIDIA_DEVICE = Path("/proc/driver/nvidia/version"), Path("/dev/nvidia0")
+
+
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name; None takes CUDA if there is one. Raises UserError if it cannot be used."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    """The device of that name; None takes CUDA if there is one. Raises UserError if it cannot be used.
+
+    None is not the CPU of a machine with an NVIDIA GPU: where PyTorch was built for CUDA and finds none, that is told.
+    """
+    works = torch.cuda.is_available()
+    fails = torch.version.cuda and not works and (NVIDIA_DRIVER.exists() or NVIDIA_DEVICE.exists())
+    name = name or ("cuda" if works or fails else "cpu")
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError):  # what PyTorch raises differs from device to device
-        raise UserError(f"device '{name}' cannot be used here: choose cpu, cuda or mps with --device") from None
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # what PyTorch raises differs by device
+        fault = f"device '{name}' cannot be used here: choose cpu, cuda or mps with --device"
+        raise UserError(why_no_cuda(error) if fails and name.startswith("cuda") else fault) from None
+
+
+def why_no_cuda(error: BaseException) -> str:
+    """What keeps PyTorch from the NVIDIA GPU, mostly a driver older than the CUDA of its wheel, and the remedies."""
+    cuda = torch.version.cuda
+    floor = DRIVER_FLOORS.get(cuda.split(".")[0], max(DRIVER_FLOORS.values()))  # a newer CUDA needs no older driver
+    driver = re.search(r"\b(\d{3,})\.\d+[.\d]*", NVIDIA_DRIVER.read_text() if NVIDIA_DRIVER.exists() else "")
+    if driver and int(driver[1]) < floor:
+        return (f"NVIDIA driver {driver[0]} is too old for CUDA {cuda} of PyTorch {torch.__version__}: update it to "
+                f"{floor} or newer, or `pip install torch torchvision --index-url https://download.pytorch.org/whl/"
+                "cu126` (CUDA 12.6, driver 525 or newer); --device cpu takes the CPU")
+    return (f"CUDA {cuda} of PyTorch {torch.__version__} cannot be used with the NVIDIA driver "
+            f"({driver[0] if driver else 'of unknown version'}; {floor} or newer is needed): {reason(error)}; "
+            "`nvidia-smi` tells more, --device cpu takes the CPU")
 
 
 @contextlib.contextmanager

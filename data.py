@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import unicodedata
 from collections import Counter, defaultdict, namedtuple
 from collections.abc import Iterable, Iterator, Sequence
@@ -468,6 +469,13 @@ class _Crops(Dataset):
         return Batch(images, torch.from_numpy(np.stack(labels)), torch.tensor(extents), list(names))
 
 
+def start_worker(_: int) -> None:
+    """A worker of the loader leaves the process group: a signal to the group is for the main process, which finishes an
+    iteration and cannot do so without its workers."""
+    os.setpgid(0, 0)
+    common.leave_interrupt_to_parent()
+
+
 def training_loader(dataset: SegmentationDataset, window: int, *, seed: int, positions: Iterable[list[int]],
                     workers: int) -> Iterator[Batch]:
     """Batches of training crops, one for each list of stream positions. Raises UserError, also for faults in workers.
@@ -476,8 +484,12 @@ def training_loader(dataset: SegmentationDataset, window: int, *, seed: int, pos
     and ranks, and after a resume. Position p is item p mod N of the permutation of epoch p div N, N = len(dataset).
     """
     loader = DataLoader(_Crops(dataset, window, seed), sampler=positions, batch_size=None, num_workers=workers,
-                        worker_init_fn=common.leave_interrupt_to_parent, pin_memory=torch.cuda.is_available())
-    for batch in loader:
+                        worker_init_fn=start_worker, pin_memory=torch.cuda.is_available())
+    # Python 3.14's fork server inherits this; were it killed with the group, its workers would count as dead.
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    batches = iter(loader)
+    signal.signal(signal.SIGTERM, before)
+    for batch in batches:
         if isinstance(batch, UserError):
             raise batch
         yield batch

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import json
 import math
-import multiprocessing
 import os
 import platform
 import resource
@@ -132,7 +131,7 @@ def open_run(options: argparse.Namespace, process: Process) -> tuple[Path, dict,
     Raises UserError, also for damaged checkpoints, too few iterations, and processes that see different files.
     """
     folder = on_first(process, lambda: find_run(options.resume) if options.resume else new_run(options))
-    state = load_last(folder) if options.resume else {}
+    state = load_last(folder, process) if options.resume else {}
     progress = Progress(**state.get("progress", {}))
     done = gather(process, progress.iteration)
     if len(set(done)) > 1:
@@ -233,17 +232,28 @@ def write_checkpoint(path: Path, state: dict) -> None:
     common.write_whole(path, write)
 
 
-def load_last(folder: Path) -> dict:
-    """last.pt, or previous.pt where that is torn or missing; {} if there is neither, UserError if none is whole."""
+def load_last(folder: Path, process: Process) -> dict:
+    """The run's last whole checkpoint, the same one on all processes; {} if there is none yet.
+
+    Process 0 alone reads it to its end. All map it: a tensor is read when it is used, and held once on a node. Raises
+    UserError if there are checkpoints and none is whole.
+    """
+    path = on_first(process, lambda: find_whole(folder))
+    return read_file(path, mapped=True, checksums=False) if path and path.exists() else {}  # {}: not on this node
+
+
+def find_whole(folder: Path) -> Path | None:
+    """last.pt, or previous.pt where that is torn or missing; None if there is neither, UserError if none is whole."""
     paths = [path for path in (folder / "last.pt", folder / "previous.pt") if path.exists()]
     for path in paths:
         try:
-            return read_file(path)
+            read_file(path, mapped=True)
+            return path
         except UserError as error:
             print(f"{error}: falling back to the checkpoint before", file=sys.stderr)
     if paths:
         raise UserError(f"{folder}: no checkpoint is whole: start a new run")
-    return {}
+    return None
 
 
 def restore(state: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, seed: int,
@@ -253,6 +263,9 @@ def restore(state: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.Gra
     if not state:
         return
     optimizer.load_state_dict(state["optimizer"])
+    if process.device.type == "cpu":  # the moments are still the mapped file's, and would keep it
+        for moments in optimizer.state.values():
+            moments.update({name: value.clone() for name, value in moments.items()})
     if state["scaler"]:  # empty unless the run was in fp16
         scaler.load_state_dict(state["scaler"])
     if len(state["rng"]) == process.world:
@@ -268,13 +281,10 @@ def restore(state: dict, optimizer: torch.optim.Optimizer, scaler: torch.amp.Gra
 class StopSignal:
     """SIGTERM and Ctrl-C set `wanted` and nothing else, so that the loop can finish its iteration; a second one kills.
 
-    Both mostly go to a whole process group. The data loader's workers must run by now, and are taken out of the group:
-    without them no iteration can be finished.
+    Both mostly go to a whole process group, which the data loader's workers have left by now (data.start_worker).
     """
 
     def __init__(self) -> None:
-        for worker in multiprocessing.active_children():
-            os.setpgid(worker.pid, 0)
         self.wanted = False
         self.before = {n: signal.signal(n, self.want) or signal.SIG_DFL for n in (signal.SIGTERM, signal.SIGINT)}
 

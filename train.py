@@ -10,9 +10,9 @@
 Reading order: Recipe -> parameter_groups, lr_factor -> train, which ends in the loop -> what the loop calls -> what
 the preparation calls -> the command line. Processes, folders, checkpoint files and logs are in run.py.
 
-The global batch is 16 images = devices x per-device batch x accumulation, and every layout makes the same step. Only
-batch norm differs with accumulation: it sees the images that are on the devices at once. Data parallelism is DDP;
-weights, gradients and optimizer state of the largest model are 9 GB and fit one device, so nothing is sharded.
+The global batch is 16 images = devices x images at once x accumulation (layout.py), and every layout makes the same
+step. Only batch norm differs with accumulation: it sees the images that are on the devices at once. Data parallelism is
+DDP; weights, gradients and optimizer state of the largest model are 9 GB and fit one device, so nothing is sharded.
 
 Shapes: B images in a micro-batch, N in the global batch, w the window's side in pixels, K classes.
 """
@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import math
 import sys
 import warnings
 from collections import Counter
@@ -36,24 +35,22 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
-from torch.utils.checkpoint import checkpoint
 
 import common
 import fast
 import run
-from adapter import Extractor, Injector
 from common import UserError
 from data import Batch, SegmentationDataset, normalize, open_dataset, positions, preflight, spread, training_loader
 from evaluate import evaluate, in_percent, metrics, predictions, table
 from heads import Normalizers, classes_present, loss_normalizers
-from model import Block, ModelConfig, Segmenter, build_model
+from layout import AMP, choose_layout, share_batch
+from model import ModelConfig, Segmenter, build_model
 from run import Process
 from sync_batchnorm import convert_sync_batchnorm
 from tools import draw
 from weights import load_weights
 
 CONTEXT = Path("data/VOCdevkit/VOC2010")
-AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOG_EVERY = 50  # iterations; more often where a run would give fewer than 20 reports
 PICTURES = 4  # validation images that TensorBoard shows
 
@@ -66,8 +63,8 @@ class Recipe:
     layer_decay: float
     validate_every: int  # iterations; in proportion when fewer iterations are asked for
     save_every: int = 1000
-    batch: int = 2  # images on a device at once
-    checkpoint_activations: bool = False
+    batch: int = 2  # images on a device at once; on a GPU layout.py takes as many as fit
+    checkpoint_activations: bool = False  # computed twice instead of kept; on a GPU only where memory asks for it
     warmup: int = 1500  # iterations; in proportion when another number of iterations is asked for
     weight_decay: float = 0.05
     official: tuple[float, float] | None = None  # published mIoU on Pascal Context, single-scale and multi-scale
@@ -129,11 +126,15 @@ def lr_factor(iteration: int, iterations: int, warmup: int = 1500) -> float:
 # ----------------------------------------------------------------------------------------------------------- training
 def train(options: argparse.Namespace, process: Process) -> None:
     """One run, from its options to its last checkpoint: the preparation, then the loop."""
-    device, accumulation = process.device, share_batch(options.global_batch, process.world, options.batch)
+    device, recipe = process.device, RECIPES[options.head, options.size]
+    share_batch(options.global_batch, process.world, options.batch or 1)  # a fault is told before all work
     pixels, _ = run.on_first(process, lambda: [preflight(options.data, split) for split in ("train", "val")])
     training, validation = (open_dataset(options.data, split) for split in ("train", "val"))
     folder, state, progress = run.open_run(options, process)
     model = make_model(options, state, training.info.classes, process)
+    accumulation = choose_layout(options, recipe.batch, recipe.checkpoint_activations, model, process)
+    if options.compile:
+        model.compile()  # at its first call, as it is then: with the batch norm of data_parallel
     optimizer = AdamW(parameter_groups(model, options.lr, options.weight_decay, options.layer_decay), fused=True)
     amp, scaler = AMP[options.amp], torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
     stream = start_stream(options, training, model.config.window, progress.iteration, process)
@@ -188,16 +189,6 @@ def train(options: argparse.Namespace, process: Process) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- what the loop calls
-def share_batch(global_batch: int, world: int, batch: int) -> int:
-    """Micro-batches in each device's share of the global batch. If it is no whole number, UserError names remedies."""
-    unit = world * batch
-    if global_batch % unit == 0:
-        return global_batch // unit
-    fitting = [f"--batch {b} or " for b in range(batch, 0, -1) if global_batch % (world * b) == 0][:1]
-    raise UserError(f"the global batch {global_batch} is no multiple of {world} devices x {batch} images: "
-                    f"use {''.join(fitting)}--global-batch {math.ceil(global_batch / unit) * unit}")
-
-
 def validation_due(progress: run.Progress, options: argparse.Namespace) -> bool:
     """Whether the model must be validated before it learns on; also in a resumed run that was cut in a validation."""
     due = progress.iteration == options.iterations or progress.iteration % options.validate_every == 0
@@ -282,8 +273,6 @@ def draw_predictions(model: Segmenter, dataset: SegmentationDataset, device: tor
 # ------------------------------------------------------------------------------------------ what the preparation calls
 def make_model(options: argparse.Namespace, state: dict, classes: Sequence[str], process: Process) -> Segmenter:
     """The model on its device, from a checkpoint or new with pre-trained weights. Raises UserError."""
-    if options.head == "upernet" and process.world * options.batch == 1:
-        raise UserError("UperNet's batch norm needs 2 images at once, on all devices together: use --batch 2")
     common.allow_tf32(options.tf32)
     torch.manual_seed(options.seed)  # the same starting values on all devices
     if state:
@@ -301,20 +290,8 @@ def make_model(options: argparse.Namespace, state: dict, classes: Sequence[str],
         if pretrained:
             with contextlib.redirect_stdout(None) if process.rank else contextlib.nullcontext():
                 load_weights(model, pretrained)
-    if options.checkpoint_activations:
-        checkpoint_activations(model)
-    if options.compile:
-        model.compile()  # at its first call, as it is then: with the batch norm of data_parallel
     model.backbone.requires_grad_(not options.freeze_backbone)
     return model.to(process.device).train()
-
-
-def checkpoint_activations(model: Segmenter) -> None:
-    """Keep only the inputs of ViT blocks, injectors and extractors, as the official runs do, and compute the rest again
-    in the backward pass: less memory, a third more work in the backbone, the same gradients."""
-    for module in model.modules():
-        if isinstance(module, Block | Injector | Extractor):
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
 
 def find_pretrained(name: str | None, size: str) -> Path | None:
@@ -335,10 +312,11 @@ def find_pretrained(name: str | None, size: str) -> Path | None:
 def start_stream(options: argparse.Namespace, dataset: SegmentationDataset, window: int, iteration: int,
                  process: Process) -> Iterator[Batch]:
     """This process's micro-batches from an iteration on, without end."""
-    rank, world, _ = process
-    mine = positions(iteration, rank, world, options.batch, share_batch(options.global_batch, world, options.batch))
+    accumulation = options.global_batch // (process.world * options.batch)
+    mine = positions(iteration, process.rank, process.world, options.batch, accumulation)
     stream = training_loader(dataset, window, seed=options.seed, positions=mine, workers=options.workers)
-    return itertools.chain([next(stream)], stream)  # as it starts it draws from torch's RNG, which is restored later
+    # Every worker has started by its first batch. As the stream starts it draws from torch's RNG: restored later.
+    return itertools.chain([next(stream) for _ in range(max(1, options.workers))], stream)
 
 
 def start_log(options: argparse.Namespace, process: Process, folder: Path, model: Segmenter,
@@ -349,16 +327,19 @@ def start_log(options: argparse.Namespace, process: Process, folder: Path, model
     folder.mkdir(parents=True, exist_ok=True)
     info, images = dataset.info, options.global_batch // process.world
     facts = run.environment(process.device, process.world)
-    if not (folder / "config.json").exists():
-        config = vars(options) | {"name": folder.name, "model": asdict(model.config), "classes": info.classes,
+    old = run.read_config(folder) if (folder / "config.json").exists() else {}
+    new = old or vars(options) | {"name": folder.name, "model": asdict(model.config), "classes": info.classes,
                                   "environment": facts}
-        common.write_whole(folder / "config.json", lambda file: file.write(json.dumps(config, indent=1).encode()))
+    new = new | {"batch": options.batch, "checkpoint_activations": options.checkpoint_activations}  # of this start
+    if new != old:
+        common.write_whole(folder / "config.json", lambda file: file.write(json.dumps(new, indent=1).encode()))
     epochs = options.iterations * options.global_batch / len(dataset)
     log = run.Log(folder, iteration, options.iterations, LOG_EVERY, epochs, process.device, images)
     log.say(f"{folder}: {options.head} {options.size}, {sum(p.numel() for p in model.parameters()):,} parameters, "
             f"window {model.config.window}, {len(dataset):,} images of {len(info.classes)} classes")
     log.say(f"global batch {options.global_batch} = {process.world} device(s) x {options.batch} images x "
-            f"{images // options.batch} accumulated; iterations {iteration} to {options.iterations}")
+            f"{images // options.batch} accumulated{', activations computed twice' * options.checkpoint_activations}; "
+            f"iterations {iteration} to {options.iterations}")
     log.write(iteration, "start", facts)
     shares = (pixels / pixels.sum()).tolist()
     shares = dict(zip(info.classes, shares, strict=False)) | {"ignored": shares[255]}
@@ -391,8 +372,9 @@ def parser() -> common.Parser:
     add("--lr", type=common.rate, metavar="RATE", help="highest learning rate, of adapter and head")
     add("--validate-every", **number, help="iterations between validations")
     add("--save-every", **number, help="iterations between checkpoints")
-    add("--batch", **number, help="images on a device at once")
-    add("--checkpoint-activations", **switch, help="compute activations twice: less memory, a third more work")
+    add("--batch", **number, help="images on a device at once; default: as many as fit its memory and its share")
+    add("--checkpoint-activations", **switch,
+        help="compute activations twice: less memory, a third more work; default: where memory asks for it")
     add = p.add_argument_group("on what").add_argument
     add("--device", metavar="NAME", help="cpu, cuda or mps; default: cuda if there is one")
     add("--workers", type=common.natural, default=2, metavar="N", help="data loading processes a device; default: 2")
@@ -407,13 +389,16 @@ def parser() -> common.Parser:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Options from the command line, else from the resumed run, else from the recipe. Raises UserError."""
+    """Options from the command line, else from the resumed run, else from the recipe. Raises UserError.
+
+    The layout (`batch`, `checkpoint_activations`) may stay None: it is chosen when the model is on its device.
+    """
     p = parser()
     options = p.parse_args(arguments)
     if options.resume is not None:
         folder = run.find_run(options.resume)
         earlier = run.read_config(folder)
-        p.set_defaults(**earlier)
+        p.set_defaults(**earlier | {"batch": None, "earlier_batch": earlier.get("batch")})
         options = p.parse_args([*arguments, "--resume", str(folder)])
         for name in ("head", "size", "window", "freeze_backbone"):
             if getattr(options, name) != earlier.get(name):
@@ -425,13 +410,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     scaled = {"warmup": round(recipe.warmup * length),
               "validate_every": max(1, round(recipe.validate_every * min(1, length)))}
     for name, value in (asdict(recipe) | scaled).items():
-        if name != "official" and getattr(options, name, None) is None:
+        if name not in ("official", "batch", "checkpoint_activations") and getattr(options, name, None) is None:
             setattr(options, name, value)
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command. Exit status 2 for a user's fault, 1 for a loss that is not finite, 130 for an early Ctrl-C."""
+    """The command. Exit status 2 for a user's fault or too small a GPU, 1 for a loss that is not finite, 130 for an
+    early Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         options = parse(arguments)
@@ -441,6 +427,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train(options, process)
     except (UserError, OSError) as error:
         sys.exit(common.complain(str(error)))
+    except torch.OutOfMemoryError:
+        sys.exit(common.complain("the GPU's memory ran out: go on with --resume and a smaller --batch (or "
+                                 "--checkpoint-activations), or start anew with --amp bf16"))
     except KeyboardInterrupt:
         sys.exit(common.complain("interrupted; what was saved is whole, and --resume goes on from there", 130))
     if dist.is_initialized():

@@ -43,9 +43,11 @@ NUMPY += [(np.zeros(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct")
 NUMPY += [np.ndarray, np.dtype, *(type(np.dtype(code)) for code in ("f8", "f4", "i8", "i4", "u1", "?"))]
 
 
-def read_file(path: str | Path) -> Any:
+def read_file(path: str | Path, mapped: bool = False, checksums: bool = True) -> Any:
     """The values in a weights file; its first bytes tell its format. No code in the file is ever run.
 
+    `mapped` leaves the tensors of PyTorch's own format in the file until they are used: the file must not be changed in
+    place meanwhile. `checksums` are compared over the whole of it. Both are for checkpoints that many processes read.
     Raises UserError: absent, truncated, damaged, or a pickle that needs more than tensors and plain values.
     """
     if not Path(path).is_file():
@@ -55,7 +57,7 @@ def read_file(path: str | Path) -> Any:
             start = file.read(9)
             if start[8:] == b"{":  # safetensors: 8 bytes of length, then a JSON header
                 return safetensors.torch.load(start + file.read())
-            return read_zip(file) if start.startswith(b"PK") else read_pickle(file)
+            return read_zip(file, mapped, checksums) if start.startswith(b"PK") else read_pickle(file)
     except Exception as error:  # damage shows itself as BadZipFile, EOFError, KeyError, MemoryError, UnicodeError ...
         reason = f"cannot be read ({type(error).__name__}): truncated, damaged, or no checkpoint? Download it again"
         if isinstance(error, UserError):
@@ -65,25 +67,25 @@ def read_file(path: str | Path) -> Any:
         raise UserError(f"{path}: {reason}") from None
 
 
-def read_zip(file: BinaryIO) -> Any:
+def read_zip(file: BinaryIO, mapped: bool, checksums: bool) -> Any:
     """PyTorch's own format is a zip archive; so is a checkpoint that someone zipped."""
     with zipfile.ZipFile(file) as archive:
         members = [member for member in archive.namelist() if not member.startswith("__MACOSX/")]
         if any(member.endswith("/data.pkl") for member in members):
-            if archive.testzip():  # PyTorch itself does not compare checksums
+            if checksums and archive.testzip():  # PyTorch itself does not compare them
                 raise zipfile.BadZipFile
-            return read_pickle(file)
+            return read_pickle(file, mapped)
         inner = [member for member in members if member.endswith((".pth", ".pt", ".tar", ".bin"))]
         if len(inner) != 1:
             raise UserError(f"a zip archive with {len(inner)} checkpoints in it; unpack it and name one")
         return read_pickle(io.BytesIO(archive.read(inner[0])))
 
 
-def read_pickle(file: BinaryIO) -> Any:
+def read_pickle(file: BinaryIO, mapped: bool = False) -> Any:
     """PyTorch's formats, zip and older, with `weights_only`: an unpickler that knows tensors and plain values only."""
     file.seek(0)
     with torch.serialization.safe_globals(NUMPY), warnings.catch_warnings(action="ignore"):
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(file.name if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 KINDS = {"released": "released ViT-Adapter checkpoint", "beit": "BEiT pre-training", "ours": "own checkpoint"}

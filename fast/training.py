@@ -80,7 +80,7 @@ def levels_at_their_resolution(model: nn.Module) -> Part | None:
 
 
 def checkpoints_alike(model: nn.Module) -> Part:
-    """A checkpointed module (train.checkpoint_activations) runs again in the backward pass, where no mode is on: there
+    """A checkpointed module (layout.checkpoint_activations) runs again in the backward pass, where no mode is on: there
     it enters one itself, or autograd would find other tensors than in the forward pass."""
     forwards = [(module, forward) for module in model.modules()
                 if isinstance(forward := vars(module).get("forward"), partial) and forward.func is checkpoint]

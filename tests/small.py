@@ -2,10 +2,11 @@
 
 As a script it is train.py with that model: `torchrun tests/small.py OPTIONS`. SMALL_CUT="3:SIGKILL:1 2:SIGTERM:0" cuts
 such a run: at its first start process 1 sends itself SIGKILL before step 3, at its second start (torchrun's restart)
-process 0 sends itself SIGTERM before step 2, counted from that start.
+process 0 sends itself SIGTERM before step 2, counted from that start. SMALL_START is how its workers start.
 """
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -82,6 +83,7 @@ def cut_before(step: int, number: int, process: int = 0) -> None:
 REPLACED = {"build_model": small_model, "LOG_EVERY": 1}
 
 if __name__ == "__main__":
+    multiprocessing.set_start_method(os.environ.get("SMALL_START"))  # None: Python's own choice
     for attribute, value in REPLACED.items():
         setattr(train, attribute, value)
     cuts, start = os.environ.get("SMALL_CUT", "").split(), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

@@ -1,15 +1,21 @@
 """common.py: exit statuses, one line for each fault, files and folders that are whole or the old ones."""
 
 import importlib
+import multiprocessing
 import os
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import small
+import torch
 
 import common
 from common import UserError
+from tools.check import check
 
 
 @pytest.mark.parametrize(("work", "status", "line"), [
@@ -103,6 +109,14 @@ def test_parallel_results_come_in_order():
     assert list(common.in_parallel(abs, [-3, 2, -1], 2, "title")) == [3, 2, 1]
 
 
+def test_jobs_reach_workers_that_share_no_memory_with_this_process(monkeypatch, tmp_path, capsys):
+    """Data sets, functions and results travel as bytes: by default so on macOS, and on Linux from Python 3.14."""
+    monkeypatch.setattr(common, "ProcessPoolExecutor",
+                        partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn")))
+    assert check(small.write_data(tmp_path / "data"), tmp_path / "sheet.png", workers=1) == 0
+    assert "8 train images, 3 val images" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("script", ["evaluate", "predict", "tools.report", "weights", "tools.prepare"])
 def test_every_command_line_complains_in_one_line(capsys, script):
     with pytest.raises(SystemExit) as stop:
@@ -110,3 +124,38 @@ def test_every_command_line_complains_in_one_line(capsys, script):
     printed = capsys.readouterr()
     assert stop.value.code == 2 and not printed.out and printed.err.count("\n") == 1
     assert printed.err.startswith("error: ") and printed.err.endswith("--help lists the options)\n")
+
+
+DRIVER = "NVRM version: NVIDIA UNIX {}x86_64  {}  Tue Jul 29 17:01:27 UTC 2025\nGCC version:  gcc version 12.2.0\n"
+CPU_REMEDY = "--device cpu takes the CPU"
+
+
+@pytest.mark.parametrize(("driver", "wheel", "told"), [
+    (DRIVER.format("Kernel Module  ", "535.104.05"), "13.0", ["driver 535.104.05 is too old", "CUDA 13.0", "to 580 or",
+                                                              "https://download.pytorch.org/whl/cu126`"]),
+    (DRIVER.format("Open Kernel Module for ", "470.82"), "12.6", ["driver 470.82 is too old", "12.6", "to 525 or"]),
+    (DRIVER.format("", "580.65.06"), "13.2", ["CUDA 13.2", "(580.65.06; 580 or newer", "no GPU is visible;"]),
+    (None, "13.0", ["CUDA 13.0", "(of unknown version; 580 or newer"]),  # a container shows the device alone
+])
+def test_a_gpu_that_cannot_be_used_is_told_instead_of_taking_the_cpu(monkeypatch, tmp_path, driver, wheel, told):
+    def no_cuda(*_, device):
+        if device.startswith("cuda"):
+            raise RuntimeError("no GPU is visible\nand more")
+        return Mock(device=device)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "empty", no_cuda)
+    monkeypatch.setattr(torch.version, "cuda", wheel)
+    monkeypatch.setattr(common, "NVIDIA_DEVICE", tmp_path / "nvidia0")
+    monkeypatch.setattr(common, "NVIDIA_DRIVER", tmp_path / "version")
+    assert common.choose_device(None) == "cpu"  # a machine without such a GPU
+    with pytest.raises(UserError, match="device 'cuda' cannot be used here: choose"):
+        common.choose_device("cuda")
+    (tmp_path / ("version" if driver else "nvidia0")).write_text(driver or "")
+    for name in (None, "cuda", "cuda:1"):
+        with pytest.raises(UserError) as fault:
+            common.choose_device(name)
+        assert all(text in str(fault.value) for text in [*told, CPU_REMEDY])
+    assert common.choose_device("cpu") == "cpu"
+    monkeypatch.setattr(torch.version, "cuda", None)  # a build without CUDA
+    assert common.choose_device(None) == "cpu"

@@ -3,6 +3,8 @@
 import itertools
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -415,3 +417,25 @@ def test_a_fault_in_a_worker_is_one_clean_line(tmp_path: Path, workers: int) -> 
     with pytest.raises(UserError) as raised:
         batches(root, [[0, 1, 2]], workers)
     assert str(raised.value).startswith(f"{root}/labels/a.png: label value 17") and "\n" not in str(raised.value)
+
+
+SIGNALLED = """
+import itertools, multiprocessing, os, signal, sys, time, data
+multiprocessing.set_start_method(sys.argv[1])
+dataset = data.open_dataset(sys.argv[2], "train")
+stream = data.training_loader(dataset, 32, seed=0, positions=itertools.repeat([0]), workers=2)
+print(next(stream).names == next(stream).names, signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
+signal.signal(signal.SIGTERM, lambda *_: print("signalled"))
+os.killpg(0, signal.SIGTERM)
+time.sleep(0.5)
+print(len(multiprocessing.active_children()))
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_workers_outlive_a_signal_to_the_group_however_they_start(tmp_path: Path, method: str) -> None:
+    """SIGTERM reaches the main process; what loads its data, and the server that has forked it, go on."""
+    command = [sys.executable, "-c", SIGNALLED, method, write_plain(tmp_path / "d")]
+    done = subprocess.run(command, cwd=data.CONTEXT_CLASSES.parent, capture_output=True, text=True,
+                          start_new_session=True, check=True)
+    assert done.stdout.splitlines() == ["True True", "signalled", "2"]

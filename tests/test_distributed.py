@@ -4,9 +4,11 @@ import os
 import socket
 import subprocess
 import sys
+import zipfile
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import small
@@ -99,13 +101,16 @@ CASES += [("mask2former", "two processes", False, "backbone")]
 
 
 def pair_worker(rank: int, folder: Path) -> dict:
-    """One of two processes: a step for each case; counts of averages; whether it restarted. Trains the run "uncut"."""
+    """One of two processes: a step for each case; averages, restarts, a damaged run. Trains the run "uncut"."""
     result = {case: one_step(*case, rank=rank) for case in CASES}
     result["averages"] = count_averages()
     result["restarted"] = []
     for count in (0, rank):  # in the second place, process 0 is on a node that did not fail
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(count)
         result["restarted"].append(run.restarted(train.Process(rank, 2, CPU)))
+    with patch.object(zipfile.ZipFile, "testzip", autospec=True, side_effect=zipfile.ZipFile.testzip) as compare:
+        result["last"] = run.load_last(folder / "damaged", train.Process(rank, 2, CPU))["iteration"]
+    result["compared"] = compare.call_count
     train_here(rank, folder, *RUN, "--name", "uncut")
     return result
 
@@ -148,9 +153,15 @@ def test_processes_wait_for_each_other_for_half_an_hour(monkeypatch, device, bac
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A small data set to train on; the run "uncut", once `pair` is done."""
+    """A small data set to train on; a run whose last checkpoint is damaged; the run "uncut", once `pair` is done."""
     folder = tmp_path_factory.mktemp("pair")
     small.write_data(folder / "data")
+    (folder / "damaged").mkdir()
+    for iteration in (1, 2):
+        run.write_checkpoint(last := folder / "damaged" / "last.pt", {"iteration": iteration, "x": torch.zeros(1000)})
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
     return folder
 
 
@@ -179,6 +190,10 @@ def test_accumulation_in_one_process_makes_the_same_step(head):
 def test_gradients_are_averaged_with_the_last_micro_batch_only_and_all_know_of_a_restart_on_one_node(pair):
     for result in pair:
         assert result["averages"] == [0, 0, 1] and result["restarted"] == [False, True]
+
+
+def test_one_process_compares_checksums_and_all_take_the_same_checkpoint(pair):
+    assert [(result["last"], result["compared"]) for result in pair] == [(1, 2), (1, 0)]
 
 
 def compiled_worker(rank: int, case: tuple) -> tuple[dict, dict, list[str]]:

@@ -68,7 +68,7 @@ def test_a_training_step_is_the_plain_one(golden_model, halton_points, head, che
     """Losses, gradients and running statistics, with stochastic depth and dropout."""
     plain, quick = (golden_model(head, drop_path=0.5, dropout=0.3).train() for _ in range(2))
     if checkpointed:
-        from train import checkpoint_activations
+        from layout import checkpoint_activations
 
         checkpoint_activations(quick)
     torch.testing.assert_close(step(quick, True), step(plain, False), rtol=1e-9, atol=1e-9)

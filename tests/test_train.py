@@ -23,9 +23,9 @@ from small import log
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._pytree import tree_flatten
 
+import layout
 import run
 import train
-from common import UserError
 from model import BASE, LARGE, Segmenter
 from weights import load_model, rename_official
 
@@ -123,16 +123,6 @@ def test_precision_and_seed(place):
         assert torch.backends.cudnn.allow_tf32 == tf32
     first, second = (load(f"runs/{name}/last.pt") for name in ("first", "second"))
     assert not same(first["rng"], second["rng"]) and not same(first["model"], second["model"])
-
-
-def test_share_batch():
-    assert [train.share_batch(16, *layout) for layout in ((8, 2), (1, 2), (4, 1))] == [1, 8, 4]
-    for layout, remedy in {
-        (1, 3): "16 is no multiple of 1 devices x 3 images: use --batch 2 or --global-batch 18",
-        (3, 1): "use --global-batch 18", (8, 4): "use --batch 2 or --global-batch 32",
-    }.items():
-        with pytest.raises(UserError, match=remedy):
-            train.share_batch(16, *layout)
 
 
 def test_freeze_backbone_trains_adapter_and_head_only(place):
@@ -287,6 +277,51 @@ def test_cut_and_resumed_is_uncut_bit_for_bit(place, monkeypatch, amp, cuts):
         assert [line["iteration"] for line in log(name, "train")] == [1, 2, 3, 4]
 
 
+def test_a_gpu_whose_memory_runs_out_is_one_line(place, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\n and more")
+
+    monkeypatch.setattr(train, "set_rates", full)
+    assert "--resume and a smaller --batch" in fault(capsys, "--iterations", "1")
+
+
+def test_without_batch_a_number_is_chosen_printed_and_kept(place, capsys):
+    """The recipe's 8 images are more than the 4 of the step; a resumed run keeps 4 where they divide the step."""
+    more = ("--data", "data", "--size", "tiny", "--workers", "0", "--device", "cpu")
+    train.main([*more, "--global-batch", "4", "--iterations", "1", "--name", "mine"])
+    for step, options, line, batch in ((1, (), "4 = 1 device(s) x 4 images x 1 accumulated", 4),
+                                       (2, ("--global-batch", "8"), "8 = 1 device(s) x 4 images x 2 accumulated", 4),
+                                       (3, ("--global-batch", "6"), "6 = 1 device(s) x 6 images x 1 accumulated", 6),
+                                       (4, ("--batch", "2"), "4 = 1 device(s) x 2 images x 2 accumulated", 2)):
+        if step > 1:
+            train.main(["--resume", "mine", "--iterations", str(step), *options])
+        printed, config = capsys.readouterr().out, json.loads(Path("runs/mine/config.json").read_text())
+        assert f"global batch {line}; iterations {step - 1} to {step}\n" in printed
+        assert ("--batch 4 of this run does not suit 1 x 6 images" in printed) == (step == 3)
+        assert (config["batch"], config["checkpoint_activations"], config["global_batch"]) == (batch, False, 4)
+
+
+@pytest.mark.parametrize("head", ["mask2former", "upernet"])
+def test_measuring_the_memory_changes_no_number_of_the_run(place, monkeypatch, head):
+    """As on a GPU: passes on noise come before a new run's first iteration and before a resumed one's."""
+    options = ("--head", head, "--iterations", "2", "--save-every", "1")
+    start(*options, "--name", "plain")
+
+    def measured(options, batch, recompute, model, process):
+        for images in (2, 3):
+            layout.noise_pass(model, options, images)
+        return layout.choose_layout(options, batch, recompute, model, process)
+
+    monkeypatch.setattr(train, "choose_layout", measured)
+    start(*options, "--name", "measured")
+    Path("runs/resumed").mkdir()
+    shutil.copy("runs/measured/config.json", "runs/resumed/config.json")
+    shutil.copy("runs/measured/previous.pt", "runs/resumed/last.pt")  # after iteration 1
+    train.main(["--resume", "resumed"])
+    plain = load("runs/plain/last.pt")
+    assert same(plain, load("runs/measured/last.pt")) and same(plain, load("runs/resumed/last.pt"))
+
+
 def test_fast_is_on_unless_it_is_switched_off(place, monkeypatch):
     calls = []
 
@@ -329,11 +364,12 @@ def test_a_run_cut_in_a_validation_makes_up_for_it(place, monkeypatch):
     assert all(same(load(f"runs/uncut/{kind}.pt"), load(f"runs/cut/{kind}.pt")) for kind in ("last", "best"))
 
 
-def test_a_signal_to_all_processes_finishes_the_iteration_saves_and_exits_0(place):
-    """As torchrun and terminals send it: to the workers of the data loader, too."""
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_a_signal_to_all_processes_finishes_the_iteration_saves_and_exits_0(place, method):
+    """As torchrun and terminals send it: to the workers of the data loader and what started them, too."""
     options = [*small.OPTIONS, "--workers", "1", "--iterations", "5000", "--name", "cut"]
-    command = [sys.executable, small.__file__, *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with subprocess.Popen([sys.executable, small.__file__, *options], env={**os.environ, "SMALL_START": method},
+                          stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         for line in process.stdout:
             if line.startswith("2/5000"):
                 break
@@ -435,31 +471,3 @@ def test_memory_does_not_grow(place, monkeypatch):
     start("--iterations", "1200", "--validate-every", "10000", "--save-every", "10000", "--global-batch", "2")
     first, *_, last = [line for line in log("mask2former-tiny-data", "speed") if line["iteration"] >= 200]
     assert last["memory_gb"] - first["memory_gb"] < 0.02
-
-
-def bytes_kept(model, images, labels) -> int:
-    """What one training step keeps for its backward pass, each storage once; runs the backward pass, too."""
-    kept = {}
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    torch.manual_seed(0)  # the same paths are dropped
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(images, labels)["loss"]
-    loss.backward()
-    return sum(kept.values())
-
-
-def test_checkpointed_activations_give_the_same_gradients_for_less_memory():
-    torch.manual_seed(1)
-    images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64))
-    model = train.build_model("upernet", "tiny", 3, window=64, head_channels=16, drop_path=0.3, depth=8).train()
-    plain = bytes_kept(model, images, labels)
-    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    train.checkpoint_activations(model)
-    assert bytes_kept(model, images, labels) < 0.65 * plain
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-7, msg=name)

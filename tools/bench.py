@@ -27,14 +27,17 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.profiler import profile
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import Timer, timer
@@ -97,9 +100,22 @@ def interleaved(turns: dict[str, Callable[[], float]], rounds: int, title: str) 
     return {name: float(np.median([each[name] for each in taken[1:]])) for name in turns}
 
 
-def matmul_rate(device: str) -> float:
-    """GFLOP/s of float32 matrix products of the size of large models' feed-forward layers."""
-    a, b = torch.randn(4725, 1024, device=device), torch.randn(1024, 4096, device=device)
+def device_work(work: Callable[[], object]) -> list[FunctionEvent]:
+    """The kernels and copies that `work` starts on the GPU; each knows its `device_time_total` in microseconds."""
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        work()
+        torch.cuda.synchronize()
+    return [each for each in found.events() if each.device_type == DeviceType.CUDA and not each.is_user_annotation]
+
+
+def device_seconds(work: Callable[[], object]) -> float:
+    """Seconds in which the GPU works during one call."""
+    return sum(each.device_time_total for each in device_work(work)) / 1e6
+
+
+def matmul_rate(device: str, dtype: torch.dtype = torch.float32) -> float:
+    """GFLOP/s of matrix products of random numbers, of the size of large models' feed-forward layers."""
+    a, b = torch.randn(4725, 1024, device=device).to(dtype), torch.randn(1024, 4096, device=device).to(dtype)
     product = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
     return 2 * 4725 * 1024 * 4096 / product.blocked_autorange(min_run_time=1.0).median / 1e9
 
@@ -390,39 +406,48 @@ OP_CALLS = {  # in the large models at 480 x 480 -> levels, queries Q, heads M
     "pixel decoder": (PYRAMID[::-1], 4725, 32), "injector": (PYRAMID, 900, 16), "extractor": (PYRAMID[1:2], 4725, 16)}
 
 
-def op_case(levels: Sequence[tuple[int, int]], Q: int, M: int, device: str) -> list[Tensor]:
-    """Value, locations and weights, batch 1, D = 32, P = 4. As in a trained model, points lie near their query."""
+def op_case(levels: Sequence[tuple[int, int]], Q: int, M: int, device: str | torch.device,
+            dtype: torch.dtype = torch.float32, batch: int = 1, D: int = 32) -> list[Tensor]:
+    """Value, locations and weights, P = 4. As in a trained model points lie near their query, some of them off the map;
+    none lies on the middle of a pixel, where its gradient jumps."""
     torch.manual_seed(0)
-    side, i, sizes = Q**0.5, torch.arange(Q), torch.tensor([(w, h) for h, w in levels])
-    value = torch.randn(1, sum(h * w for h, w in levels), M, 32)
+    side, i, sizes = Q**0.5, torch.arange(Q), torch.tensor([(w, h) for h, w in levels])[:, None]
+    value = torch.randn(batch, sum(h * w for h, w in levels), M, D).to(device, dtype)
     centres = torch.stack(((i % side) / side, (i / side).floor() / side), dim=-1)[:, None, None, None]
-    locations = centres + 3 * torch.randn(1, Q, M, len(levels), 4, 2) / sizes[:, None]
-    return [x.to(device).requires_grad_() for x in (value, locations, torch.rand(locations.shape[:-1]))]
+    pixels = centres * sizes + 3 * torch.randn(batch, Q, M, len(levels), 4, 2)
+    locations = (pixels.floor() + (pixels % 1).clamp(0.02, 0.98) + 0.5) / sizes
+    return [x.to(device).requires_grad_() for x in (value, locations, torch.rand(pixels.shape[:-1]))]
+
+
+def output_and_gradients(function: Callable, levels: Sequence[tuple[int, int]], inputs: Sequence[Tensor],
+                         gradient: Tensor | None = None) -> list[Tensor]:
+    """The output of deformable attention, and the inputs' gradients, by default of its sum."""
+    output = function(inputs[0], levels, *inputs[1:])
+    return [output, *torch.autograd.grad(output, inputs, torch.ones_like(output) if gradient is None else gradient)]
 
 
 def operator(_: str, options: argparse.Namespace) -> tuple[str, list[Row]]:
     """The native operator against the grid_sample reference. Raises UserError without the operator."""
     if ops.active_path(options.device) != "native":
         raise common.UserError(f"there is no native operator for {options.device} to compare: {ops.native().reason}")
-
-    def train(function: Callable[[], Tensor], inputs: Sequence[Tensor]) -> None:
-        output = function()
-        torch.autograd.grad(output, inputs, torch.ones_like(output))
-
-    rows: list[Row] = []
-    for call, (levels, Q, M) in OP_CALLS.items():
-        inputs = value, *points = op_case(levels, Q, M, options.device)
-        turns, kept = {}, {}
+    on_gpu, rows = options.device == "cuda", []
+    kinds = [(1, torch.float32), (16, torch.float32), (16, torch.bfloat16)] if on_gpu else [(1, torch.float32)]
+    for (call, (levels, Q, M)), (batch, dtype) in product(OP_CALLS.items(), kinds):
+        inputs, turns, kept = op_case(levels, Q, M, options.device, dtype, batch), {}, {}
         for name, function in (("torch", ms_deform_attn_torch), ("native", ms_deform_attn)):
-            work = partial(function, value, levels, *points)
-            turns |= {f"forward: {name} ms": partial(seconds, torch.no_grad()(work)),
-                      f"training: {name} ms": partial(seconds, partial(train, work, inputs))}
-            kept[f"kept: {name} MB"] = (sum(x.nbytes for x in inputs) + kept_for_backward(work)) / 1e6
+            forward = partial(function, inputs[0], levels, *inputs[1:])
+            training = partial(output_and_gradients, function, levels, inputs)
+            turns |= {f"forward: {name} ms": partial(device_seconds if on_gpu else seconds, torch.no_grad()(forward)),
+                      f"training: {name} ms": partial(device_seconds if on_gpu else seconds, training)}
+            kept[f"kept: {name} MB"] = (sum(x.nbytes for x in inputs) + kept_for_backward(forward)) / 1e6
         taken = {column: 1e3 * each for column, each in interleaved(turns, options.rounds, call).items()}
         ratios = {f"{title}: ratio": taken[f"{title}: torch ms"] / taken[f"{title}: native ms"]
                   for title in ("forward", "training")}
-        rows.append({"call": call, **taken, **ratios, **kept})
-    return "Deformable attention of the large models, float32, batch 1", rows
+        kernels = [each for each in (device_work(training) if on_gpu else ()) if "msda" in each.name]
+        alone = {f"{title} kernel ms": sum(each.device_time_total for each in kernels if title in each.name) / 1e3
+                 for title in ("forward", "backward") if on_gpu}
+        rows.append({"call": call, "batch": batch, "type": str(dtype)[6:], **taken, **ratios, **alone, **kept})
+    return "Deformable attention of the large models" + ", time of the GPU alone" * on_gpu, rows
 
 
 def loader(system: str, options: argparse.Namespace) -> tuple[str, list[Row]]:

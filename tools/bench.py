@@ -35,7 +35,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import DeviceType
-from torch.autograd.profiler_util import FunctionEvent
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -100,17 +99,19 @@ def interleaved(turns: dict[str, Callable[[], float]], rounds: int, title: str) 
     return {name: float(np.median([each[name] for each in taken[1:]])) for name in turns}
 
 
-def device_work(work: Callable[[], object]) -> list[FunctionEvent]:
-    """The kernels and copies that `work` starts on the GPU; each knows its `device_time_total` in microseconds."""
+def device_work(work: Callable[[], object]) -> list[tuple[str, float]]:
+    """The kernels and copies that one call has the GPU do: names and seconds."""
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         work()
         torch.cuda.synchronize()
-    return [each for each in found.events() if each.device_type == DeviceType.CUDA and not each.is_user_annotation]
+    # What the program calls a part of itself lies on the GPU's time line, too.
+    return [(each.name, each.time_range.elapsed_us() / 1e6) for each in found.events()
+            if each.device_type == DeviceType.CUDA and not each.is_user_annotation]
 
 
 def device_seconds(work: Callable[[], object]) -> float:
     """Seconds in which the GPU works during one call."""
-    return sum(each.device_time_total for each in device_work(work)) / 1e6
+    return sum(each for _, each in device_work(work))
 
 
 def matmul_rate(device: str, dtype: torch.dtype = torch.float32) -> float:
@@ -443,8 +444,8 @@ def operator(_: str, options: argparse.Namespace) -> tuple[str, list[Row]]:
         taken = {column: 1e3 * each for column, each in interleaved(turns, options.rounds, call).items()}
         ratios = {f"{title}: ratio": taken[f"{title}: torch ms"] / taken[f"{title}: native ms"]
                   for title in ("forward", "training")}
-        kernels = [each for each in (device_work(training) if on_gpu else ()) if "msda" in each.name]
-        alone = {f"{title} kernel ms": sum(each.device_time_total for each in kernels if title in each.name) / 1e3
+        kernels = [(name, each) for name, each in (device_work(training) if on_gpu else ()) if "msda" in name]
+        alone = {f"{title} kernel ms": 1e3 * sum(each for name, each in kernels if title in name)
                  for title in ("forward", "backward") if on_gpu}
         rows.append({"call": call, "batch": batch, "type": str(dtype)[6:], **taken, **ratios, **alone, **kept})
     return "Deformable attention of the large models" + ", time of the GPU alone" * on_gpu, rows

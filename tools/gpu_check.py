@@ -19,6 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -177,7 +178,7 @@ def sanitizer(device: torch.device) -> Found:
     places = f"{build.find_cuda_home()}/bin{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     tool = shutil.which("compute-sanitizer", path=places)
     need(tool is not None, "compute-sanitizer, a part of CUDA's toolkit")
-    command(ROOT, tool, "--report-api-errors=no", "--error-exitcode=9", sys.executable, "-m", "msda_cuda",
+    command(ROOT, tool, "--report-api-errors", "no", "--error-exitcode", "9", sys.executable, "-m", "msda_cuda",
             PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     yield Result("compute-sanitizer, operator", PASSED, "0 errors")
 
@@ -196,7 +197,7 @@ def results_of(name: str, device: torch.device) -> Found:
     except Exception as error:  # of any kind: the other checks go on
         yield Result(name, FAILED, f"{type(error).__name__}: {common.reason(error)}")
     gc.collect()
-    if device != CPU:
+    with suppress(RuntimeError):  # after some errors nothing on this GPU works in this process
         torch.cuda.empty_cache()  # commands in other processes need room
 
 
@@ -261,4 +262,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(share(sys.argv[1]) if "RANK" in os.environ else main(sys.argv[1:]))
+    sys.exit(share(sys.argv[1]) if "TORCHELASTIC_RUN_ID" in os.environ else main(sys.argv[1:]))

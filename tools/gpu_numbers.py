@@ -40,7 +40,8 @@ CPU, HEADS, CLASSES, WINDOW, IMAGES = torch.device("cpu"), ("upernet", "mask2for
 BACK_ENDS = {"as the model calls it": None, "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
              "cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 SWAPPED_POINT = 1e-2  # a loss looks at the 768 most uncertain of 3,072 points of a mask, and rounding may swap two
-KEYS = (64, 225, 900, 1600, 3600)  # cuDNN's backward pass gave NaN where a mask has 64 mod 128 keys (pytorch#196678)
+KEYS = (64, 225, 900, 1600, 3600)  # of masks: Mask2Former's maps at several windows; two are 64 mod 128
+LOW = -120.0  # a score: cuDNN's backward pass gave NaN where 64 mod 128 keys had scores whose exp() float32 cannot hold
 
 
 class Result(NamedTuple):
@@ -145,11 +146,14 @@ def attend(device: torch.device, keys: int, row: int, trained: bool, rounded: to
     else:
         mask, tables = (torch.rand(2, 1, queries, keys, generator=g) < 0.3).to(device), []
         mask |= ~mask.any(-1, keepdim=True)
+        for x, number in zip(leaves, (1.0, LOW * channels**0.5), strict=False):
+            x[:, 0, :, 0] = number  # all scores of the first head are lower by as much (pytorch#196678)
     query, key, value = leaves = [x.requires_grad_() for x in leaves]
     with nullcontext() if back_end is None else sdpa_kernel(back_end), warnings.catch_warnings(action="ignore"):
         function = operators.attention if back_end is None else F.scaled_dot_product_attention
         output = function(query, key, value, attn_mask=mask)
-    return [output, *torch.autograd.grad(output, [*leaves, *tables], gradient)]
+    to_query, *gradients = torch.autograd.grad(output, [*leaves, *tables], gradient)
+    return [output, to_query[..., 1:], *gradients]  # where a key is that large, rounding is as large as the gradient
 
 
 # --------------------------------------------------------------------------------------------------------- small models
@@ -234,7 +238,9 @@ def steps(device: torch.device) -> Found:
                 row = {}
             gc.collect()  # the step's tensors
             torch.cuda.empty_cache()
-            if row:
+            if not row:
+                yield Result(f"{system}, {images} images", LEFT_OUT, "does not fit")
+            else:
                 computed = budget(f"{head} {size}", images)
                 yield {"table": "Training steps in bfloat16", "system": system, "images": images, **row, **computed}
                 title, once = f"{system}, {images} images", head == "mask2former"  # for the matching, on the host

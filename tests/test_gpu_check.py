@@ -3,6 +3,7 @@
 `pretended_cuda` lets the lines for a GPU run on a CPU: tensors that are sent to CUDA stay, and torch.cuda is a fake.
 """
 
+import math
 import re
 import subprocess
 import sys
@@ -164,6 +165,7 @@ def test_the_budget_is_that_of_the_page(system):
 def test_an_error_is_relative_and_nan_is_above_every_limit():
     x, nan = torch.tensor([2.0, -4.0]), torch.tensor([2.0, float("nan")])
     assert gpu_numbers.error_of(x + 1, x) == 0.25 and gpu_numbers.error_of([x, x + 2], [x, x]) == 0.5
+    assert math.isnan(gpu_numbers.error_of(x[:1], x))
     error = gpu_numbers.error_of([x, nan, x], [x, x, x])
     assert gpu_numbers.verdict("n", {"a": 0.1, "b": error}, 0.2) == ("n", FAILED, "b nan, limit 0.2")
     assert gpu_numbers.verdict("n", {"a": 0.1, "b": 0.2}, 0.2, "!") == ("n", PASSED, "0.2, limit 0.2!")

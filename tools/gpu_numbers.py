@@ -72,11 +72,13 @@ def verdict(name: str, errors: dict[str, float], limit: float, note: str = "", o
 
 
 def error_of(found: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Tensor]) -> float:
-    """The largest difference, relative to the largest entry expected; of several pairs the worst. NaN if one is NaN."""
+    """The largest difference, relative to the largest entry expected; of several pairs the worst. NaN if one is NaN, or
+    of another shape."""
     if isinstance(found, Tensor):
         found, expected = [found], [expected]
     pairs = ([x.detach().double().cpu() for x in pair] for pair in zip(found, expected, strict=True))
-    return float(np.max([((x - y).abs().max() / y.abs().max().clamp(min=1e-30)).item() for x, y in pairs]))
+    return float(np.max([((x - y).abs().max() / y.abs().max().clamp(min=1e-30)).item() if x.shape == y.shape else np.nan
+                         for x, y in pairs]))
 
 
 # ------------------------------------------------------------------------------------------------------------ functions

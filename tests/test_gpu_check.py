@@ -102,7 +102,7 @@ def test_steps_are_measured_with_waits_and_memory(pretended_cuda, monkeypatch):
     monkeypatch.setattr(gpu_numbers, "budget", lambda system, images: {"computed GB": 1.5})
     found = list(gpu_numbers.steps(CUDA))
     rows = [each for each in found if isinstance(each, dict)]
-    assert [row["TFLOP/s"] for row in rows[:2]] == [2.0, 2.0]
+    assert [(row["type"], row["TFLOP/s"]) for row in rows[:2]] == [("TF32", 2.0), ("bfloat16", 2.0)]
     assert [(row["system"], row["images"]) for row in rows[2:]] == [
         ("upernet-tiny", 2), ("upernet-tiny", 16), ("mask2former-tiny", 2), ("mask2former-tiny", 16)]
     assert all(row["GPU ms"] == pytest.approx(2.0) and row["kernels"] == 2 and row["waits"] == 1 for row in rows[2:])

@@ -226,9 +226,9 @@ def steps(device: torch.device) -> Found:
     """Training steps of the released models in bfloat16: time, kernels, memory, waits, beside docs/gpu-budget.md."""
     need(device != CPU, "a GPU")
     common.allow_tf32(True)
-    for dtype in (torch.float32, torch.bfloat16):
+    for name, dtype in (("TF32", torch.float32), ("bfloat16", torch.bfloat16)):
         rate = bench.matmul_rate(device.type, dtype) / 1e3
-        yield {"table": "Products of random matrices", "type": f"{dtype}", "TFLOP/s": rate}
+        yield {"table": "Products of random matrices", "type": name, "TFLOP/s": rate}
     for system in bench.OFFICIAL:
         head, size = system.split("-")
         with device:

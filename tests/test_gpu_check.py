@@ -303,6 +303,9 @@ def test_commands_of_a_gpu_run(pretended_cuda, monkeypatch, devices):
 
 
 def test_the_page_and_the_exit_status(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # put back at the end
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+
     def good(device):
         yield Result("sum | product", PASSED, "0, limit 1")
         yield {"table": "Times", "": "eager", "s": 0.1234}

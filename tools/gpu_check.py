@@ -236,6 +236,9 @@ def check_all(options: argparse.Namespace) -> int:
     common.check_file(options.out, "--out")
     device, found, start = common.choose_device(options.device), [], time.perf_counter()
     facts = machine(device)
+    if device == CPU:  # the work is small: on a busy machine threads would wait for each other
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
     for name in options.checks or CHECKS:
         print(f"{name} ...", flush=True)
         before = time.perf_counter()

@@ -1,6 +1,7 @@
 # make demo   install, train a tiny model on drawn scenes, evaluate it, report, predict    (HEAD=upernet for the other head)
 # make test   install, lint, test                                                          (make test-slow: the long ones too)
 # make op     build the deformable-attention op ahead of time
+# make gpu-check   check this code on the GPU here, in under 15 minutes: a page for an issue, gpu-check.md
 PYTHON ?= python3
 HEAD ?= mask2former
 PROCESSES = 2
@@ -9,7 +10,7 @@ BIN = .venv/bin
 # UperNet has no queries to explain.
 SHEET = $(if $(filter mask2former,$(HEAD)),$(BIN)/python predict.py data/toy/images/val_0000.jpg --explain --out runs/demo-pictures)
 
-.PHONY: demo test test-slow lint op clean
+.PHONY: demo test test-slow lint op gpu-check clean
 
 demo: .venv/installed
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/torchrun --nproc_per_node=$(PROCESSES) train.py --data toy --size tiny --head $(HEAD) --device cpu
@@ -32,6 +33,9 @@ lint: .venv/installed-dev
 
 op: .venv/installed
 	$(BIN)/python msda_cuda/build.py
+
+gpu-check: .venv/installed
+	$(BIN)/python -m tools.gpu_check
 
 # An interrupted installation leaves no stamp, so that the next call completes it.
 .venv/installed: requirements.txt

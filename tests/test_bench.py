@@ -4,19 +4,17 @@ import json
 import math
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from small import CHANGES, small_model, write_data
+from small import CHANGES, write_data
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import data
-import evaluate
 from model import build_model
 from msda_cuda import ops
 from tools import bench
-from tools.bench import ROOT, TRAINING, Peer, Subject, cell, kept_for_backward, markdown
+from tools.bench import ROOT, TRAINING, Subject, cell, kept_for_backward, markdown
+from tools.peer import Peer, binary_masks
 
 HEADS = ("upernet", "mask2former")
 SMALL = {**CHANGES, "head_channels": 64}  # the peer's group norms need 32 channels or more
@@ -126,7 +124,7 @@ def test_the_peer_trains_every_parameter_with_the_image_processors_masks(head):
     assert [name for name, p in peer.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
     with torch.no_grad():
         assert peer.eval()(images).shape == (2, 7, 64, 64)
-    for image, mask, present in zip(labels, *bench.binary_masks(labels), strict=True):
+    for image, mask, present in zip(labels, *binary_masks(labels), strict=True):
         expected, categories = library.convert_segmentation_map_to_binary_masks_fast(image, ignore_index=255)
         assert torch.equal(mask, expected) and present.tolist() == categories.tolist()
 
@@ -138,18 +136,6 @@ def test_the_operator_is_compared_with_the_reference(monkeypatch):
     _, (row,) = bench.operator("", bench.parse(["op", "--device", "cpu", "--rounds", "1"]))
     assert row["training: ratio"] == pytest.approx(row["training: torch ms"] / row["training: native ms"])
     assert row["kept: native MB"] == 4 * (30 * 64 + 3 * 30 * 2 * 2 * 4) / 1e6 < row["kept: torch MB"]  # the inputs
-
-
-def test_the_plain_loop_predicts_what_evaluate_predicts(monkeypatch):
-    """In float64, so that no pixel's class depends on rounding."""
-    normalize = data.normalize
-    monkeypatch.setattr(data, "normalize", lambda images: normalize(images).double())
-    torch.manual_seed(0)
-    model = small_model("upernet", "tiny", 5).double().eval()
-    picture = np.random.default_rng(0).integers(0, 256, (70, 40, 3), np.uint8)
-    plain = bench.plain_prediction(model, picture, "cpu")
-    (batched,) = evaluate.predictions(model, [picture], multi_scale=True, window_batch=7)
-    assert plain.shape == (70, 40) and torch.equal(plain, batched.long()) and len(plain.unique()) > 1
 
 
 def test_loader_and_evaluate_tables(tmp_path):

@@ -3,15 +3,15 @@
     systems    training step and forward pass: seconds, share of the matrix-product rate, memory
     op         deformable attention: the native operator against the PyTorch reference
     loader     images a second of the training pipeline and of a training step
-    evaluate   multi-scale + flip: windows in batches against one window of one view at a time
+    evaluate   multi-scale + flip: windows in batches against one at a time
 
 The candidates take turns and the median of each is printed: a busy machine slows all of them alike. Compare ratios of
 one run (`x NAME`: times as fast as NAME); compare seconds of two runs only if the first line says "quiet".
 
-Reading order: interleaved -> kept_for_backward -> Subject (a model in a process of its own) -> Process (its other end)
--> systems -> operator -> loader -> evaluation -> main.
+Reading order: interleaved -> device_work, kept_for_backward -> Subject (a model in a process of its own) -> Process
+(its other end) -> systems -> operator -> loader -> evaluation -> main.
 
-Shapes: B batch, w window, K classes, Q queries, M heads; picture (H, W, 3), view (1, 3, h, w).
+Shapes: B batch, w window, K classes, Q queries, M heads, D channels of a head.
 """
 
 import argparse
@@ -21,20 +21,23 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.profiler import profile
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import Timer, timer
@@ -49,6 +52,8 @@ if not SERVES:  # a Subject may run in an older checkout, without these
     from msda_cuda import ms_deform_attn, ms_deform_attn_torch, ops
 
 ROOT = Path(__file__).parents[1]
+# As in a training run, and all candidates alike: an older checkout may not have it.
+keep_freed_memory = runpy.run_path(str(ROOT / "fast" / "allocator.py"))["keep_freed_memory"]
 TINY = ["mask2former-tiny", "upernet-tiny"]
 # GFLOP of a forward pass and of a training step for one image of 480 x 480, as the official code computes them. Where
 # our code saves arithmetic, a share of the rate can pass 100 %.
@@ -97,16 +102,31 @@ def interleaved(turns: dict[str, Callable[[], float]], rounds: int, title: str) 
     return {name: float(np.median([each[name] for each in taken[1:]])) for name in turns}
 
 
-def matmul_rate(device: str) -> float:
-    """GFLOP/s of float32 matrix products of the size of large models' feed-forward layers."""
-    a, b = torch.randn(4725, 1024, device=device), torch.randn(1024, 4096, device=device)
+def device_work(work: Callable[[], object]) -> list[tuple[str, float]]:
+    """The kernels and copies that one call has the GPU do: names and seconds."""
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        work()
+        torch.cuda.synchronize()
+    # What the program calls a part of itself lies on the GPU's time line, too.
+    return [(each.name, each.time_range.elapsed_us() / 1e6) for each in found.events()
+            if each.device_type == DeviceType.CUDA and not each.is_user_annotation]
+
+
+def device_seconds(work: Callable[[], object]) -> float:
+    """Seconds in which the GPU works during one call."""
+    return sum(each for _, each in device_work(work))
+
+
+def matmul_rate(device: str, dtype: torch.dtype = torch.float32) -> float:
+    """GFLOP/s of matrix products of random numbers, of the size of large models' feed-forward layers."""
+    a, b = torch.randn(4725, 1024, device=device).to(dtype), torch.randn(1024, 4096, device=device).to(dtype)
     product = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
     return 2 * 4725 * 1024 * 4096 / product.blocked_autorange(min_run_time=1.0).median / 1e9
 
 
 def storages(tree: object) -> dict[StorageWeakRef, int]:
     """The storages of all tensors in nested containers, without keeping them alive, and their bytes."""
-    held = [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor)]
+    held = (x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor))
     return {StorageWeakRef(storage): storage.nbytes() for storage in held}
 
 
@@ -129,14 +149,6 @@ def kept_for_backward(function: Callable[[], object]) -> int:
     gc.collect()
     output = storages(result)
     return sum(size for ref, size in made.items() if not ref.expired() and ref not in output)
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep what is freed, as in a training run, so that all candidates allocate alike."""
-    with suppress(OSError, AttributeError):  # another system, another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
 def peak_of(work: Callable[[], object], device: str = "cpu") -> float:
@@ -166,54 +178,6 @@ def config_of(system: str, changes: dict):
         raise common.UserError(f"{system}: {error}; name systems as HEAD-SIZE, for example {TINY[0]}") from None
 
 
-class Peer(nn.Module):
-    """What a user could take from `transformers` instead: its BEiT with the same head, at our widths, random weights.
-
-    **It computes less than ours**: its pyramid is three transposed convolutions and a pooling, no ViT-Adapter.
-    """
-
-    def __init__(self, c):
-        super().__init__()
-        import transformers
-        transformers.logging.set_verbosity_error()  # it warns of every backbone that it was not tested with
-        beit = transformers.BeitConfig(
-            image_size=c.window, patch_size=16, hidden_size=c.embed_dim, num_hidden_layers=c.depth,
-            num_attention_heads=c.num_heads, intermediate_size=4 * c.embed_dim, layer_norm_eps=1e-6,
-            layer_scale_init_value=1e-6, drop_path_rate=c.drop_path, use_relative_position_bias=True,
-            use_mask_token=False, add_fpn=True, out_indices=[quarter * c.depth // 4 for quarter in (1, 2, 3, 4)])
-        if c.head == "upernet":
-            self.model = transformers.UperNetForSemanticSegmentation(transformers.UperNetConfig(
-                backbone_config=beit, num_labels=c.num_classes, hidden_size=c.head_channels,
-                auxiliary_channels=c.aux_channels, auxiliary_loss_weight=0.4, loss_ignore_index=255))
-        else:
-            self.model = transformers.Mask2FormerForUniversalSegmentation(transformers.Mask2FormerConfig(
-                backbone_config=beit, num_labels=c.num_classes, ignore_value=255, feature_size=c.head_channels,
-                mask_feature_size=c.head_channels, hidden_dim=c.head_channels, num_attention_heads=c.mask_heads,
-                num_queries=c.num_queries, encoder_layers=c.encoder_layers, encoder_feedforward_dim=c.encoder_ffn,
-                decoder_layers=c.decoder_layers + 1,  # it counts the prediction before the first layer as one
-                dim_feedforward=c.decoder_ffn, dropout=0.0, train_num_points=c.num_points))
-        self.config = c
-
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | dict[str, Tensor]:
-        """(B, 3, w, w) -> scores (B, K, w, w); with labels long (B, w, w), 255 = ignore, the losses' sum as "loss"."""
-        if self.config.head == "upernet":
-            output = self.model(images, labels=labels)
-            return output.logits if labels is None else {"loss": output.loss}
-        if labels is not None:
-            masks, classes = binary_masks(labels)
-            return {"loss": self.model(images, mask_labels=masks, class_labels=classes).loss}
-        output = self.model(images)  # its own post-processing would enlarge every query's mask before it makes scores
-        classes, masks = output.class_queries_logits.softmax(2)[..., :-1], output.masks_queries_logits.sigmoid()
-        scores = torch.einsum("bqk,bqhw->bkhw", classes, masks)
-        return F.interpolate(scores, images.shape[2:], mode="bilinear", align_corners=False)
-
-
-def binary_masks(labels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """The library's form of labels (B, w, w): of each image float masks (N, w, w) and the classes (N,) in it."""
-    classes = [present[present != 255] for present in map(torch.unique, labels)]
-    return [(x == present[:, None, None]).float() for x, present in zip(labels, classes, strict=True)], classes
-
-
 def accept_single_values(norm: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
     """Batch norm cannot train on one value a channel (UperNet's pooling of one image): it uses running statistics."""
     norm.training = norm.training and inputs[0].numel() > norm.num_features
@@ -228,7 +192,11 @@ class Subject:
     def __init__(self, peer: bool, system: str, batch: int, device: str, changes: dict):
         from model import build_model
         torch.manual_seed(0)
-        model = Peer(config_of(system, changes)) if peer else build_model(*system.split("-"), **changes)
+        if peer:
+            from tools.peer import Peer
+            model = Peer(config_of(system, changes))
+        else:
+            model = build_model(*system.split("-"), **changes)
         self.model, self.device = model.to(device), device
         for norm in model.modules():
             if isinstance(norm, nn.BatchNorm2d):
@@ -330,11 +298,6 @@ class Process(subprocess.Popen):
         why = "was killed: is there memory enough?" if self.wait() < 0 else "failed: see its message above"
         raise common.UserError(f"the process of {self.folder} {why}")
 
-    def close(self) -> None:
-        """End the process, whatever it does."""
-        self.kill()
-        self.communicate()
-
 
 def systems(system: str, options: argparse.Namespace) -> tuple[str, list[Row]]:
     """Speed and memory of a model's two texts, which share a process, and of what --old and --against name."""
@@ -345,8 +308,9 @@ def systems(system: str, options: argparse.Namespace) -> tuple[str, list[Row]]:
     batch = options.batch or (1 if system.endswith("large") else 2)
     with ExitStack() as stack:
         def start(folder: Path, peer: bool = False) -> Process:
-            process = Process(folder, peer, system, batch, options.device, options.changes)
-            return stack.enter_context(closing(process))
+            process = stack.enter_context(Process(folder, peer, system, batch, options.device, options.changes))
+            stack.callback(process.kill)  # whatever it does
+            return process
 
         candidates = dict.fromkeys(("plain", "fast"), start(ROOT))
         if options.old:
@@ -390,39 +354,48 @@ OP_CALLS = {  # in the large models at 480 x 480 -> levels, queries Q, heads M
     "pixel decoder": (PYRAMID[::-1], 4725, 32), "injector": (PYRAMID, 900, 16), "extractor": (PYRAMID[1:2], 4725, 16)}
 
 
-def op_case(levels: Sequence[tuple[int, int]], Q: int, M: int, device: str) -> list[Tensor]:
-    """Value, locations and weights, batch 1, D = 32, P = 4. As in a trained model, points lie near their query."""
+def op_case(levels: Sequence[tuple[int, int]], Q: int, M: int, device: str | torch.device,
+            dtype: torch.dtype = torch.float32, batch: int = 1, D: int = 32) -> list[Tensor]:
+    """Value, locations and weights, P = 4. As in a trained model points lie near their query, some of them off the map;
+    none lies on the middle of a pixel, where its gradient jumps."""
     torch.manual_seed(0)
-    side, i, sizes = Q**0.5, torch.arange(Q), torch.tensor([(w, h) for h, w in levels])
-    value = torch.randn(1, sum(h * w for h, w in levels), M, 32)
+    side, i, sizes = Q**0.5, torch.arange(Q), torch.tensor([(w, h) for h, w in levels])[:, None]
+    value = torch.randn(batch, sum(h * w for h, w in levels), M, D).to(device, dtype)
     centres = torch.stack(((i % side) / side, (i / side).floor() / side), dim=-1)[:, None, None, None]
-    locations = centres + 3 * torch.randn(1, Q, M, len(levels), 4, 2) / sizes[:, None]
-    return [x.to(device).requires_grad_() for x in (value, locations, torch.rand(locations.shape[:-1]))]
+    pixels = centres * sizes + 3 * torch.randn(batch, Q, M, len(levels), 4, 2)
+    locations = (pixels.floor() + (pixels % 1).clamp(0.02, 0.98) + 0.5) / sizes
+    return [x.to(device).requires_grad_() for x in (value, locations, torch.rand(pixels.shape[:-1]))]
+
+
+def output_and_gradients(function: Callable, levels: Sequence[tuple[int, int]], inputs: Sequence[Tensor],
+                         gradient: Tensor | None = None) -> list[Tensor]:
+    """The output of deformable attention, and the inputs' gradients, by default of its sum."""
+    output = function(inputs[0], levels, *inputs[1:])
+    return [output, *torch.autograd.grad(output, inputs, torch.ones_like(output) if gradient is None else gradient)]
 
 
 def operator(_: str, options: argparse.Namespace) -> tuple[str, list[Row]]:
     """The native operator against the grid_sample reference. Raises UserError without the operator."""
     if ops.active_path(options.device) != "native":
         raise common.UserError(f"there is no native operator for {options.device} to compare: {ops.native().reason}")
-
-    def train(function: Callable[[], Tensor], inputs: Sequence[Tensor]) -> None:
-        output = function()
-        torch.autograd.grad(output, inputs, torch.ones_like(output))
-
-    rows: list[Row] = []
-    for call, (levels, Q, M) in OP_CALLS.items():
-        inputs = value, *points = op_case(levels, Q, M, options.device)
-        turns, kept = {}, {}
+    on_gpu, rows = options.device == "cuda", []
+    kinds = [(1, torch.float32), (16, torch.float32), (16, torch.bfloat16)] if on_gpu else [(1, torch.float32)]
+    for (call, (levels, Q, M)), (batch, dtype) in product(OP_CALLS.items(), kinds):
+        inputs, turns, kept = op_case(levels, Q, M, options.device, dtype, batch), {}, {}
         for name, function in (("torch", ms_deform_attn_torch), ("native", ms_deform_attn)):
-            work = partial(function, value, levels, *points)
-            turns |= {f"forward: {name} ms": partial(seconds, torch.no_grad()(work)),
-                      f"training: {name} ms": partial(seconds, partial(train, work, inputs))}
-            kept[f"kept: {name} MB"] = (sum(x.nbytes for x in inputs) + kept_for_backward(work)) / 1e6
+            forward = partial(function, inputs[0], levels, *inputs[1:])
+            training = partial(output_and_gradients, function, levels, inputs)
+            turns |= {f"forward: {name} ms": partial(device_seconds if on_gpu else seconds, torch.no_grad()(forward)),
+                      f"training: {name} ms": partial(device_seconds if on_gpu else seconds, training)}
+            kept[f"kept: {name} MB"] = (sum(x.nbytes for x in inputs) + kept_for_backward(forward)) / 1e6
         taken = {column: 1e3 * each for column, each in interleaved(turns, options.rounds, call).items()}
         ratios = {f"{title}: ratio": taken[f"{title}: torch ms"] / taken[f"{title}: native ms"]
                   for title in ("forward", "training")}
-        rows.append({"call": call, **taken, **ratios, **kept})
-    return "Deformable attention of the large models, float32, batch 1", rows
+        kernels = [(name, each) for name, each in (device_work(training) if on_gpu else ()) if "msda" in name]
+        alone = {f"{title} kernel ms": 1e3 * sum(each for name, each in kernels if title in name)
+                 for title in ("forward", "backward") if on_gpu}
+        rows.append({"call": call, "batch": batch, "type": str(dtype)[6:], **taken, **ratios, **alone, **kept})
+    return "Deformable attention of the large models" + ", time of the GPU alone" * on_gpu, rows
 
 
 def loader(system: str, options: argparse.Namespace) -> tuple[str, list[Row]]:
@@ -446,30 +419,24 @@ def loader(system: str, options: argparse.Namespace) -> tuple[str, list[Row]]:
             [{f"{name}, images/s": number * batch / each for name, each in taken.items()}])
 
 
-def plain_prediction(model: nn.Module, image: np.ndarray, device: str) -> Tensor:
-    """Classes (H, W) of a picture (H, W, 3) by the definition: the mean over its 12 views, one window at a time."""
-    views = []
-    for picture in data.multi_scale_images(image, model.config.window):
-        view = data.normalize(torch.from_numpy(picture).to(device).permute(2, 0, 1)[None])  # (1, 3, h, w)
-        views += [evaluate.View(view), evaluate.View(view.flip(-1), flipped=True)]
-    return evaluate.predict(model, views, image.shape[:2], window_batch=1).argmax(dim=0)
-
-
 def evaluation(system: str, options: argparse.Namespace) -> tuple[str, list[Row]]:
-    """evaluate.predictions against the plain loop, on the same pictures and a model with starting weights."""
+    """Windows in batches against one at a time, on the same pictures and a model with starting weights."""
     dataset, device = data.open_dataset(options.data, "val"), options.device
     images = [dataset.image(i) for i in range(min(len(dataset), options.limit or 8))]
     changes = {**options.changes, "num_classes": len(dataset.info.classes)}
     model = Subject(False, system, 1, device, changes).model.eval()
     batch, found = evaluate.automatic_window_batch(model, device), {}
-    ways = {"one window at a time": lambda: [plain_prediction(model, image, device) for image in images],
-            f"{batch} at a time": lambda: list(evaluate.predictions(
-                model, images, multi_scale=True, device=device, window_batch=batch))}
-    turns = {name: partial(seconds, lambda name=name: found.update({name: ways[name]()})) for name in ways}
+
+    def predict(windows: int) -> None:
+        found[windows] = list(evaluate.predictions(
+            model, images, multi_scale=True, device=device, window_batch=windows))
+
+    turns = {f"{name} at a time": partial(seconds, partial(predict, windows))
+             for name, windows in (("one window", 1), (f"{batch}", batch))}
     with torch.no_grad(), fast.inference(model):
         taken = interleaved(turns, options.rounds, "evaluate")
     row: Row = {f"{name}, images/s": len(images) / each for name, each in taken.items()}
-    row["differing pixels"] = sum(int((x != y).sum()) for x, y in zip(*found.values(), strict=True))
+    row["differing pixels"] = sum(int((x != y).sum()) for x, y in zip(found[1], found[batch], strict=True))
     return f"Multi-scale + flip, {system}, window {model.config.window}, {len(images)} images of {options.data}", [row]
 
 

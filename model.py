@@ -111,9 +111,12 @@ class Attention(nn.Module):
         qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, qkv_bias).unflatten(2, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, d)
-        position_bias = self.relative_position_bias_table.t()[:, index]  # (heads, N, N)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=position_bias.to(q.dtype)[None])
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.position_bias(index).to(q.dtype)[None])
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, heads, N, d) -> (B, N, D)
+
+    def position_bias(self, index: Tensor) -> Tensor:
+        """What each pair of tokens adds to its score, by their relative position: index (N, N) -> (heads, N, N)."""
+        return self.relative_position_bias_table.t()[:, index]
 
 
 class MLP(nn.Module):

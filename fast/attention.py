@@ -1,6 +1,6 @@
 """Attention with a learned bias for each relative position, quicker to gather, and trained on a CPU in less memory.
 
-Reading order: gather_columns -> FusedAttention.
+Reading order: gather_columns -> biases_gathered -> FusedAttention.
 
 PyTorch's fused CPU kernel refuses a bias that wants a gradient; without it every block of a ViT keeps the
 probabilities, an array (B, M, N, N), for the backward pass. On a GPU the memory-efficient kernel has that gradient.
@@ -8,26 +8,52 @@ probabilities, an array (B, M, N, N), for the backward pass. On a GPU the memory
 Shapes: B images, M heads, N tokens, D channels of a head, R rows of a table: one for each relative position.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from fast.swap import Part
+from model import Attention
 
 PADDED = WeakTensorKeyDictionary()  # one index serves all blocks
 
 
-def gather_columns(columns: Tensor, index: Tensor) -> Tensor:
-    """`columns[:, index]`: the biases of all pairs of tokens, (M, R) and index (N, N) -> (M, N, N).
+def gather_columns(columns: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """`columns[:, index]` in a type: the biases of all pairs of tokens, (M, R) and index (N, N) -> (M, N, N).
 
-    A gather along rows, 2 to 5 times as fast. The rows of the result start at multiples of 8 numbers: a GPU's attention
-    kernel would copy another bias.
+    A gather along rows, 2 to 5 times as fast. The rows of the result start at multiples of 8 numbers, also after the
+    cast: a GPU's attention kernel would copy another bias.
     """
     if index not in PADDED:
         PADDED[index] = F.pad(index, (0, -index.shape[1] % 8))
     padded = PADDED[index]
-    bias = columns.contiguous().gather(1, padded.flatten().expand(len(columns), -1))
+    bias = columns.contiguous().gather(1, padded.flatten().expand(len(columns), -1)).to(dtype)
     return bias.view(-1, *padded.shape)[..., :index.shape[1]]
+
+
+def biases_gathered(model: nn.Module, keep: bool = False) -> Part | None:
+    """BEiT's position biases by `gather_columns`; with `keep`, for weights that do not change, once a block."""
+    layers = [block.attn for block in model.backbone.blocks if type(block.attn) is Attention]
+
+    def gathered(layer: Attention) -> Callable[[Tensor], Tensor]:
+        kept: dict[tuple[int, torch.dtype], Tensor] = {}
+
+        def position_bias(index: Tensor) -> Tensor:
+            table, device = layer.relative_position_bias_table, index.device.type
+            low = torch.is_autocast_enabled(device)
+            key = id(index), torch.get_autocast_dtype(device) if low else table.dtype
+            bias = kept[key] if key in kept else gather_columns(table.t(), index, key[1])
+            return kept.setdefault(key, bias) if keep else bias
+
+        return position_bias
+
+    index = model.backbone.position_index
+    swaps = [(layer, "position_bias", gathered(layer)) for layer in layers]
+    return Part(swaps, lambda: layers[0].position_bias(index)) if layers else None
 
 
 class FusedAttention(torch.autograd.Function):

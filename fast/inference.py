@@ -1,26 +1,25 @@
 """`with fast.inference(model):` around prediction: the same scores with less arithmetic, while weights do not change.
 
-Reading order: inference -> KeptBias (BEiT's position bias is gathered once) -> f4_through_lateral.
+Reading order: inference -> f4_through_lateral.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapter import FeatureMaps, TokenLayout, resize, to_map, token_layout
-from fast.operators import FastOperators, pays, reads_position_table
+from fast.attention import biases_gathered
+from fast.launches import channels_last_norms, constants_once, offsets_with_scores, resize_in_own_type
+from fast.operators import FastOperators, is_compiled, on_gpu, pays
 from fast.swap import Part, agreeing, example_of, swapped
 from fast.training import levels_at_their_resolution
 from heads import Mask2Former, UperNet
 from model import Segmenter
 
-LOCK = threading.Lock()
-OPEN: dict[nn.Module, tuple[int, ExitStack]] = {}  # open contexts of a model; what the last undoes
 HERE = threading.local()  # its `models` have a context in this thread
 
 
@@ -28,62 +27,30 @@ HERE = threading.local()  # its `models` have a context in this thread
 def inference(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     """Around predictions; gradients are off inside, and the weights must not change.
 
-    PyTorch's functions go quicker ways, the position bias is gathered once, and in eval mode f4 goes through the
-    head's first convolution on its way. At the end the model is as it was. To enter again inside is free; threads may
-    share a model. Give the Segmenter itself, not a wrapper, and do not copy or pickle it inside.
+    Position biases and other constants are computed once, and in eval mode f4 goes through the head's first convolution
+    on its way; on a CPU PyTorch's functions go quicker ways. At the end the model is as it was. To enter again inside
+    is free; threads may share a model. Give the Segmenter itself, not a wrapper, and do not copy or pickle it inside.
     """
     models = vars(HERE).setdefault("models", set())
     if not enabled or model in models or not isinstance(model, Segmenter):
         yield
         return
-    functions = KeptBias() if pays(model) else nullcontext()
     models.add(model)
     try:
-        with torch.no_grad(), parts_of(model), functions:
+        builders = [levels_at_their_resolution, f4_through_lateral]
+        if not is_compiled(model):
+            builders += [biases_kept, constants_once]
+        if on_gpu(model):
+            builders += [offsets_with_scores, resize_in_own_type, channels_last_norms]
+        with torch.no_grad(), swapped(agreeing(model, builders)), FastOperators() if pays(model) else nullcontext():
             yield
     finally:
         models.remove(model)
 
 
-@contextmanager
-def parts_of(model: nn.Module) -> Iterator[None]:
-    """Inside, the parts run by their other text: until the last of several threads has left."""
-    with LOCK:
-        number, undo = OPEN.get(model, (0, ExitStack()))
-        if number == 0:
-            undo.enter_context(swapped(agreeing(model, [levels_at_their_resolution, f4_through_lateral])))
-        OPEN[model] = number + 1, undo
-    try:
-        yield
-    finally:
-        with LOCK:
-            number, undo = OPEN.pop(model)
-            if number == 1:
-                undo.close()
-            else:
-                OPEN[model] = number - 1, undo
-
-
-class KeptBias(FastOperators):
-    """Quick functions; and BEiT's position bias, the same for every window, is gathered and cast once a block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept: dict[tuple, tuple[Tensor, Sequence]] = {}  # a result; its arguments keep their addresses
-        self.biases: set[int] = set()  # addresses of results
-
-    def __torch_function__(self, function: Callable, types: Any, args: Sequence = (),
-                           kwargs: dict | None = None) -> Any:
-        gather = function is torch.Tensor.__getitem__ and reads_position_table(*args)
-        cast = function is torch.Tensor.to and len(args) == 2 and not kwargs and args[0].data_ptr() in self.biases
-        if not (gather or cast) or torch.is_grad_enabled():
-            return super().__torch_function__(function, types, args, kwargs)
-        key = args[0].data_ptr(), args[1][1].data_ptr() if gather else args[1]
-        if key not in self.kept:
-            result = super().__torch_function__(function, types, args, kwargs)
-            self.kept[key] = result, args
-            self.biases.add(result.data_ptr())
-        return self.kept[key][0]
+def biases_kept(model: nn.Module) -> Part | None:
+    """BEiT's position biases, the same for every window, are gathered and cast once a block."""
+    return biases_gathered(model, keep=True)
 
 
 def f4_through_lateral(model: nn.Module) -> Part | None:

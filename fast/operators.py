@@ -1,4 +1,4 @@
-"""PyTorch's functions by quicker ways with the same result, while a model runs: `with FastOperators(): model(images)`.
+"""PyTorch's functions by quicker ways with the same result, on a CPU: `with FastOperators(): model(images)`.
 
 Reading order: FastOperators -> the replacements, each of which says where it pays.
 
@@ -13,16 +13,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fast.attention import FusedAttention, gather_columns
+from fast.attention import FusedAttention
 from fast.convolutions import Winograd, enlarge, winograd_pays
 
 # A mode costs the host 2 us for each function that the model calls: more than a ViT narrower than this can gain.
 NARROW = 256
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile sees to the model: what it does not trace would break its graph."""
+    return model._compiled_call_impl is not None
+
+
 def pays(model: nn.Module) -> bool:
-    """Whether a mode is worth its while: not for a narrow model, nor for a compiled one, whose graph it would break."""
-    return model.config.embed_dim >= NARROW and model._compiled_call_impl is None
+    """Whether a mode is worth its while: on a CPU, for a wide model that is not compiled. The quicker ways are a CPU's,
+    and beside a GPU the host's time is short: the recipes of recompute.py take a fifth of it."""
+    on_cpu = model.backbone.cls_token.device.type == "cpu"
+    return on_cpu and model.config.embed_dim >= NARROW and not is_compiled(model)
+
+
+def on_gpu(model: nn.Module) -> bool:
+    """Whether each kernel's launch counts: on a GPU, without torch.compile."""
+    return model.backbone.cls_token.device.type == "cuda" and not is_compiled(model)
 
 
 class FastOperators(TorchFunctionMode):
@@ -42,17 +54,6 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
             and attn_mask.shape == one_bias and not (others or kwargs):
         return FusedAttention.apply(query, key, value, attn_mask)
     return F.scaled_dot_product_attention(query, key, value, attn_mask, *others, **kwargs)
-
-
-def reads_position_table(x: Tensor, index: Any) -> bool:
-    """Whether `x[index]` is `columns[:, numbers]`, a matrix read by a matrix, as BEiT reads its position table."""
-    return (x.dim() == 2 and isinstance(index, tuple) and len(index) == 2 and index[0] == slice(None)
-            and isinstance(index[1], Tensor) and index[1].dim() == 2 and index[1].dtype == torch.long)
-
-
-def get_item(x: Tensor, index: Any) -> Tensor:
-    """`x[index]`; BEiT's position table is read by a quicker gather."""
-    return gather_columns(x, index[1]) if reads_position_table(x, index) else x[index]
 
 
 def convolution(input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
@@ -84,6 +85,6 @@ def softmax(scores: Tensor, dim: int, *others: Any, **kwargs: Any) -> Tensor:
 
 
 REPLACEMENTS: dict[Callable, Callable] = {
-    F.scaled_dot_product_attention: attention, torch.Tensor.__getitem__: get_item, F.conv2d: convolution,
-    F.conv_transpose2d: transposed_convolution, torch.Tensor.softmax: softmax,
+    F.scaled_dot_product_attention: attention, F.conv2d: convolution, F.conv_transpose2d: transposed_convolution,
+    torch.Tensor.softmax: softmax,
 }

@@ -20,7 +20,7 @@ from fast.operators import REPLACEMENTS, FastOperators
 
 SMALLEST = 2**14  # numbers; what is smaller is not worth the host's time
 SUM = torch.Tensor.add
-CHEAP = {F.layer_norm, F.gelu, F.interpolate, SUM, torch.Tensor.mul, torch.Tensor.to, torch.Tensor.__getitem__}
+CHEAP = {F.layer_norm, F.gelu, F.interpolate, SUM, torch.Tensor.mul, torch.Tensor.to, torch.Tensor.gather}
 CASTING = {F.linear, F.conv2d, F.conv_transpose2d}  # autocast casts what these are given
 
 

@@ -6,6 +6,7 @@ A fork changes the plain text, and then the text that stands beside it must not 
 first use both are run on a small example; where they differ the plain text stays, with one warning.
 """
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,21 +31,35 @@ class Part(NamedTuple):
 Builder = Callable[[nn.Module], Part | None]  # None: this model has no such part
 
 
+LOCK = threading.RLock()
+OPEN: dict[tuple[int, str], tuple[int, Any]] = {}  # owner, name -> contexts that need the swap, what was there before
+
+
 @contextmanager
 def swapped(parts: Sequence[Part]) -> Iterator[None]:
-    """Inside, the parts run by their other text. It lies in the owner's own dictionary: state dicts never differ."""
+    """Inside, the parts run by their other text, until the last of several threads has left.
+
+    The text lies in the owner's own dictionary: state dicts never differ.
+    """
     swaps = [swap for part in parts for swap in part.swaps]
-    before = [vars(owner).get(name) for owner, name, _ in swaps]
-    try:
+    with LOCK:
         for owner, name, function in swaps:
-            vars(owner)[name] = function
+            number, before = OPEN.get((id(owner), name), (0, vars(owner).get(name)))
+            OPEN[id(owner), name] = number + 1, before
+            if number == 0:
+                vars(owner)[name] = function
+    try:
         yield
     finally:
-        for (owner, name, _), function in zip(swaps, before, strict=True):
-            if function is None:  # it was the class's
-                del vars(owner)[name]
-            else:
-                vars(owner)[name] = function
+        with LOCK:
+            for owner, name, _ in swaps:
+                number, before = OPEN.pop((id(owner), name))
+                if number > 1:
+                    OPEN[id(owner), name] = number - 1, before
+                elif before is None:  # it was the class's
+                    del vars(owner)[name]
+                else:
+                    vars(owner)[name] = before
 
 
 def same_points(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -82,15 +97,16 @@ VERDICTS: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()  #
 def agreeing(model: nn.Module, builders: Sequence[Builder]) -> list[Part]:
     """The parts of this model whose two texts agree, found out at their first use; the others are named once."""
     verdicts, parts = VERDICTS.setdefault(model, {}), []
-    for build in builders:
-        name = build.__name__
-        if name not in verdicts and (verdict := agree(model, build)) is not None:
-            verdicts[name] = verdict
-            if not verdict:
-                warnings.warn(f"{name} of fast/ gives other numbers than the plain text (was that changed?): the plain "
-                              "text is used", stacklevel=2)
-        if verdicts.get(name) and (part := build(model)):
-            parts.append(part)
+    with LOCK:  # one thread compares; others wait for what it finds
+        for build in builders:
+            name = build.__name__
+            if name not in verdicts and (verdict := agree(model, build)) is not None:
+                verdicts[name] = verdict
+                if not verdict:
+                    warnings.warn(f"{name} of fast/ gives other numbers than the plain text (was that changed?): the "
+                                  "plain text is used", stacklevel=2)
+            if verdicts.get(name) and (part := build(model)):
+                parts.append(part)
     return parts
 
 

@@ -5,7 +5,7 @@ replaced); then operators.py and recompute.py (what PyTorch's functions do insid
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -16,8 +16,17 @@ from torch.utils.checkpoint import checkpoint
 import heads
 from fast import losses
 from fast.allocator import keep_freed_memory
+from fast.attention import biases_gathered
 from fast.convolutions import conv3x3_of_enlarged
-from fast.operators import FastOperators, pays
+from fast.launches import (
+    channels_last_norms,
+    constants_once,
+    narrow_f4,
+    offsets_with_scores,
+    resize_in_own_type,
+    weights_cast_together,
+)
+from fast.operators import FastOperators, is_compiled, on_gpu, pays
 from fast.recompute import recompute_cheap
 from fast.swap import Part, agreeing, example_of, swapped
 from heads import Prediction, UperNet
@@ -28,9 +37,10 @@ from model import Segmenter
 def training(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     """Around forward **and** backward pass of a training step.
 
-    The losses of Mask2Former come all at once, UperNet's fusion at each level's resolution, PyTorch's functions by
-    quicker ways, and cheap results are computed again instead of kept; the last two not where they do not pay: in a
-    narrow or a compiled model. At the end the model is as it was; but the C library goes on keeping freed memory.
+    The losses of Mask2Former come all at once, UperNet's fusion at each level's resolution, constants once. On a CPU
+    PyTorch's functions go quicker ways and cheap results are computed again instead of kept, unless the model is
+    narrow; on a GPU fewer kernels are launched. For a compiled model only the first two. At the end the model is as it
+    was; but the C library goes on keeping freed memory.
 
     Give the Segmenter itself, not a wrapper, and do not copy or pickle it inside. Autograd's hooks for saved tensors
     are in use inside.
@@ -39,8 +49,17 @@ def training(model: nn.Module, enabled: bool = True) -> Iterator[None]:
         yield
         return
     keep_freed_memory()
-    builders = [losses_at_once, levels_at_their_resolution, *([checkpoints_alike] if pays(model) else [])]
-    with swapped(agreeing(model, builders)), recompute_cheap() if pays(model) else nullcontext():
+    builders, contexts = [losses_at_once, levels_at_their_resolution], []
+    if not is_compiled(model):
+        builders += [biases_gathered, constants_once]
+    if pays(model):
+        builders, contexts = [*builders, checkpoints_alike], [recompute_cheap()]
+    if on_gpu(model):
+        builders += [offsets_with_scores, resize_in_own_type, narrow_f4, channels_last_norms]
+        contexts = [weights_cast_together(model)]
+    with swapped(agreeing(model, builders)), ExitStack() as inside:
+        for context in contexts:
+            inside.enter_context(context)
         yield
 
 

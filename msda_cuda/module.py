@@ -1,6 +1,6 @@
 """The attention layer of Deformable DETR around the function: four linear layers.
 
-Reading order: MSDeformAttn.forward -> sampling_locations -> reset_parameters -> reference_points.
+Reading order: MSDeformAttn.forward -> sampling_locations -> level_sizes -> reset_parameters -> reference_points.
 
 Shapes: B batch, Q queries, C width, M heads, L levels, P points of a level, S = sum of h * w over levels.
 """
@@ -54,24 +54,33 @@ class MSDeformAttn(nn.Module):
         The reference points serve all images and levels; `shapes` are the (h, w) of the levels, S their areas' sum.
         """
         M, L, P = self.num_heads, self.num_levels, self.num_points
-        offsets, scores = self.sampling_offsets(query), self.attention_weights(query)
-        # A float32 island under autocast: with 8 bits of mantissa a location of 480 pixels is 2 pixels coarse.
-        offsets, scores = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (offsets, scores))
+        offsets, scores = self.offsets_and_scores(query)
         locations = sampling_locations(reference_points, offsets.unflatten(-1, (M, L, P, 2)), shapes)
         weights = scores.unflatten(-1, (M, L * P)).softmax(-1).unflatten(-1, (L, P))  # over levels and points jointly
         values = self.value_proj(value).unflatten(-1, (M, -1))  # (B, S, M, D)
         return self.output_proj(ms_deform_attn(values, shapes, locations, weights))
 
+    def offsets_and_scores(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Where to look, in pixels, and how much it counts: (B, Q, C) -> (B, Q, M L P 2), (B, Q, M L P), float32."""
+        offsets, scores = self.sampling_offsets(query), self.attention_weights(query)
+        # A float32 island under autocast: with 8 bits of mantissa a location of 480 pixels is 2 pixels coarse.
+        return tuple(x.to(torch.promote_types(x.dtype, torch.float32)) for x in (offsets, scores))
+
 
 def sampling_locations(points: Tensor, offsets: Tensor, shapes: Shapes) -> Tensor:
     """points (Q, 2) in [0, 1] + offsets (B, Q, M, L, P, 2) in pixels / (w, h) of each level -> (B, Q, M, L, P, 2)."""
     *_, L, P, _ = offsets.shape
-    sizes = offsets.new_empty(L, P, 2)
-    for size, (h, w) in zip(sizes, shapes, strict=True):  # on the device: `torch.tensor(shapes)` would copy, and wait
-        size[:, 0], size[:, 1] = w, h
     # Rows of L * P * 2 numbers, since broadcasting over a last axis of 2 takes seven times as long on a CPU.
     points = points.to(offsets.dtype).repeat(1, L * P)[:, None]  # (Q, 1, L * P * 2)
-    return (points + offsets.flatten(3) / sizes.flatten()).view_as(offsets)
+    return (points + offsets.flatten(3) / level_sizes(shapes, P, like=offsets)).view_as(offsets)
+
+
+def level_sizes(shapes: Shapes, num_points: int, like: Tensor) -> Tensor:
+    """(w, h) of each level, for each of its points: (L * P * 2,), on the device of `like` and of its type."""
+    sizes = like.new_empty(len(shapes), num_points, 2)
+    for size, (h, w) in zip(sizes, shapes, strict=True):  # on the device: `torch.tensor(shapes)` would copy, and wait
+        size[:, 0], size[:, 1] = w, h
+    return sizes.flatten()
 
 
 def reference_points(shapes: Shapes, like: Tensor) -> Tensor:

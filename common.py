@@ -151,6 +151,9 @@ def choose_device(name: str | None) -> torch.device:
 
     None is not the CPU of a machine with an NVIDIA GPU: where PyTorch was built for CUDA and finds none, that is told.
     """
+    # cuDNN's attention has given NaN gradients where all scores of a masked row are low and the keys are 64 more than a
+    # multiple of 128 (pytorch#196678). `make gpu-check` tells whether yours is right: then this line may go.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     works = torch.cuda.is_available()
     fails = torch.version.cuda and not works and (NVIDIA_DRIVER.exists() or NVIDIA_DEVICE.exists())
     name = name or ("cuda" if works or fails else "cpu")

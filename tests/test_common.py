@@ -156,6 +156,6 @@ def test_a_gpu_that_cannot_be_used_is_told_instead_of_taking_the_cpu(monkeypatch
         with pytest.raises(UserError) as fault:
             common.choose_device(name)
         assert all(text in str(fault.value) for text in [*told, CPU_REMEDY])
-    assert common.choose_device("cpu") == "cpu"
+    assert common.choose_device("cpu") == "cpu" and not torch.backends.cuda.cudnn_sdp_enabled()
     monkeypatch.setattr(torch.version, "cuda", None)  # a build without CUDA
     assert common.choose_device(None) == "cpu"

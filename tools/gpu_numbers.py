@@ -143,7 +143,7 @@ def attend(device: torch.device, keys: int, row: int, trained: bool, rounded: to
     if row:
         table = torch.randn(59 * 59 + 3, heads, generator=g).to(device, rounded)
         table = table.to(torch.promote_types(dtype, torch.float32)).requires_grad_(trained)  # as parameters are
-        bias = gather_columns(table.t(), relative_position_index(30, 30).to(device)).to(dtype)  # (M, keys, keys)
+        bias = gather_columns(table.t(), relative_position_index(30, 30).to(device), dtype)  # (M, keys, keys)
         mask, tables = F.pad(bias, (0, row - keys))[None, ..., :keys], [table] * trained
     else:
         mask, tables = (torch.rand(2, 1, queries, keys, generator=g) < 0.3).to(device), []

@@ -1,9 +1,10 @@
 """Build the C++/CUDA operator: at first use, or ahead of time with `python msda_cuda/build.py`.
 
-Reading order: plan -> library -> compile_library -> lock -> main.
+Reading order: plan -> library -> compile_library -> find_tools -> lock -> main.
 
 The library lies in PyTorch's extension cache (`TORCH_EXTENSIONS_DIR`, else ~/.cache/torch_extensions). Its name is made
-from the sources and PyTorch's version, so that every later process finds it there. Environment:
+from the sources and PyTorch's version, so that every later process finds it there; or a note, why building it failed.
+Environment:
   FORCE_CUDA=1            build the CUDA part though no GPU is visible
   TORCH_CUDA_ARCH_LIST    its architectures (default: those of the GPUs here; without one, 7.5 to 12.0+PTX)
   CUDA_HOME, CXX          the CUDA toolkit and the host compiler
@@ -31,6 +32,7 @@ ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 LOCK_SECONDS = 600.0
 # Sums of 32 products become a tree instead of a chain; NaN and infinity keep their meaning (no -ffast-math).
 COMPILE_FLAGS = ["-O3", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]
+COMPLAINT = r"(?im)^.*(fatal +:|error:|undefined reference|cannot find -l|no space left|unsupported gpu).*$"
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none: one thread there
 
 
@@ -47,10 +49,13 @@ class Plan(NamedTuple):
 
 
 def find_cuda_home() -> Path | None:
-    """The first toolkit of PyTorch's CUDA with both compiler and headers (an `nvcc` on the path may be a wrapper)."""
+    """The first toolkit of PyTorch's CUDA with both compiler and headers (an `nvcc` on the path may be a wrapper).
+
+    The last places are where pip puts the package cuda-toolkit, from CUDA 13 on: site-packages/nvidia/cu13.
+    """
     major = torch.version.cuda.split(".")[0] if torch.version.cuda else r"\d+"
-    nvcc = shutil.which("nvcc")
-    places = (os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda")
+    nvcc, wheels = shutil.which("nvcc"), (Path(folder) / "nvidia" / f"cu{major}" for folder in sys.path)
+    places = (os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda", *wheels)
     for home in (Path(place) for place in places if place):
         header = home / "include" / "cuda.h"  # #define CUDA_VERSION 13000
         if (home / "bin" / "nvcc").exists() and header.exists() and re.search(
@@ -70,7 +75,8 @@ def plan() -> Plan:
     elif os.environ.get("FORCE_CUDA") != "1" and not torch.cuda.is_available():
         no_cuda = "no GPU is visible; FORCE_CUDA=1 builds the CUDA part all the same"
     elif (home := find_cuda_home()) is None:
-        no_cuda = f"no toolkit (nvcc) of PyTorch's CUDA {torch.version.cuda} was found; install one or set CUDA_HOME"
+        no_cuda = (f"no toolkit (nvcc) of PyTorch's CUDA {torch.version.cuda} was found; set CUDA_HOME or, from CUDA "
+                   f'13 on, pip install "cuda-toolkit[nvcc,cccl]=={torch.version.cuda}.*"')
     name = f"msda_{'cpu' if no_cuda else 'cuda'}_{key.hexdigest()[:12]}"
     return Plan(name, None if no_cuda else home, no_cuda)
 
@@ -111,13 +117,26 @@ def library(ahead: bool = False, verbose: bool = False) -> Path:
             if path.parent.stat().st_uid == os.getuid():
                 with lock(path.with_suffix(".lock"), LOCK_SECONDS):
                     if not is_usable(path):  # else another process compiled it meanwhile
+                        note = path.with_suffix(".failed")
+                        if not ahead and note.exists() and note.read_text().startswith(tools(here, archs)):
+                            raise BuildError(note.read_text().removeprefix(tools(here, archs)))
                         compile_library(here, path, archs, verbose)
+                    for note in path.parent.glob(f"{here.name}*.failed"):
+                        note.unlink()
                     return path
     raise BuildError(f"no writable cache in {' or '.join(map(str, folders))}; set TORCH_EXTENSIONS_DIR")
 
 
+def tools(here: Plan, archs: str) -> str:
+    """A line of what may mend a build that has failed: with others of these it is tried again."""
+    return f"{os.environ.get('CXX', 'c++')}, {here.cuda_home}, {archs}\n"
+
+
 def compile_library(here: Plan, path: Path, archs: str, verbose: bool) -> None:
-    """Compile in a new folder, then rename the library to `path`: a killed build leaves no broken one. BuildError."""
+    """Compile in a new folder, then rename the library to `path`: a killed build leaves no broken one. BuildError.
+
+    Why it failed is noted beside `path`, so that the next process does not try the same again.
+    """
     # pip puts ninja beside this Python, which is on PATH only where its environment is activated.
     search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     with patch.dict(os.environ, PATH=search, TORCH_CUDA_ARCH_LIST=archs):
@@ -130,16 +149,23 @@ def compile_library(here: Plan, path: Path, archs: str, verbose: bool) -> None:
             sources, flags = [*sources, "kernels.cu"], [*flags, "-DMSDA_WITH_CUDA"]
         try:
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                for runtime in here.cuda_home.glob("lib/libcudart.so.*") if here.cuda_home else ():
+                    Path(folder, "libcudart.so").symlink_to(runtime)  # the linker's name for it, which pip leaves out
                 cpp_extension.load(
-                    path.stem, [str(SOURCES / name) for name in sources], extra_cflags=flags, extra_ldflags=OPENMP,
+                    path.stem, [str(SOURCES / name) for name in sources], extra_cflags=flags,
+                    extra_ldflags=[*OPENMP, f"-L{folder}"],
                     extra_cuda_cflags=["-O3", "--threads=2"], build_directory=folder, is_python_module=False,
                     verbose=verbose,
                 )
                 os.replace(Path(folder) / path.name, path)
         except Exception as error:
-            # The compiler's first complaint, else the first line that PyTorch writes.
-            reason = [*re.findall("(?i).*error:.*", str(error)), *str(error).splitlines(), repr(error)][0].strip()
-            raise BuildError(f"compiling failed: {reason}; `python msda_cuda/build.py` shows all of it") from error
+            # The first complaint of compiler or linker, else the first line that PyTorch writes.
+            complaint = re.search(COMPLAINT, str(error))
+            reason = (complaint[0] if complaint else str(error).partition("\n")[0] or repr(error)).strip()
+            reason = f"compiling failed: {reason}; `python msda_cuda/build.py` tries again, and shows all of it"
+            with contextlib.suppress(OSError):  # a full disk
+                path.with_suffix(".failed").write_text(tools(here, archs) + reason)
+            raise BuildError(reason) from error
     print(f"Built {path} in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
 

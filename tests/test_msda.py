@@ -421,6 +421,76 @@ def test_ninja_of_an_environment_that_is_not_activated(tmp_path, monkeypatch):
     assert os.environ["PATH"] == str(tmp_path)
 
 
+COMPLAINTS = {  # the text of PyTorch's error -> what is shown of it
+    "Error building extension 'op': [1/2] c++ -o op.o\nFAILED: op.o\nmsda.cpp:3:1: fatal error: a.h: No such file\n":
+        "msda.cpp:3:1: fatal error: a.h: No such file",
+    "Error building extension 'op': [1/2] nvcc -o k.o\nnvcc fatal   : Unsupported gpu architecture 'compute_99'":
+        "nvcc fatal   : Unsupported gpu architecture 'compute_99'",
+    "Error building extension 'op': [2/2] c++ -shared\n/usr/bin/ld: cannot find -lcudart: No such file\n":
+        "/usr/bin/ld: cannot find -lcudart: No such file",
+    "Error building extension 'op': c++\nmsda.o: in function `f':\nmsda.cpp: undefined reference to `g'\nexit 1":
+        "msda.cpp: undefined reference to `g'",
+    "[Errno 28] No space left on device": "[Errno 28] No space left on device",
+    "Unknown CUDA arch (99.9) or GPU not supported\nmore": "Unknown CUDA arch (99.9) or GPU not supported",
+}
+
+
+@pytest.mark.parametrize("text", COMPLAINTS)
+def test_a_failed_build_is_remembered_with_its_reason(first_use, tmp_path, text):
+    """Later processes do not try again, until compiler or toolkit is another one or a user builds ahead of time."""
+    tries = []
+
+    def load(name, sources, build_directory, **_):
+        tries.append(name)
+        if os.environ["CXX"] == "sh":
+            raise ValueError(text)
+        (Path(build_directory) / f"{name}.so").touch()
+
+    first_use.setattr(cpp_extension, "load", load)
+    first_use.setenv("CXX", "sh")
+    for _ in range(3):
+        with pytest.raises(build.BuildError, match=f"compiling failed: {re.escape(COMPLAINTS[text])}; `python msda_cu"):
+            build.library()
+    assert len(tries) == 1
+    with pytest.raises(build.BuildError):
+        build.library(ahead=True)
+    assert len(tries) == 2
+    first_use.setenv("CXX", "cat")
+    assert build.library().exists() and len(tries) == 3
+    assert not list(tmp_path.rglob("*.failed"))
+
+
+def test_one_process_of_a_machine_warns(first_use, recwarn):
+    first_use.setenv("CXX", "gone")
+    first_use.setenv("LOCAL_RANK", "1")
+    assert active_path("cpu") == "torch" and not recwarn
+
+
+def test_the_toolkit_that_pip_installs(first_use, tmp_path):
+    """It is found in site-packages, and its libcudart.so.13 has the linker's name in the folder of the build."""
+    home, linked = tmp_path / "site-packages" / "nvidia" / "cu13", []
+    for name in ("bin/nvcc", "include/cuda.h", "lib/libcudart.so.13"):
+        (home / name).parent.mkdir(parents=True)
+        (home / name).write_text("#define CUDA_VERSION 13000\n")
+
+    def load(name, sources, build_directory, extra_ldflags, **_):
+        linked.append((Path(build_directory, "libcudart.so").resolve(), f"-L{build_directory}" in extra_ldflags))
+        (Path(build_directory) / f"{name}.so").touch()
+
+    first_use.setattr(torch.version, "cuda", "13.0")
+    first_use.setattr(cpp_extension, "load", load)
+    exists = Path.exists
+    first_use.setattr(Path, "exists", lambda path: "/usr/local" not in str(path) and exists(path))
+    for name, value in {"FORCE_CUDA": "1", "PATH": "", "TORCH_CUDA_ARCH_LIST": "9.0", "CXX": "/bin/sh"}.items():
+        first_use.setenv(name, value)
+    first_use.delenv("CUDA_HOME", raising=False)
+    assert '13 on, pip install "cuda-toolkit[nvcc,cccl]==13.0.*"' in build.plan().no_cuda
+    first_use.syspath_prepend(str(home.parents[1]))
+    assert build.plan()[1:] == (home, "")
+    build.library()
+    assert linked == [(home / "lib" / "libcudart.so.13", True)]
+
+
 def test_what_is_built_follows_the_machine(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -433,7 +503,7 @@ def test_what_is_built_follows_the_machine(monkeypatch, tmp_path):
         (tmp_path / name).write_text("#define CUDA_VERSION 12040\n")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", "")
-    assert "CUDA 13.0 was found; install one or set CUDA_HOME" in build.plan().no_cuda  # 12.4 is no 13
+    assert "CUDA 13.0 was found; set CUDA_HOME" in build.plan().no_cuda  # 12.4 is no 13
     (tmp_path / "include/cuda.h").write_text("#define CUDA_VERSION 13020\n")
     assert build.plan()[1:] == (tmp_path, "") and build.plan().name.startswith("msda_cuda_")
     monkeypatch.setattr(torch.version, "cuda", None)

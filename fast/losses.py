@@ -63,11 +63,13 @@ def matching_costs(prediction: Prediction, labels: Tensor, num_points: int) -> T
     in_maps, in_labels = corners(points, *mask_features.shape[2:]), corners(points, *labels.shape[1:])
     pixels = bordered(mask_features, 0).flatten(2).mT  # (B, C, h, w) -> (B, (h + 2)(w + 2), C)
     classes = bordered(labels.clamp(max=num_classes), num_classes)  # 255 -> K
-    costs = []
+    num_queries, costs = mask_embeds.shape[2], []
+    if mask_embeds.dtype.itemsize == 2:  # a GPU's 16-bit products need rows that start at multiples of 16 bytes
+        mask_embeds = F.pad(mask_embeds, (0, 0, 0, -num_queries % 8))
     for embeds, *corners_of in zip(mask_embeds, *in_maps, *in_labels, strict=True):  # little memory at a time
-        masks = full_precision(pixels @ embeds.mT.contiguous())  # (B, (h + 2)(w + 2), Q)
+        masks = full_precision(pixels @ embeds.mT.contiguous())  # (B, (h + 2)(w + 2), Q or a little more)
         logits, targets = sample_pixels(masks, *corners_of[:2]), sample_targets(classes, *corners_of[2:], num_classes)
-        costs.append(mask_costs(logits.mT, targets.mT))
+        costs.append(mask_costs(logits[..., :num_queries].mT, targets.mT))
     return CLASS_WEIGHT * -class_logits.softmax(dim=3)[..., :-1] + torch.stack(costs)
 
 

@@ -49,6 +49,16 @@ def test_all_at_once_is_one_by_one(halton_points, images, queries, normalized):
     torch.testing.assert_close(*(torch.autograd.grad(sum(t.values()), inputs) for t in terms), **EXACT)
 
 
+@pytest.mark.parametrize("queries", [8, 9])
+def test_costs_of_16_bit_masks(halton_points, queries):
+    """Of as many queries as there are, however many are multiplied."""
+    classes, *masks = (t.detach().float() for t in random_prediction(2, queries=queries))
+    low, labels = [t.bfloat16() for t in masks], random_labels(2)
+    costs = matching_costs(Prediction(classes, *low), labels, POINTS)
+    exact = matching_costs(Prediction(classes, *(t.float() for t in low)), labels, POINTS)
+    assert costs.shape == exact.shape and (costs - exact).abs().max() < 0.02 * exact.abs().max()
+
+
 # ----------------------------------------------------------------------------------------------------------- sampling
 
 

@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
 import sys
 import warnings
 from collections import Counter
@@ -45,6 +46,7 @@ from evaluate import evaluate, in_percent, metrics, predictions, table
 from heads import Normalizers, classes_present, loss_normalizers
 from layout import AMP, choose_layout, share_batch
 from model import ModelConfig, Segmenter, build_model
+from msda_cuda.build import cache
 from run import Process
 from sync_batchnorm import convert_sync_batchnorm
 from tools import draw
@@ -134,6 +136,7 @@ def train(options: argparse.Namespace, process: Process) -> None:
     model = make_model(options, state, training.info.classes, process)
     accumulation = choose_layout(options, recipe.batch, recipe.checkpoint_activations, model, process)
     if options.compile:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache() / "inductor"))  # else in /tmp, gone with the job
         model.compile()  # at its first call, as it is then: with the batch norm of data_parallel
     optimizer = AdamW(parameter_groups(model, options.lr, options.weight_decay, options.layer_decay), fused=True)
     amp, scaler = AMP[options.amp], torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
@@ -381,7 +384,7 @@ def parser() -> common.Parser:
     add("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision; default: off")
     add("--tf32", **switch, default=True, help="TF32 matrix products on a GPU; on by default, as in the official runs")
     add("--fast", **switch, default=True, help="the fast text beside the plain one: the same numbers to rounding")
-    add("--compile", action="store_true", help="torch.compile the model")
+    add("--compile", action="store_true", help="torch.compile the model: minutes at the first start, then faster")
     add = p.add_argument_group("the run").add_argument
     add("--name", help="of the folder in runs/; default: HEAD-SIZE-DATA")
     add("--resume", nargs="?", const="", metavar="RUN", help="go on with this run and its options; no RUN: the newest")

@@ -90,6 +90,12 @@ def architectures(ahead: bool) -> str:
     return os.environ.get("TORCH_CUDA_ARCH_LIST") or default
 
 
+def cache() -> Path:
+    """Where compiled code lies for later processes: PyTorch's extension cache."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or home / "torch_extensions")
+
+
 def library(ahead: bool = False, verbose: bool = False) -> Path:
     """The compiled library; if there is none yet, one process compiles it while others wait. Raises BuildError.
 
@@ -97,9 +103,7 @@ def library(ahead: bool = False, verbose: bool = False) -> Path:
     """
     if sys.platform == "win32":
         raise BuildError("the native operator is not supported on Windows; MSDA=torch silences this")
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or home / "torch_extensions")
-    folders = root / "msda", Path(tempfile.gettempdir()) / f"msda-{os.getuid()}"  # where the first is read-only
+    folders = cache() / "msda", Path(tempfile.gettempdir()) / f"msda-{os.getuid()}"  # where the first is read-only
     here, archs = plan(), architectures(ahead)
     name = here.name
     if here.cuda_home and not ahead:  # compiled for the GPUs here: a machine with others must not find this library

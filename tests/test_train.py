@@ -450,6 +450,18 @@ def test_precision_and_memory_options_train_alike(place):
         assert all(t.dtype in (torch.float32, torch.int64) and torch.isfinite(t).all() for t in weights.values())
 
 
+def test_compiled_code_is_kept_for_later_runs(place, monkeypatch):
+    monkeypatch.setattr(train.Segmenter, "compile", lambda _: None)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "extensions")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is put back
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    start("--iterations", "1", "--compile")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "extensions/inductor"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "own")
+    start("--iterations", "1", "--compile")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "own"
+
+
 @pytest.mark.slow
 def test_compiled_model_trains_alike(place):
     for name, more in (("plain", ()), ("compiled", ("--compile",))):

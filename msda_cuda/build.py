@@ -32,8 +32,6 @@ ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 LOCK_SECONDS = 600.0
 # Sums of 32 products become a tree instead of a chain; NaN and infinity keep their meaning (no -ffast-math).
 COMPILE_FLAGS = ["-O3", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]
-# A compiler's, nvcc's, the linker's way to complain; the text before a colon is no path and no quoted name.
-COMPLAINT = re.compile(r"(?i).*(?:(?:error|fatal)[ #\w-]*:|undefined reference|cannot find -l|no space left).*")
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none: one thread there
 
 
@@ -96,7 +94,7 @@ def architectures(ahead: bool) -> str:
 def library(ahead: bool = False) -> Path:
     """The compiled library; if there is none yet, one process compiles it while others wait. Raises BuildError.
 
-    With `ahead` it is compiled in any case, for all architectures, though it be there or have failed before.
+    With `ahead` it is compiled in any case, for all architectures, even if that failed before.
     """
     if sys.platform == "win32":
         raise BuildError("the native operator is not supported on Windows; MSDA=torch silences this")
@@ -132,12 +130,13 @@ def compile_library(here: Plan, path: Path, archs: str, ahead: bool) -> None:
     """
     # pip puts ninja beside this Python, which is on PATH only where its environment is activated.
     search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    with patch.dict(os.environ, PATH=search, TORCH_CUDA_ARCH_LIST=archs):
-        cpp_extension, tools, note = find_tools(), toolchain(here.cuda_home), path.with_suffix(".failed")
+    with patch.dict(os.environ, PATH=search, TORCH_CUDA_ARCH_LIST=archs, LC_ALL="C"):  # complaints in English
+        tools, note = toolchain(here.cuda_home), path.with_suffix(".failed")
         if not ahead and note.exists():
             reason, _, failed_with = note.read_text(errors="replace").partition("\n")
             if failed_with == tools:
                 raise BuildError(reason)
+        cpp_extension = find_tools()
         parts = f"CPU and CUDA ({archs})" if here.cuda_home else f"CPU ({here.no_cuda})"
         print(f"Building deformable attention, once: {parts}", file=sys.stderr, flush=True)
         sources, flags, start = ["msda.cpp"], [*COMPILE_FLAGS, *OPENMP], time.monotonic()
@@ -157,9 +156,9 @@ def compile_library(here: Plan, path: Path, archs: str, ahead: bool) -> None:
         except Exception as error:
             reason = (f"compiling failed: {complaint(str(error) or repr(error))}; "
                       "`python msda_cuda/build.py` tries again and shows all of it")
-            # A stop, a wrong option or a refusal of the system (memory, disk) is not the compilers' fault.
-            is_lasting = "interrupted by user" not in str(error) and not getattr(error, "errno", None)
-            if is_lasting and not isinstance(error, ValueError):
+            # Not the compilers' fault: a wrong architecture, a refusal of the system (memory, files), a stop.
+            is_passing = isinstance(error, ValueError) or getattr(error, "errno", None)
+            if not is_passing and "interrupted by user" not in str(error):
                 with contextlib.suppress(OSError):
                     note.write_text(f"{reason}\n{tools}")
             raise BuildError(reason) from error
@@ -169,9 +168,11 @@ def compile_library(here: Plan, path: Path, archs: str, ahead: bool) -> None:
 
 
 def complaint(output: str) -> str:
-    """The first complaint in the output of ninja; without one, what the failed command wrote first; never a command."""
-    after_command = re.findall(r"FAILED: .*\n.*\n(.*)", output)
-    return [*COMPLAINT.findall(output), *after_command, output.splitlines()[-1]][0].strip()
+    """The first complaint of compiler or linker; without one, what the failed command wrote first; never a command."""
+    complains = r"(?i).*(?:(?:error|fatal)[ #\w-]*:|undefined reference|cannot find -l|no space left).*"
+    first_of_command = r"FAILED: .*\n.*\n(.*)"  # ninja writes the target, the command, then what the command wrote
+    lines = [*re.findall(complains, output), *re.findall(first_of_command, output), output.splitlines()[-1]]
+    return lines[0].strip()
 
 
 def toolchain(cuda_home: Path | None) -> str:
@@ -218,14 +219,12 @@ def lock(path: Path, seconds: float) -> Iterator[None]:
 def main() -> None:
     """Build ahead of time, for every machine that shares the cache; exit status 2 if that fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quiet", action="store_true", help="without the compiler's output")
-    quiet = parser.parse_args().quiet
+    parser.parse_args()
     try:
         library(ahead=True)
     except BuildError as error:
-        if error.__cause__ and not quiet:
-            print(error.__cause__, file=sys.stderr)
-        parser.exit(2, f"error: {error}\n")
+        output = f"{error.__cause__}\n" if error.__cause__ else ""
+        parser.exit(2, f"{output}error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import common
 
-from . import active_path, ms_deform_attn, ms_deform_attn_torch, ops
+from . import active_path, build, ms_deform_attn, ms_deform_attn_torch, ops
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # of self_test
 
@@ -35,6 +35,7 @@ def run() -> int:
     """Print what is active, and compare it with the reference; returns the exit status."""
     operator = ops.native()
     print(f"MSDA={os.environ.get('MSDA', 'auto')}, PyTorch {torch.__version__}")
+    print(f"CUDA toolkit: {build.find_cuda_home() or 'none'}")
     print(f"library: {operator.library or 'none'}" + (f" ({operator.reason})" if operator.reason else ""))
     failed = False
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():

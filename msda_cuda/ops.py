@@ -69,7 +69,7 @@ def choose_path(device_type: str) -> str:
         return "native"
     if choice == "native":
         raise UserError(f"MSDA=native, but there is no operator for {device_type}: {operator.reason}")
-    if choice == "auto" and os.environ.get("LOCAL_RANK", "0") == "0":  # one of this machine's processes
+    if choice == "auto" and os.environ.get("LOCAL_RANK", "0") == "0":  # under torchrun one process warns
         warnings.warn(f"deformable attention on {device_type} runs without its native operator, several times slower: "
                       f"{operator.reason} (MSDA=torch silences this)", stacklevel=4)
     return "torch"

@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 import runpy
+import subprocess
 import sys
 import time
 import warnings
@@ -338,7 +339,7 @@ def test_a_choice_that_cannot_be(first_use, choice, message):
 
 def test_commands(native, first_use, capsys):
     """`python -m msda_cuda` passes its self-test; `python msda_cuda/build.py` that fails says so in one line."""
-    first_use.setattr(sys, "argv", ["msda_cuda/build.py", "--quiet"])
+    first_use.setattr(sys, "argv", ["msda_cuda/build.py"])
     first_use.setenv("CXX", "gone")
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(ROOT / "msda_cuda" / "build.py"), run_name="__main__")
@@ -349,6 +350,110 @@ def test_commands(native, first_use, capsys):
         runpy.run_module("msda_cuda", run_name="__main__")
     output = capsys.readouterr().out
     assert output.count("cpu: native") == 3 and output.count("passed") == 3
+    assert f"CUDA toolkit: {build.find_cuda_home() or 'none'}\n" in output
+
+
+FAILURES = {  # what a compiler writes -> the line that is shown
+    "In file included from a.h:1,\na.cpp:3:10: fatal error: nv/target: No such file\ncompilation terminated.": 1,
+    "a.cu(1): warning #177-D: unused\na.cu(2): error: identifier is undefined\n1 error detected in a.cu.": 1,
+    "nvcc fatal   : Unsupported gpu architecture 'compute_30'": 0,
+    "ld: a.o: in function f:\na.cpp:7: undefined reference to `g'\ncollect2: error: ld returned 1 exit status": 1,
+    "ld: cannot find -lcudart: No such file\ncollect2: error: ld returned 1 exit status": 0,
+    "as: final close failed: No space left on device": 0,
+    "/bin/sh: 1: cc1plus: Permission denied": 0,
+}
+
+
+@pytest.fixture
+def write_compiler(first_use, tmp_path):
+    """write_compiler(output, name) -> a program that logs each compilation, writes the output and fails."""
+    def write(output="a.cpp:1: error: it failed", name="c++"):
+        script, log = tmp_path / name, tmp_path / "log"
+        log.touch()
+        script.parent.mkdir(exist_ok=True)
+        script.write_text(f"#!/bin/sh\necho \"$*\" | grep -e '-c ' >> {log} || exit 0\n"
+                          f"cat <<'END'\n{output}\nEND\nsleep 0.2; exit 1\n")
+        script.chmod(0o755)
+        first_use.setenv("CXX", str(script))
+        return log
+
+    first_use.delenv("FORCE_CUDA", raising=False)
+    first_use.setattr(torch.cuda, "is_available", lambda: False)
+    first_use.setenv("MSDA", "auto")
+    return write
+
+
+@pytest.mark.parametrize("output", FAILURES)
+def test_a_failed_build_shows_the_compilers_first_complaint(write_compiler, output):
+    write_compiler(output)
+    line = output.splitlines()[FAILURES[output]]
+    with pytest.raises(build.BuildError, match=f"^compiling failed: {re.escape(line)}; `python msda_cuda/build.py`"):
+        build.library()
+
+
+def test_a_complaint_of_nvcc(write_compiler, first_use, tmp_path):
+    write_compiler("nvcc fatal   : Unsupported gpu architecture", "bin/nvcc")
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include/cuda.h").write_text("#define CUDA_VERSION 13000\n")
+    for name, value in {"CXX": "true", "CUDA_HOME": str(tmp_path), "FORCE_CUDA": "1"}.items():
+        first_use.setenv(name, value)
+    first_use.setattr(torch.version, "cuda", "13.0")
+    for name, reason in {"9.0": "nvcc fatal   : Unsupported gpu", "Future": r"Unknown CUDA arch \(Future\)"}.items():
+        first_use.setenv("TORCH_CUDA_ARCH_LIST", name)
+        with pytest.raises(build.BuildError, match=f"^compiling failed: {reason}"):
+            build.library()
+    assert [path.name[-7:] for path in tmp_path.rglob("*.failed")] == [".failed"]  # the wrong name costs nothing
+
+
+def test_a_failed_build_is_remembered_until_a_compiler_changes(write_compiler, first_use, tmp_path, capsys):
+    log, reasons = write_compiler(), []
+    for _ in range(3):
+        with pytest.raises(build.BuildError) as caught:
+            build.library()
+        reasons.append(str(caught.value))
+    assert len(log.read_text().splitlines()) == 1 and len(set(reasons)) == 1
+    assert capsys.readouterr().err.count("Building") == 1
+    for _ in range(2):  # ahead of time, as `python msda_cuda/build.py` does: always
+        with pytest.raises(build.BuildError):
+            build.library(ahead=True)
+    assert len(log.read_text().splitlines()) == 3
+    write_compiler("a.cpp:1: error: another reason")
+    with pytest.raises(build.BuildError, match="another reason"):
+        build.library()
+    assert len(log.read_text().splitlines()) == 4
+
+    def load(name, sources, build_directory, **_):
+        (Path(build_directory) / f"{name}.so").touch()
+
+    first_use.setattr(cpp_extension, "load", load)
+    with pytest.raises(build.BuildError, match="another reason"):
+        build.library()
+    path = build.library(ahead=True)
+    assert not list(tmp_path.rglob("*.failed")) and build.library() == path
+
+
+@pytest.mark.parametrize("error", [ValueError("wrong name"), OSError(28, "No space left on device"),
+                                   RuntimeError("Error building\nninja: build stopped: interrupted by user.")])
+def test_what_passes_is_not_remembered(write_compiler, first_use, tmp_path, error):
+    def load(*_, **__):
+        raise error
+
+    write_compiler()
+    first_use.setattr(cpp_extension, "load", load)
+    with pytest.raises(build.BuildError, match=f"compiling failed: .*{str(error).splitlines()[-1][-20:-1]}"):
+        build.library()
+    assert not list(tmp_path.rglob("*.failed"))
+
+
+def test_processes_of_one_machine_try_once_and_warn_once(write_compiler):
+    """Two processes start together as torchrun starts them: one compilation, one "Building" line, one warning."""
+    log, code = write_compiler(), "from msda_cuda import active_path; print(active_path('cpu'))"
+    processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "LOCAL_RANK": str(rank)},
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    outputs, errors = zip(*(process.communicate() for process in processes), strict=True)
+    assert outputs == ("torch\n", "torch\n") and len(log.read_text().splitlines()) == 1
+    assert "".join(errors).count("Building deformable attention") == 1
+    assert errors[0].count("it failed; `python msda_cuda/build.py` tries again") == 1 and "it failed" not in errors[1]
 
 
 @pytest.fixture
@@ -356,7 +461,7 @@ def compiled(first_use):
     """The libraries that were compiled, by a compile_library that takes a moment and compiles nothing."""
     compiled = []
 
-    def compile_library(here, path, archs, verbose):
+    def compile_library(here, path, archs, ahead):
         time.sleep(0.3)
         compiled.append(path)
         path.write_bytes(b"")
@@ -421,74 +526,33 @@ def test_ninja_of_an_environment_that_is_not_activated(tmp_path, monkeypatch):
     assert os.environ["PATH"] == str(tmp_path)
 
 
-COMPLAINTS = {  # the text of PyTorch's error -> what is shown of it
-    "Error building extension 'op': [1/2] c++ -o op.o\nFAILED: op.o\nmsda.cpp:3:1: fatal error: a.h: No such file\n":
-        "msda.cpp:3:1: fatal error: a.h: No such file",
-    "Error building extension 'op': [1/2] nvcc -o k.o\nnvcc fatal   : Unsupported gpu architecture 'compute_99'":
-        "nvcc fatal   : Unsupported gpu architecture 'compute_99'",
-    "Error building extension 'op': [2/2] c++ -shared\n/usr/bin/ld: cannot find -lcudart: No such file\n":
-        "/usr/bin/ld: cannot find -lcudart: No such file",
-    "Error building extension 'op': c++\nmsda.o: in function `f':\nmsda.cpp: undefined reference to `g'\nexit 1":
-        "msda.cpp: undefined reference to `g'",
-    "[Errno 28] No space left on device": "[Errno 28] No space left on device",
-    "Unknown CUDA arch (99.9) or GPU not supported\nmore": "Unknown CUDA arch (99.9) or GPU not supported",
-}
-
-
-@pytest.mark.parametrize("text", COMPLAINTS)
-def test_a_failed_build_is_remembered_with_its_reason(first_use, tmp_path, text):
-    """Later processes do not try again, until compiler or toolkit is another one or a user builds ahead of time."""
-    tries = []
-
-    def load(name, sources, build_directory, **_):
-        tries.append(name)
-        if os.environ["CXX"] == "sh":
-            raise ValueError(text)
-        (Path(build_directory) / f"{name}.so").touch()
-
-    first_use.setattr(cpp_extension, "load", load)
-    first_use.setenv("CXX", "sh")
-    for _ in range(3):
-        with pytest.raises(build.BuildError, match=f"compiling failed: {re.escape(COMPLAINTS[text])}; `python msda_cu"):
-            build.library()
-    assert len(tries) == 1
-    with pytest.raises(build.BuildError):
-        build.library(ahead=True)
-    assert len(tries) == 2
-    first_use.setenv("CXX", "cat")
-    assert build.library().exists() and len(tries) == 3
-    assert not list(tmp_path.rglob("*.failed"))
-
-
-def test_one_process_of_a_machine_warns(first_use, recwarn):
-    first_use.setenv("CXX", "gone")
-    first_use.setenv("LOCAL_RANK", "1")
-    assert active_path("cpu") == "torch" and not recwarn
-
-
-def test_the_toolkit_that_pip_installs(first_use, tmp_path):
-    """It is found in site-packages, and its libcudart.so.13 has the linker's name in the folder of the build."""
-    home, linked = tmp_path / "site-packages" / "nvidia" / "cu13", []
+def test_toolkit_of_pip(monkeypatch, tmp_path):
+    """site-packages/nvidia holds compiler, headers and a runtime without the name that the linker looks for."""
+    home, seen = tmp_path / "site-packages" / "nvidia" / "cu13", []
     for name in ("bin/nvcc", "include/cuda.h", "lib/libcudart.so.13"):
         (home / name).parent.mkdir(parents=True)
         (home / name).write_text("#define CUDA_VERSION 13000\n")
+    before = sorted(home.rglob("*"))
+    for name, value in {"PATH": "", "CXX": "/bin/sh", "CUDA_HOME": "", "FORCE_CUDA": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.syspath_prepend(home.parents[1])
+    monkeypatch.setattr(build, "Path", lambda path: Path(str(path).replace("/usr/local/cuda", "/absent")))
+    here = build.plan()
+    assert here.cuda_home == home and not here.no_cuda
 
     def load(name, sources, build_directory, extra_ldflags, **_):
-        linked.append((Path(build_directory, "libcudart.so").resolve(), f"-L{build_directory}" in extra_ldflags))
+        seen.append((cpp_extension.CUDA_HOME, (Path(build_directory) / "libcudart.so").resolve()))
+        assert f"-L{build_directory}" in extra_ldflags and sources[-1].endswith("kernels.cu")
         (Path(build_directory) / f"{name}.so").touch()
 
-    first_use.setattr(torch.version, "cuda", "13.0")
-    first_use.setattr(cpp_extension, "load", load)
-    exists = Path.exists
-    first_use.setattr(Path, "exists", lambda path: "/usr/local" not in str(path) and exists(path))
-    for name, value in {"FORCE_CUDA": "1", "PATH": "", "TORCH_CUDA_ARCH_LIST": "9.0", "CXX": "/bin/sh"}.items():
-        first_use.setenv(name, value)
-    first_use.delenv("CUDA_HOME", raising=False)
-    assert '13 on, pip install "cuda-toolkit[nvcc,cccl]==13.0.*"' in build.plan().no_cuda
-    first_use.syspath_prepend(str(home.parents[1]))
-    assert build.plan()[1:] == (home, "")
-    build.library()
-    assert linked == [(home / "lib" / "libcudart.so.13", True)]
+    monkeypatch.setattr(cpp_extension, "load", load)
+    monkeypatch.setattr(cpp_extension, "is_ninja_available", lambda: True)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    build.compile_library(here, tmp_path / "op.so", "9.0", False)
+    assert seen == [(str(home), home / "lib/libcudart.so.13")] and sorted(home.rglob("*")) == before
+    monkeypatch.setattr(torch.version, "cuda", "12.8")  # pip's wheels of 12 have no nvcc
+    assert "CUDA 12.8 was found; install one or set CUDA_HOME" in build.plan().no_cuda
 
 
 def test_what_is_built_follows_the_machine(monkeypatch, tmp_path):
@@ -503,7 +567,9 @@ def test_what_is_built_follows_the_machine(monkeypatch, tmp_path):
         (tmp_path / name).write_text("#define CUDA_VERSION 12040\n")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", "")
-    assert "CUDA 13.0 was found; set CUDA_HOME" in build.plan().no_cuda  # 12.4 is no 13
+    monkeypatch.setattr(sys, "path", [])
+    remedy = 'CUDA 13.0 was found; pip install "cuda-toolkit[nvcc,cccl]==13.0.*" or set CUDA_HOME'
+    assert remedy in build.plan().no_cuda  # 12.4 is no 13
     (tmp_path / "include/cuda.h").write_text("#define CUDA_VERSION 13020\n")
     assert build.plan()[1:] == (tmp_path, "") and build.plan().name.startswith("msda_cuda_")
     monkeypatch.setattr(torch.version, "cuda", None)

@@ -23,6 +23,8 @@ EMULATION = ROOT / "tests" / "emulation"
 TORCH_HEADERS = Path(torch.__file__).parent / "include"
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 COMPILER = os.environ.get("CXX", "g++")
+PIP_HOME = next((home for folder in sys.path for home in Path(folder, "nvidia").glob("cu*")
+                 if (home / "bin" / "nvcc").exists()), None)
 needs_nvcc = pytest.mark.skipif(build.find_cuda_home() is None, reason="no CUDA toolkit (nvcc)")
 
 
@@ -149,10 +151,14 @@ def test_nvcc_compiles_every_architecture_without_spills(tmp_path):
     assert len(spills) >= kernels and set(spills) == {("0", "0")}
 
 
-@needs_nvcc
 @pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch is built without CUDA")
-def test_extension_with_cuda_links_and_loads(tmp_path):
+@pytest.mark.parametrize("home", [
+    pytest.param(build.find_cuda_home(), marks=needs_nvcc, id="toolkit"),
+    pytest.param(PIP_HOME, id="pip", marks=pytest.mark.skipif(
+        PIP_HOME is None, reason='no toolkit of pip: pip install "cuda-toolkit[nvcc,cccl]"')),
+])
+def test_extension_with_cuda_links_and_loads(tmp_path, home):
     code = """
 import torch
 from msda_cuda import ms_deform_attn, ops
@@ -160,6 +166,6 @@ print("cuda" in ops.native().devices, ms_deform_attn(
     torch.ones(1, 4, 1, 32), [(2, 2)], torch.full((1, 3, 1, 1, 1, 2), .5), torch.ones(1, 3, 1, 1, 1)).sum().item())
 """
     environment = {**os.environ, "FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0", "MSDA": "native",
-                   "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+                   "TORCH_EXTENSIONS_DIR": str(tmp_path), "CUDA_HOME": str(home)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == "True 96.0", done.stderr

@@ -445,9 +445,10 @@ def test_what_passes_is_not_remembered(write_compiler, first_use, tmp_path, erro
     assert not list(tmp_path.rglob("*.failed"))
 
 
-def test_processes_of_one_machine_try_once_and_warn_once(write_compiler):
+def test_processes_of_one_machine_try_once_and_warn_once(write_compiler, first_use, tmp_path):
     """Two processes start together as torchrun starts them: one compilation, one "Building" line, one warning."""
     log, code = write_compiler(), "from msda_cuda import active_path; print(active_path('cpu'))"
+    first_use.setenv("TMPDIR", str(tmp_path))  # no library that lies in another
     processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "LOCAL_RANK": str(rank)},
                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
     outputs, errors = zip(*(process.communicate() for process in processes), strict=True)

@@ -24,6 +24,11 @@ from tqdm import tqdm
 IGNORE = 255  # the label of a pixel without a class
 
 
+# cuDNN's attention has given NaN gradients where all scores of a masked row are low and the keys are 64 more than a
+# multiple of 128 (pytorch#196678). `make gpu-check` tells whether yours is right: then this line may go.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 class UserError(ValueError):
     """A fault that the user can mend. The message is one line: what is wrong, where, and how to mend it."""
 
@@ -143,6 +148,8 @@ def leave_interrupt_to_parent() -> None:
 
 # The oldest driver for all versions of a major release (NVIDIA, "CUDA Compatibility", minor version compatibility).
 DRIVER_FLOORS = {"12": 525, "13": 580}
+OLDER_CUDA = ("`pip install --force-reinstall torch==2.14.1 torchvision==0.29.1 --index-url "
+              "https://download.pytorch.org/whl/cu126` (CUDA 12.6, driver 525 or newer)")
 NVIDIA_DRIVER, NVIDIA_DEVICE = Path("/proc/driver/nvidia/version"), Path("/dev/nvidia0")
 
 
@@ -151,16 +158,15 @@ def choose_device(name: str | None) -> torch.device:
 
     None is not the CPU of a machine with an NVIDIA GPU: where PyTorch was built for CUDA and finds none, that is told.
     """
-    # cuDNN's attention has given NaN gradients where all scores of a masked row are low and the keys are 64 more than a
-    # multiple of 128 (pytorch#196678). `make gpu-check` tells whether yours is right: then this line may go.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    works = torch.cuda.is_available()
-    fails = torch.version.cuda and not works and (NVIDIA_DRIVER.exists() or NVIDIA_DEVICE.exists())
+    works, hidden = torch.cuda.is_available(), os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
+    fails = torch.version.cuda and not works and not hidden and (NVIDIA_DRIVER.exists() or NVIDIA_DEVICE.exists())
     name = name or ("cuda" if works or fails else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        return torch.zeros(1, device=name).device  # by a kernel: a GPU that is too old for this PyTorch has none
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # what PyTorch raises differs by device
         fault = f"device '{name}' cannot be used here: choose cpu, cuda or mps with --device"
+        if "no kernel image" in str(error):
+            fault = f"PyTorch {torch.__version__} has no kernels for this GPU: {OLDER_CUDA}; --device cpu takes the CPU"
         raise UserError(why_no_cuda(error) if fails and name.startswith("cuda") else fault) from None
 
 
@@ -171,8 +177,7 @@ def why_no_cuda(error: BaseException) -> str:
     driver = re.search(r"\b(\d{3,})\.\d+[.\d]*", NVIDIA_DRIVER.read_text() if NVIDIA_DRIVER.exists() else "")
     if driver and int(driver[1]) < floor:
         return (f"NVIDIA driver {driver[0]} is too old for CUDA {cuda} of PyTorch {torch.__version__}: update it to "
-                f"{floor} or newer, or `pip install torch torchvision --index-url https://download.pytorch.org/whl/"
-                "cu126` (CUDA 12.6, driver 525 or newer); --device cpu takes the CPU")
+                f"{floor} or newer, or {OLDER_CUDA}; --device cpu takes the CPU")
     return (f"CUDA {cuda} of PyTorch {torch.__version__} cannot be used with the NVIDIA driver "
             f"({driver[0] if driver else 'of unknown version'}; {floor} or newer is needed): {reason(error)}; "
             "`nvidia-smi` tells more, --device cpu takes the CPU")

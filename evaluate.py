@@ -311,7 +311,10 @@ def evaluate(model: nn.Module, dataset: data.SegmentationDataset, *, multi_scale
                 save(index, prediction.cpu().numpy())
     total = total.cpu()  # gloo, not NCCL, adds it up
     if world > 1:
-        dist.all_reduce(total)
+        try:
+            dist.all_reduce(total)
+        except RuntimeError as error:  # of gloo: a neighbour is gone
+            raise UserError(f"another process has ended, and has said why ({common.reason(error)})") from None
     return total
 
 

@@ -51,10 +51,11 @@ def choose_layout(options: argparse.Namespace, usual_batch: int, usual_recompute
         options.batch = earlier
     elif options.batch is None and earlier and process.rank == 0:
         print(f"--batch {earlier} of this run does not suit {process.world} x {share} images: it is chosen anew")
-    if options.batch:
-        candidates = [n for n in candidates if n == options.batch]
-    if not candidates:
-        raise UserError("UperNet's batch norm needs 2 images at once, on all devices together: use --batch 2")
+    asked = [n for n in candidates if n == options.batch] if options.batch else candidates
+    if not asked:
+        remedy = f"--batch {candidates[-1]}" if candidates else "--global-batch 2"
+        raise UserError(f"UperNet's batch norm needs 2 images at once, on all devices together: use {remedy}")
+    candidates, found = asked, []
     on_gpu, choices = process.device.type == "cuda", [options.checkpoint_activations]
     measured = on_gpu and None in (options.batch, *choices)
     if choices == [None]:
@@ -67,12 +68,17 @@ def choose_layout(options: argparse.Namespace, usual_batch: int, usual_recompute
             images = min(gather(process, images))
         else:
             images = next((n for n in candidates if n <= usual_batch), candidates[-1])
+        found.append(images)
         if images >= min(2, candidates[0]):
             break
+    if recompute and len(found) == 2 and found[0] >= max(images, 1):  # nothing gained
+        recompute, images = False, found[0]
+        keep_activations(model)
     options.batch, options.checkpoint_activations = options.batch or images, recompute
     if not options.batch:
+        more = "" if recompute or len(found) == 2 else " --checkpoint-activations,"
         raise UserError(f"not even {candidates[-1]} image(s) of this training fit into {process.device}'s memory: use "
-                        "--amp bf16, --checkpoint-activations, a smaller --size or --window")
+                        f"--amp bf16,{more} a smaller --size or --window")
     return share // options.batch
 
 
@@ -143,3 +149,10 @@ def checkpoint_activations(model: Segmenter) -> None:
     for module in model.modules():
         if isinstance(module, Block | Injector | Extractor):
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+
+
+def keep_activations(model: Segmenter) -> None:
+    """Undo `checkpoint_activations`."""
+    for module in model.modules():
+        if isinstance(module, Block | Injector | Extractor):
+            vars(module).pop("forward", None)

@@ -5,7 +5,8 @@
 
 Reading order: training.py and inference.py (the two lines, and which parts of a model have another text) -> swap.py (a
 text that has been changed wins) -> operators.py, attention.py, convolutions.py (PyTorch's functions by quicker ways) ->
-recompute.py (less kept for the backward pass) -> losses.py (all matchings and losses at once) -> allocator.py.
+launches.py (fewer kernels on a GPU) -> recompute.py (less kept for the backward pass) -> losses.py (all matchings and
+losses at once) -> allocator.py.
 
 This package imports the core. The core does not know of it: one line each in train.py, evaluate.py and predict.py
 switches it on. Delete it and the numbers stay.

@@ -29,7 +29,8 @@ def gather_columns(columns: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor
     cast: a GPU's attention kernel would copy another bias.
     """
     if index not in PADDED:
-        PADDED[index] = F.pad(index, (0, -index.shape[1] % 8))
+        with torch.inference_mode(False):  # a training step may use it too
+            PADDED[index] = F.pad(index.clone(), (0, -index.shape[1] % 8))
     padded = PADDED[index]
     bias = columns.contiguous().gather(1, padded.flatten().expand(len(columns), -1)).to(dtype)
     return bias.view(-1, *padded.shape)[..., :index.shape[1]]

@@ -5,7 +5,7 @@ weights_cast_together.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -144,24 +144,23 @@ def copies(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 @contextmanager
 def weights_cast_together(model: nn.Module) -> Iterator[None]:
     """Inside, the weights of linear layers and convolutions, which autocast would cast one by one, are cast together as
-    the model's first forward pass begins, and stay so until the end: the same numbers."""
+    a forward pass begins, and stay so until it ends: the same numbers."""
     weights = [(module, name, weight) for module in model.modules() if type(module) in CASTED
                for name, weight in module.named_parameters(recurse=False)
                if weight.requires_grad and weight.dtype == torch.float32]
     plain, device = model.forward, model.backbone.cls_token.device.type
-    with ExitStack() as until_the_end:
-        def forward(*args, **kwargs):
-            if weights and torch.is_autocast_enabled(device) and torch.is_grad_enabled():
-                dtype, swaps = torch.get_autocast_dtype(device), []
-                for group in (weights[i:i + TOGETHER] for i in range(0, len(weights), TOGETHER)):
-                    cast = CastTogether.apply(dtype, *(weight for _, _, weight in group))
-                    swaps += [(module, name, low) for (module, name, _), low in zip(group, cast, strict=True)]
-                weights.clear()
-                until_the_end.enter_context(swapped([Part(swaps, tuple)]))
+
+    def forward(*args, **kwargs):
+        swaps = []
+        if torch.is_autocast_enabled(device) and torch.is_grad_enabled():
+            for group in (weights[i:i + TOGETHER] for i in range(0, len(weights), TOGETHER)):
+                cast = CastTogether.apply(torch.get_autocast_dtype(device), *(weight for _, _, weight in group))
+                swaps += [(module, name, low) for (module, name, _), low in zip(group, cast, strict=True)]
+        with swapped([Part(swaps, tuple)]):
             return plain(*args, **kwargs)
 
-        with swapped([Part([(model, "forward", forward)], tuple)]):
-            yield
+    with swapped([Part([(model, "forward", forward)], tuple)]):
+        yield
 
 
 CASTED = {nn.Linear, nn.Conv2d, nn.ConvTranspose2d}

@@ -160,9 +160,9 @@ def compile_library(here: Plan, path: Path, archs: str, ahead: bool) -> None:
         except Exception as error:
             reason = (f"compiling failed: {complaint(str(error) or repr(error))}; "
                       "`python msda_cuda/build.py` tries again and shows all of it")
-            # Not the compilers' fault: a wrong architecture, a refusal of the system (memory, files), a stop.
-            is_passing = isinstance(error, ValueError) or getattr(error, "errno", None)
-            if not is_passing and "interrupted by user" not in str(error):
+            # Not the compilers' fault: a wrong architecture, a refusal of the system (memory, disk, files), a stop.
+            passing = "(?i)interrupted by user|no space left|killed|cannot allocate|out of memory"
+            if not (isinstance(error, ValueError) or getattr(error, "errno", None) or re.search(passing, str(error))):
                 with contextlib.suppress(OSError):
                     note.write_text(f"{reason}\n{tools}")
             raise BuildError(reason) from error

@@ -144,7 +144,7 @@ def test_a_gpu_that_cannot_be_used_is_told_instead_of_taking_the_cpu(monkeypatch
         return Mock(device=device)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch, "empty", no_cuda)
+    monkeypatch.setattr(torch, "zeros", no_cuda)
     monkeypatch.setattr(torch.version, "cuda", wheel)
     monkeypatch.setattr(common, "NVIDIA_DEVICE", tmp_path / "nvidia0")
     monkeypatch.setattr(common, "NVIDIA_DRIVER", tmp_path / "version")
@@ -157,5 +157,7 @@ def test_a_gpu_that_cannot_be_used_is_told_instead_of_taking_the_cpu(monkeypatch
             common.choose_device(name)
         assert all(text in str(fault.value) for text in [*told, CPU_REMEDY])
     assert common.choose_device("cpu") == "cpu" and not torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+    assert common.choose_device(None) == "cpu"
     monkeypatch.setattr(torch.version, "cuda", None)  # a build without CUDA
     assert common.choose_device(None) == "cpu"

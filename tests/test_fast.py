@@ -325,6 +325,15 @@ def test_threads_share_a_model(golden_model):
     assert everything(model) == before
 
 
+def test_a_prediction_in_inference_mode_spoils_no_training(golden_model):
+    model, (images, labels) = golden_model("upernet"), a_batch()
+    with torch.inference_mode(), fast.inference(model.eval()):
+        model(images)
+    with fast.training(model.train()):
+        model(images, labels)["loss"].backward()
+    assert model.backbone.blocks[0].attn.relative_position_bias_table.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("change", ["data", "assign", "optimizer"])
 def test_changed_weights_are_noticed(change):
     """Also past autograd's counters."""

@@ -15,6 +15,7 @@ import fast
 import heads
 from fast import launches
 from fast.launches import CONSTANTS, CastTogether, weights_cast_together
+from layout import checkpoint_activations
 
 pytestmark = pytest.mark.usefixtures("seed")
 both_heads = pytest.mark.parametrize("head", OFFICIAL)
@@ -126,18 +127,44 @@ def test_weights_cast_together_are_autocasts_bit_for_bit(golden_model, halton_po
     assert gradients["backbone.blocks.0.mlp.fc1.weight"] is None and fewer < 0.75 * casts
 
 
-def test_weights_are_not_cast_without_autocast_or_gradients(golden_model):
-    model, images = golden_model("upernet").float(), a_batch()[0].float()
+def test_weights_are_cast_while_a_forward_pass_runs_and_autocast_and_gradients_are_on(golden_model):
+    model, images, types = golden_model("upernet").float(), a_batch()[0].float(), []
+    layer, weight = model.head.classifier, dict(model.named_parameters())["head.classifier.weight"]
+    layer.register_forward_hook(lambda layer, *_: types.append(layer.weight.dtype))
     with weights_cast_together(model):
-        model(images)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            model(images)
-        assert model.head.classifier.weight is dict(model.named_parameters())["head.classifier.weight"]
-        with torch.autocast("cpu", torch.bfloat16):
-            model(images)
-        assert model.head.classifier.weight.dtype == torch.bfloat16
-        assert model.state_dict()["head.classifier.weight"].dtype == torch.float32
-    assert model.head.classifier.weight.dtype == torch.float32 and "forward" not in vars(model)
+        for gradients, low in ((True, False), (False, True), (True, True), (True, False)):
+            with torch.set_grad_enabled(gradients), torch.autocast("cpu", torch.bfloat16, enabled=low):
+                model(images)
+            assert layer.weight is weight
+    assert types == [torch.float32, torch.float32, torch.bfloat16, torch.float32] and "forward" not in vars(model)
+
+
+def test_several_steps_in_one_context_learn(golden_model, halton_points):
+    """A fork may put the context around its loop."""
+    results = []
+    for together in (False, True):
+        model, (images, labels) = golden_model("upernet").float().train(), a_batch()
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        with weights_cast_together(model) if together else torch.enable_grad():
+            for _ in range(3):
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = model(images.float(), labels)["loss"]
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        results.append(loss.detach())
+    assert results[0].equal(results[1])
+
+
+@both_heads
+def test_activations_computed_twice_give_the_same_gradients(golden_model, halton_points, as_on_a_gpu, head):
+    results = []
+    for twice in (False, True):
+        model = golden_model(head).float().train()
+        if twice:
+            checkpoint_activations(model)
+        results.append(step(model, True, amp=True)[:2])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 def test_a_cast_weight_that_is_not_used_has_no_gradient():

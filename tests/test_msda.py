@@ -433,7 +433,8 @@ def test_a_failed_build_is_remembered_until_a_compiler_changes(write_compiler, f
 
 
 @pytest.mark.parametrize("error", [ValueError("wrong name"), OSError(28, "No space left on device"),
-                                   RuntimeError("Error building\nninja: build stopped: interrupted by user.")])
+                                   RuntimeError("Error building\nninja: build stopped: interrupted by user."),
+                                   RuntimeError("Error building\ng++: fatal error: Killed signal terminated cc1plus")])
 def test_what_passes_is_not_remembered(write_compiler, first_use, tmp_path, error):
     def load(*_, **__):
         raise error

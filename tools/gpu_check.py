@@ -220,7 +220,8 @@ def page(facts: dict[str, object], found: Sequence[Result | Row]) -> str:
         tables.setdefault(row["table"], []).append({key: value for key, value in row.items() if key != "table"})
     return "\n".join([
         f"# GPU check: {count(found)}\n", *(f"* {name}: {value}" for name, value in facts.items()),
-        "\n| check | outcome | found |\n|---|---|---|",
+        "\nWhat is found are the largest differences, relative to the largest number expected, and their limit.",
+        "*Not taken*: PyTorch has no such kernel for these inputs.\n\n| check | outcome | found |\n|---|---|---|",
         *(f"| {' | '.join(field.replace('|', '/') for field in result)} |" for result in results),
         *(f"\n## {title}\n\n{markdown(rows)}" for title, rows in tables.items())]) + "\n"
 

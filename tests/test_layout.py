@@ -28,7 +28,7 @@ def test_share_batch():
 
 
 # GB, docs/gpu-budget.md and docs/speed.md: Mask2Former large in bf16, with activations kept and computed twice.
-STATES, KEPT, TWICE = 9.07, (1.78, 2.97), (1.14, 1.74)  # states; always, an image
+STATES, KEPT, TWICE = 9.07, (1.78, 2.97), (0.49, 1.74)  # states; always, an image
 
 
 def gigabytes(images: int, activations: tuple[float, float] = KEPT) -> float:

@@ -2,7 +2,8 @@
 
     global batch = devices x images at once x accumulation
 
-Reading order: share_batch -> choose_layout -> most_that_fit -> free_memory, pass_memory -> noise_pass.
+Reading order: share_batch -> choose_layout -> most_that_fit -> free_memory, pass_memory -> noise_pass;
+checkpoint_activations, keep_activations.
 """
 
 import argparse

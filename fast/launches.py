@@ -15,11 +15,12 @@ from torch.autograd.function import once_differentiable
 import adapter
 import heads
 import msda_cuda.module as deformable
-from adapter import FeatureMaps, TokenLayout
+from adapter import FeatureMaps, TokenLayout, resize
 from fast.swap import Part, example_of, swapped
 from heads import Mask2Former
 from msda_cuda import MSDeformAttn
 
+CASTED = {nn.Linear, nn.Conv2d, nn.ConvTranspose2d}  # whose weights autocast casts
 TOGETHER = 32  # weights in one cast: few launches, and gradients that DDP may send before the last are there
 
 
@@ -74,17 +75,12 @@ def offsets_with_scores(model: nn.Module) -> Part | None:
 
 def resize_in_own_type(model: nn.Module) -> Part:
     """Maps of 16 bits stay so when they are resized; autocast would give float32, of twice the bytes."""
-    plain = CORE_RESIZE
-
-    def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    def keep_type(x: Tensor, size: Sequence[int]) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return plain(x, size)
+            return resize(x, size)
 
-    swaps = [(module, "resize", resize) for module in (adapter, heads)]  # not the scores', in model.py
+    swaps = [(module, "resize", keep_type) for module in (adapter, heads)]  # not the scores', in model.py
     return Part(swaps, lambda: [module.resize(example_of(model, 1, 2, 3, 3), (6, 5)) for module in (adapter, heads)])
-
-
-CORE_RESIZE = adapter.resize
 
 
 def narrow_f4(model: nn.Module) -> Part:
@@ -161,6 +157,3 @@ def weights_cast_together(model: nn.Module) -> Iterator[None]:
 
     with swapped([Part([(model, "forward", forward)], tuple)]):
         yield
-
-
-CASTED = {nn.Linear, nn.Conv2d, nn.ConvTranspose2d}

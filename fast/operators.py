@@ -27,7 +27,7 @@ def is_compiled(model: nn.Module) -> bool:
 
 def pays(model: nn.Module) -> bool:
     """Whether a mode is worth its while: on a CPU, for a wide model that is not compiled. The quicker ways are a CPU's,
-    and beside a GPU the host's time is short: the recipes of recompute.py take a fifth of it."""
+    and beside a GPU the host's time is short: the recipes of recompute.py add two fifths to it."""
     on_cpu = model.backbone.cls_token.device.type == "cpu"
     return on_cpu and model.config.embed_dim >= NARROW and not is_compiled(model)
 

@@ -12,6 +12,7 @@ from unittest.mock import Mock
 import pytest
 import small
 import torch
+from conftest import ROOT
 
 import common
 from common import UserError
@@ -161,3 +162,9 @@ def test_a_gpu_that_cannot_be_used_is_told_instead_of_taking_the_cpu(monkeypatch
     assert common.choose_device(None) == "cpu"
     monkeypatch.setattr(torch.version, "cuda", None)  # a build without CUDA
     assert common.choose_device(None) == "cpu"
+
+
+def test_the_remedy_for_an_older_driver_names_the_versions_that_are_tested():
+    pins = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("torch")]
+    assert len(pins) == 2 and all(f" {pin} " in common.OLDER_CUDA for pin in pins)
+    assert common.OLDER_CUDA.partition("`")[2].partition("`")[0] in " ".join((ROOT / "README.md").read_text().split())

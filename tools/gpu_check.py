@@ -58,6 +58,7 @@ SECONDS = 600  # that a command may take
 
 
 def torchrun(processes: int) -> list[str]:
+    """The words that start a command in so many processes of this machine."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
 
 

@@ -6,6 +6,7 @@ choose_device.
 
 import argparse
 import contextlib
+import hashlib
 import math
 import os
 import re
@@ -104,6 +105,12 @@ def check_file(path: Path, option: str) -> None:
     if path.is_dir():
         raise UserError(f"{option} {path} is a folder: name a file, in it or elsewhere")
     make_folder(path.parent, option)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -8,6 +8,7 @@ Shapes: H, W height and width of an image, w side of the training window, B batc
 Images are RGB uint8 (H, W, 3); labels are uint8 (H, W) with the class index 0..K-1, or 255 where there is none.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -68,6 +69,11 @@ class SegmentationDataset:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def fingerprint(self) -> dict:
+        """What two runs must share to have learned from, or to be compared on, the same images and classes."""
+        lists = json.dumps([self.names, self.info.classes]).encode()
+        return {"images": len(self), "classes": len(self.info.classes), "sha256": hashlib.sha256(lists).hexdigest()}
 
     def image(self, i: int) -> np.ndarray:
         """RGB uint8 (H, W, 3), upright (EXIF rotation applied). Raises UserError for a file that cannot be read."""

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
@@ -42,6 +43,7 @@ from msda_cuda import active_path
 from weights import FORMAT, read_file
 
 RUNS = Path("runs")
+PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pillow", "safetensors")  # on whose versions numbers may depend
 T = TypeVar("T")
 
 # ---------------------------------------------------------------------------------------------------------- processes
@@ -186,7 +188,7 @@ def environment(device: torch.device, world: int) -> dict:
     """Everything else on which a result may depend, beside the options: code, versions, hardware."""
     return {
         "command": sys.argv, "commit": git("rev-parse HEAD"), "uncommitted": bool(git("status --porcelain")),
-        "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
+        "python": platform.python_version(), **{name: version(name) for name in PACKAGES}, "cuda": torch.version.cuda,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
         "deformable_attention": active_path(device.type),
         "devices": world, "cores": os.cpu_count(), "threads": torch.get_num_threads(),

@@ -6,7 +6,6 @@ from a file) -> export (a program that runs without this code). `python weights.
 """
 import argparse
 import contextlib
-import hashlib
 import io
 import json
 import math
@@ -405,10 +404,8 @@ def export(model: Segmenter, path: Path, about: dict[str, Any]) -> None:
 def describe(path: Path) -> str:
     """What a file is, in a few lines; raises UserError."""
     weights = read_weights(path)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     tensors = weights.state.values()
-    rows = {"file": path, "sha256": digest, "format": KINDS[weights.kind],
+    rows = {"file": path, "sha256": common.sha256(path), "format": KINDS[weights.kind],
             "numbers": f"{sum(tensor.numel() for tensor in tensors):,} in {len(tensors)} tensors"}
     if weights.kind == "beit":
         qkv = [tensor for name, tensor in weights.state.items() if "qkv." in name]

@@ -73,7 +73,7 @@ def test_mat_files_are_mapped_pixel_by_pixel(voc: Path, tmp_path: Path) -> None:
 
 def test_without_a_named_source_the_fetched_one_is_taken(voc: Path, tmp_path: Path) -> None:
     command = ["prepare-context", "--voc", str(voc), "--workers", "1"]
-    with pytest.raises(UserError, match="no trainval_merged.json and no LabelMap .*: run `python data.py fetch context`"):
+    with pytest.raises(UserError, match="no trainval_merged.json and no LabelMap .*`python data.py fetch context`"):
         context.prepare_context(voc, None, None, workers=1)
     expected = write_mats(voc, voc / "trainval")
     prepare.main(command)

@@ -20,7 +20,9 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from PIL import Image
 
+import data
 from common import UserError
 from tools import fetch, prepare
 
@@ -544,6 +546,26 @@ def test_an_absent_table_is_one_line(server, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("FETCH_SOURCES", "nowhere.json")
     with pytest.raises(UserError, match="nowhere.json is no table of sources .file: No such file"):
         fetch.fetch(["x"])
+
+
+def test_two_commands_are_the_whole_preparation_of_pascal_context(server) -> None:
+    """Our own table, but for the addresses and the checksum."""
+    sample = Path(__file__).parent / "golden" / "context_sample.json"
+    images = json.loads(sample.read_text())["images"]
+    pictures = {}
+    for image in images:
+        Image.new("RGB", (image["width"], image["height"])).save(file := io.BytesIO(), "jpeg")
+        pictures[f"VOCdevkit/VOC2010/JPEGImages/{image['file_name']}"] = file.getvalue()
+    server.pages |= {"/voc2010": Page(tar(pictures)), "/context": Page(sample.read_bytes())}
+    table = {name: {**json.loads(fetch.TABLE.read_text())[name], "addresses": [f"{server.address}/{name}"]}
+             for name in ("voc2010", "context")}
+    for entry in table.values():
+        entry.pop("checksum", None), entry.pop("size", None)
+    Path("table.json").write_text(json.dumps(table))
+    prepare.main(["fetch", "context", "voc2010"])
+    prepare.main(["prepare-context", "--workers", "1"])
+    names = [data.open_dataset("data/VOCdevkit/VOC2010", split).names for split in ("train", "val")]
+    assert sorted(sum(names, [])) == sorted(Path(image["file_name"]).stem for image in images)
 
 
 def test_our_own_table_is_sound(monkeypatch: pytest.MonkeyPatch) -> None:

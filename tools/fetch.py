@@ -1,7 +1,7 @@
 """Everything that the published numbers need and this repository does not hold: where it is, and how it gets here.
 
-Reading order: Source -> sources, choose -> show; fetch -> fetch_one -> locked; download -> Draft, receive -> ask;
-digests, check, record; unpack -> extract, merge.
+Reading order: Source -> sources -> choose -> show; fetch -> fetch_one -> locked, download -> Draft; receive_all ->
+receive -> ask, accept; digests -> approve; unpack -> extract, merge.
 """
 
 import contextlib
@@ -82,8 +82,8 @@ def sources() -> dict[str, Source]:
 def read_entry(name: str, entry: dict) -> Source:
     """A line of the table. Raises ValueError, KeyError, TypeError or AttributeError for a field that is wrong."""
     source = Source(name, **{
-        **entry, "path": Path(entry["path"]), "unpack": Path(entry["unpack"]) if "unpack" in entry else None,
-        "published": tuple(entry["published"]) if "published" in entry else None})
+        **entry, "path": Path(entry["path"]), "unpack": Path(entry["unpack"]) if entry.get("unpack") else None,
+        "published": tuple(entry["published"]) if entry.get("published") else None})
     algorithm, _, digits = (source.checksum or f"md5:{'0' * 32}").partition(":")
     sound = {
         "addresses": isinstance(source.addresses, list) and source.addresses
@@ -91,7 +91,7 @@ def read_entry(name: str, entry: dict) -> Source:
         "path": source.path.name,
         "size": source.size is None or type(source.size) is int and source.size > 0,
         "checksum": re.fullmatch(f"[0-9a-f]{{{DIGITS.get(algorithm)}}}", digits),
-        "unpack": source.unpack is None or source.path.parent in source.unpack.parents,
+        "unpack": source.unpack is None or source.path.parent in source.unpack.parents and source.unpack != source.path,
     }
     for field in sound:
         if not sound[field]:
@@ -157,13 +157,13 @@ def fetch_one(source: Source) -> None:
         common.make_folder(source.path.parent, f"{source.name}:")
         with locked(source) as tag:
             if source.unpack and source.path.exists():  # put there by the user, or a kill left it packed
-                check_present(source)
+                approve_present(source)
             elif not source.here:  # another process may have been quicker
                 download(source, tag)
             if not source.here:
                 unpack(source)
     elif not source.unpack and not source.beside(".sha256").exists():  # put there by the user
-        check_present(source)
+        approve_present(source)
     print(f"{source.name}: {source.unpack or source.path} is here", flush=True)
 
 
@@ -238,16 +238,15 @@ class Draft:
             digest.update(chunk)
 
     def finish(self) -> None:
-        """Check the file, give it its name, record it. Raises Failed."""
+        """Check and record the file, give it its name. Raises Failed."""
         try:
-            check(self.source, self.digests)
+            approve(self.source, self.digests)
         except Failed:
             self.begin("")
             raise
         self.file.flush()
         os.fsync(self.file.fileno())  # the bytes must be on the disk before the name points to them
         self.path.replace(self.source.path)
-        record(self.source, self.digests)
 
     def close(self) -> None:
         self.file.close()
@@ -363,28 +362,24 @@ def digests(source: Source, file: BinaryIO) -> dict:
     return found
 
 
-def check(source: Source, found: dict) -> None:
-    """Raises Failed if the known checksum is another."""
+def approve(source: Source, found: dict) -> None:
+    """Compare with the known checksum, and write PLACE.sha256, which `sha256sum -c` reads. Raises Failed if it differs.
+    """
     algorithm, _, known = (source.checksum or "").partition(":")
     if known and found[algorithm].hexdigest() != known:
         raise Failed(f"the file has {algorithm} {found[algorithm].hexdigest()}, but {known} is published")
+    line = f"{found['sha256'].hexdigest()}  {source.path.name}"
+    print(f"{source.name}: sha256 {line} ({algorithm} as published)" if known else
+          f"{source.name}: sha256 {line} (no checksum is published)", flush=True)
+    common.write_whole(source.beside(".sha256"), lambda file: file.write(f"{line}\n".encode()))
 
 
-def record(source: Source, found: dict) -> None:
-    """Print the file's SHA-256 and write it to PLACE.sha256, which `sha256sum -c` reads."""
-    line = f"{found['sha256'].hexdigest()}  {source.path.name}\n"
-    published = f"{source.checksum.partition(':')[0]} as published" if source.checksum else "no checksum is published"
-    print(f"{source.name}: sha256 {line[:-1]} ({published})", flush=True)
-    common.write_whole(source.beside(".sha256"), lambda file: file.write(line.encode()))
-
-
-def check_present(source: Source) -> None:
-    """Check and record a file that is in its place. Raises Failed."""
+def approve_present(source: Source) -> None:
+    """The same for a file that is in its place."""
     with source.path.open("rb") as file:
         found = digests(source, file)
-    check(source, found)
     with contextlib.suppress(UserError):  # a shared folder may be read-only
-        record(source, found)
+        approve(source, found)
 
 
 # ------------------------------------------------------------------------------------------------------------- archives

@@ -1,6 +1,7 @@
 """fetch.py: downloads from a server on loopback that cuts, changes, refuses and lies; archives that are and are not."""
 
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -17,7 +18,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
+from urllib.error import URLError
 
 import pytest
 from PIL import Image
@@ -41,12 +44,16 @@ class Page:
     conditional: bool = True  # whether If-Range is honoured
     length: bool = True
     wait: Callable[[], object] = lambda: None  # before the content
+    hang_ups: int = 0  # how many requests get no answer
 
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         page, asked = self.server.pages.get(self.path, Page(b"", status=404)), self.headers.get("Range")
         self.server.asked.append((self.path, asked))
+        if page.hang_ups:
+            page.hang_ups -= 1
+            return
         same = not page.conditional or self.headers.get("If-Range") in page.headers.values()
         start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and page.ranges and same else None
         content, span, status = page.content[start:], f"{start}-{len(page.content) - 1}", page.status
@@ -129,6 +136,22 @@ def test_a_cut_connection_goes_on_by_itself(server, capsys) -> None:
     assert [asked for _, asked in server.asked] == [
         None, None, "bytes=1000-", "bytes=1005-", "bytes=1005-", "bytes=100005-"]
     assert "cut after 0.1 MB; next try in 0 s" in capsys.readouterr().out
+
+
+def test_a_network_that_is_gone_in_the_middle_may_come_back(server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.pages["/x"].cuts = [1000]
+    gone = URLError(OSError(errno.ENETUNREACH, "Network is unreachable"))
+    calls = iter([fetch.urlopen, Mock(side_effect=gone), fetch.urlopen])
+    monkeypatch.setattr(fetch, "urlopen", lambda *arguments, **options: next(calls)(*arguments, **options))
+    fetch.fetch(["x"])
+    assert_fetched()
+
+
+def test_a_server_that_hangs_up_is_asked_again(server) -> None:
+    server.pages["/x"].hang_ups = 2
+    fetch.fetch(["x"])
+    assert_fetched()
+    assert len(server.asked) == 3
 
 
 def leave_draft(server, size: int = 1000) -> None:
@@ -338,6 +361,23 @@ def test_of_two_at_once_the_second_waits_and_says_so(server, capsys) -> None:
     assert len(server.asked) == 1 and capsys.readouterr().out.endswith("x: in/x.bin is here\n")
 
 
+def test_who_waited_does_not_share_its_lock_with_the_next(server) -> None:
+    """The first process removes the tag on which the second waits; a third would make and lock a new one."""
+    Path("in").mkdir()
+    tag, there = Path("in/x.bin.partial.tag"), []
+    server.pages["/x"].wait = lambda: there.append(tag.exists())
+    with tag.open("a") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        second = threading.Thread(target=fetch.fetch, args=[["x"]])
+        second.start()
+        time.sleep(0.1)
+        assert not server.asked
+        tag.unlink()
+    second.join(10)
+    assert there == [True]
+    assert_fetched()
+
+
 def test_a_disk_without_locks_is_told(server, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented")))
     fetch.fetch(["x"])
@@ -347,12 +387,18 @@ def test_a_disk_without_locks_is_told(server, capsys, monkeypatch: pytest.Monkey
 
 def test_room_is_looked_for_before_and_during_the_download(server, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(UserError, match="x needs 0.3 MB, but in has 0.1 MB free: make"):
-        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 100_000))
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
         fetch.fetch(["x"])
     assert not files()
+    leave_draft(server, 250_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
+        fetch.fetch(["x"])  # the rest has room
+    assert_fetched()
+    shutil.rmtree("in")
     server.table(path="in/x.tar", unpack="in/y")
     with monkeypatch.context() as patch, pytest.raises(UserError, match="x needs 0.6 MB"):
-        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 500_000))
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=500_000))
         fetch.fetch(["x"])
     server.table()
     message = "x.bin cannot be written .No space left on device.: make room .*`python data.py fetch x` goes on"

@@ -218,8 +218,6 @@ class Draft:
         self.file = self.path.open("a+b")
         tag_file.seek(0)
         self.tag = tag_file.read()
-        if not self.tag:
-            self.file.truncate(0)
         self.size = self.size_before = os.fstat(self.file.fileno()).st_size
         self.digests = digests(source, self.file)
 
@@ -324,7 +322,7 @@ def check_room(draft: Draft, total: int) -> None:
 def ask(draft: Draft, address: str) -> HTTPResponse | HTTPError:
     """The server's answer to the request for what the draft lacks. Raises Failed, Cut."""
     headers = {"User-Agent": "vit-adapter-fetch"}
-    if draft.size and draft.tag:
+    if draft.size and draft.tag:  # without a tag nobody can tell whether the rest would fit
         headers |= {"Range": f"bytes={draft.size}-", "If-Range": draft.tag}
     try:
         return urlopen(Request(address, headers=headers), timeout=TIMEOUT)

@@ -195,6 +195,15 @@ def test_two_files_are_never_mixed(server, changes: dict, asked: list) -> None:
     assert [text for _, text in server.asked] == asked
 
 
+def test_the_next_call_goes_on_with_the_newer_file(server) -> None:
+    leave_draft(server)
+    server.pages["/x"].headers = {"ETag": '"2"'}
+    leave_draft(server, 500)
+    fetch.fetch(["x"])
+    assert_fetched()
+    assert server.asked == [("/x", "bytes=500-")]
+
+
 @pytest.mark.parametrize("headers", [{}, {"ETag": 'W/"1"'}])
 def test_without_a_strong_tag_all_is_begun_again(server, headers: dict) -> None:
     server.pages["/x"] = Page(headers=headers, cuts=[1000])
@@ -205,7 +214,7 @@ def test_without_a_strong_tag_all_is_begun_again(server, headers: dict) -> None:
 
 def test_a_kill_before_the_last_step_costs_nothing(server, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(os, "fsync", Mock(side_effect=SystemExit))
+        patch.setattr(os, "fsync", Mock(side_effect=[None, SystemExit]))  # of the record, of the file
         fetch.fetch(["x"])
     assert Path("in/x.bin.partial").read_bytes() == FILE and not Path("in/x.bin").exists()
     server.pages["/x"].cuts = [0, 0, 0]
@@ -251,6 +260,14 @@ def test_a_file_put_there_by_hand_is_checked(server, capsys) -> None:
     with pytest.raises(UserError, match=f"in/x.bin: .* but {DIGEST} is published: remove it and run `python data.py"):
         fetch.fetch(["x"])
     assert files() == ["in/x.bin"] and not server.asked
+
+
+def test_a_file_in_a_read_only_folder_is_taken(server, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("in").mkdir()
+    Path("in/x.bin").write_bytes(FILE)
+    monkeypatch.setattr("common.write_whole", Mock(side_effect=UserError("read-only")))
+    fetch.fetch(["x"])
+    assert DIGEST in capsys.readouterr().out and files() == ["in/x.bin"]
 
 
 def test_redirects_are_followed_but_not_to_other_protocols(server, tmp_path: Path) -> None:
@@ -447,12 +464,14 @@ def serve_archive(server, content: bytes, **fields: object) -> None:
 def test_archives_are_unpacked_into_a_tree_that_is_there(server, capsys, make: Callable) -> None:
     Path("in/VOC/lists").mkdir(parents=True)
     Path("in/VOC/labels.json").write_text("mine")
+    Path("in/.x.archive.draft").mkdir()  # a kill has left it
     Path("in/VOC/lists/all.txt").write_text("mine")
     serve_archive(server, make(TREE))
     fetch.fetch(["x"])
     assert {name: Path("in", name).read_bytes() for name in TREE} == {**TREE, "VOC/lists/all.txt": b"mine"}
     assert files() == sorted([*(f"in/{name}" for name in TREE), "in/VOC/labels.json", "in/x.archive.sha256"])
     assert hashlib.sha256(make(TREE)).hexdigest() in Path("in/x.archive.sha256").read_text() or make is not tar
+    assert not [*Path().rglob("*.draft")]
     assert "x: unpacked; in/x.archive is removed\nx: in/VOC/images is here\n" in capsys.readouterr().out
     fetch.fetch(["x"])
     assert capsys.readouterr().out == "x: in/VOC/images is here\n"
@@ -493,6 +512,7 @@ def test_links_and_devices_are_refused(server, kind: bytes | str) -> None:
     (tar(TREE, "w:gz")[:-20], "is a broken archive .Compressed file ended"),
     (zipped(TREE)[:-30], "is a broken archive .File is not a zip file"),
     (zipped(TREE)[:50] + b"??" + zipped(TREE)[52:], "is a broken archive"),
+    (zipped(TREE).replace(b"PK\1\2\x14\3\x14\0\0\0", b"PK\1\2\x14\3\x14\0\1\0"), "is a broken archive .*encrypted"),
     (FILE, "is a broken archive"),
     (tar({"other/a.jpg": b"a"}), "does not hold in/VOC/images: remove it and run `python data.py fetch x`"),
 ])

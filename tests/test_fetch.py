@@ -174,7 +174,7 @@ def test_the_next_call_goes_on(server, capsys, headers: dict) -> None:
     assert " 0.0 MB here " in capsys.readouterr().out
     fetch.fetch(["x"])
     assert_fetched()
-    assert server.asked == [("/x", "bytes=1000-")]
+    assert server.asked == [("/x", "bytes=1000-")] and "from byte 1000" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("changes", "asked"), [
@@ -195,13 +195,14 @@ def test_two_files_are_never_mixed(server, changes: dict, asked: list) -> None:
     assert [text for _, text in server.asked] == asked
 
 
-def test_the_next_call_goes_on_with_the_newer_file(server) -> None:
+def test_the_next_call_goes_on_with_the_newer_file(server, capsys) -> None:
     leave_draft(server)
     server.pages["/x"].headers = {"ETag": '"2"'}
     leave_draft(server, 500)
+    capsys.readouterr()
     fetch.fetch(["x"])
     assert_fetched()
-    assert server.asked == [("/x", "bytes=500-")]
+    assert server.asked == [("/x", "bytes=500-")] and "from byte 500" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("headers", [{}, {"ETag": 'W/"1"'}])
@@ -475,6 +476,16 @@ def test_archives_are_unpacked_into_a_tree_that_is_there(server, capsys, make: C
     assert "x: unpacked; in/x.archive is removed\nx: in/VOC/images is here\n" in capsys.readouterr().out
     fetch.fetch(["x"])
     assert capsys.readouterr().out == "x: in/VOC/images is here\n"
+
+
+def test_a_tar_of_a_point_is_unpacked(server) -> None:
+    """As `tar cf x.tar .` makes it."""
+    def folder(member: tarfile.TarInfo) -> None:
+        member.type = tarfile.DIRTYPE if member.name == "." else tarfile.REGTYPE
+
+    serve_archive(server, tar({".": b"", **{f"./{name}": content for name, content in TREE.items()}}, special=folder))
+    fetch.fetch(["x"])
+    assert {name: Path("in", name).read_bytes() for name in TREE} == TREE
 
 
 @pytest.mark.parametrize("unpack", ["in/VOC/images/a.jpg", "in/VOC", "in/readme"])

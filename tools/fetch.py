@@ -409,6 +409,7 @@ def unpack(source: Source) -> None:
 def extract(source: Source, draft: Path) -> None:
     """Unpack a tar archive, plain or compressed, or a zip archive. Raises UserError for a link or a path outside."""
     is_tar, size = tarfile.is_tarfile(source.path), source.path.stat().st_size
+    options = {"filter": "data"} if is_tar and hasattr(tarfile, "data_filter") else {}  # from Python 3.11.4 on
     with (source.path.open("rb") as file,
           tqdm.wrapattr(file, "read", total=size, desc="unpacking", disable=None) as read,
           tarfile.open(fileobj=read) if is_tar else zipfile.ZipFile(read) as archive):
@@ -417,7 +418,7 @@ def extract(source: Source, draft: Path) -> None:
             link = not member.isreg() and not member.isdir() if is_tar else stat.S_ISLNK(member.external_attr >> 16)
             if link or name.is_absolute() or ".." in name.parts:
                 raise UserError(f"{source.path} holds '{name}', a link or a path out of its folder: do not trust it")
-            archive.extract(member, draft, **({"filter": "data"} if is_tar else {}))
+            archive.extract(member, draft, **options)
 
 
 def merge(draft: Path, folder: Path, last: Path) -> None:

@@ -54,8 +54,8 @@ def run(work: Callable[[], int | None]) -> int:
     except (OSError, ValueError) as error:
         file = getattr(error, "filename", None)
         return complain(f"{file}: {reason(error)}" if file else str(error))
-    except KeyboardInterrupt:
-        return complain("interrupted", 130)
+    except KeyboardInterrupt as error:
+        return complain(str(error) or "interrupted", 130)
 
 
 def complain(message: str, status: int = 2) -> int:

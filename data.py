@@ -128,14 +128,16 @@ def open_dataset(root: str | Path, split: str) -> SegmentationDataset:
         return SegmentationDataset(root, split, read_info(root / "dataset.json"), PLAIN_FOLDER)
     if (root / PASCAL_CONTEXT.labels).is_dir():
         return SegmentationDataset(root, split, context_info(), PASCAL_CONTEXT)
-    prepare = f"get trainval_merged.json, run `python data.py prepare-context --voc {root} --json trainval_merged.json`"
     if (root / PASCAL_CONTEXT.images).is_dir():
-        raise UserError(f"{root} holds VOC images but no Pascal Context labels: {prepare}")
+        raise UserError(f"{root} holds VOC images but no Pascal Context labels: run `python data.py fetch context`, "
+                        f"then `python data.py prepare-context --voc {root} "
+                        "--json data/VOCdevkit/VOC2010/trainval_merged.json`")
     if root.is_dir():
         raise UserError(f"{root} is no plain folder (no dataset.json) and no VOC2010 tree (no JPEGImages/): "
                         "make one of your images and labels, see `python data.py from-folders --help`")
-    raise UserError(f"no data at {root}: for Pascal Context unpack VOC2010 there, {prepare}; "
-                    "for a first try without downloads use `--data toy`")
+    raise UserError(f"no data at {root}: for Pascal Context run `python data.py fetch voc2010 context`, then "
+                    "`python data.py prepare-context`, which make data/VOCdevkit/VOC2010; for a first try without "
+                    "downloads use `--data toy`")
 
 
 def context_info() -> DatasetInfo:

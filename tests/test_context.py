@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,10 +71,28 @@ def test_mat_files_are_mapped_pixel_by_pixel(voc: Path, tmp_path: Path) -> None:
     assert_written(voc, expected)
 
 
+def test_without_a_named_source_the_fetched_one_is_taken(voc: Path, tmp_path: Path) -> None:
+    command = ["prepare-context", "--voc", str(voc), "--workers", "1"]
+    with pytest.raises(UserError, match="no trainval_merged.json and no LabelMap .*`python data.py fetch context`"):
+        context.prepare_context(voc, None, None, workers=1)
+    expected = write_mats(voc, voc / "trainval")
+    prepare.main(command)
+    assert_written(voc, expected)
+    shutil.rmtree(voc / "SegmentationClassContext")
+    shutil.copy(SAMPLE, voc / "trainval_merged.json")
+    prepare.main(command)
+    assert_written(voc, SAMPLE_LABELS)
+
+
+def test_a_tree_without_images_says_how_to_get_them(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no JPEGImages/: run `python data.py fetch voc2010`, or name your folder"):
+        context.prepare_context(tmp_path, None, None, workers=1)
+
+
 @pytest.mark.parametrize(("name", "labels"), [("other", 1), ("LabelMap", np.full((60, 81), 460, np.uint16))])
 def test_a_file_without_a_label_map_is_named(tmp_path: Path, name: str, labels: np.ndarray | int) -> None:
     savemat(tmp_path / "a.mat", {name: labels})
-    with pytest.raises(UserError, match="a.mat holds no LabelMap .*: unpack"):
+    with pytest.raises(UserError, match="a.mat holds no LabelMap .*: remove .* fetch context-mat"):
         context.labels_from_mat(tmp_path, context.Annotated("a"))
 
 
@@ -132,7 +151,7 @@ def test_broken_run_lengths_are_refused(code: str) -> None:
 @pytest.mark.parametrize("cut", [1, 200, 2000, -1, -40])
 def test_a_cut_off_download_is_named(cut: int, voc: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.json").write_bytes(SAMPLE.read_bytes()[:cut])
-    with pytest.raises(UserError, match="cut.json is no trainval_merged.json, or broken or cut off .*: get it from"):
+    with pytest.raises(UserError, match="cut.json is no trainval_merged.json, or broken or cut off .*: remove it"):
         context.prepare_context(voc, tmp_path / "cut.json", None, workers=1)
     assert not (voc / "SegmentationClassContext").exists()
 

@@ -349,9 +349,9 @@ def test_decompression_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(("folder", "message"), [
-    (None, "no data at .*prepare-context --voc .*--data toy"),
+    (None, "no data at .*data.py fetch voc2010 context.*data.py prepare-context`, .*--data toy"),
     ("", "no plain folder .*and no VOC2010 tree.*from-folders"),
-    ("JPEGImages", "no Pascal Context labels: .*prepare-context --voc"),
+    ("JPEGImages", "no Pascal Context labels: .*fetch context.*prepare-context --voc .*/d --json "),
 ])
 def test_a_root_without_data_says_how_to_get_them(tmp_path: Path, folder: str | None, message: str) -> None:
     if folder is not None:

@@ -12,6 +12,7 @@ from tools import prepare
 
 @pytest.mark.parametrize("arguments", [
     "check nowhere", "prepare-context --voc nowhere --json x.json", "toy --train 0", "nonsense",
+    "fetch nonsense", "fetch",
     "from-folders --images nowhere --labels nowhere --classes 3",
 ])
 def test_a_wrong_command_is_one_line_and_status_2(arguments: str, capsys: pytest.CaptureFixture) -> None:

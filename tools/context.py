@@ -32,11 +32,21 @@ class Annotated(NamedTuple):
 def prepare_context(voc: Path, json_file: Path | None, mat_folder: Path | None, workers: int) -> None:
     """Write SegmentationClassContext/*.png (0 = none, 1..59) and ImageSets/SegmentationContext/{train,val}.txt.
 
-    The source is trainval_merged.json or a folder of 459-class LabelMap files. Files that are there are kept, so that
-    a run cut short goes on; the split files come last. Raises UserError for a source that is absent or broken.
+    The source is trainval_merged.json or a folder of 459-class LabelMap files; None and None: what `voc` holds of them,
+    in this order. Files that are there are kept, so that a run cut short goes on; the split files come last. Raises
+    UserError for a source that is absent or broken.
     """
     if not (voc / PASCAL_CONTEXT.images).is_dir():
-        raise UserError(f"{voc} has no {PASCAL_CONTEXT.images}/: unpack VOC2010 and give its folder, VOCdevkit/VOC2010")
+        raise UserError(f"{voc} has no {PASCAL_CONTEXT.images}/: run `python data.py fetch voc2010`, or name your "
+                        "folder VOCdevkit/VOC2010 with --voc")
+    if not json_file and not mat_folder:
+        if (voc / "trainval_merged.json").is_file():
+            json_file = voc / "trainval_merged.json"
+        elif any((voc / "trainval").glob("*.mat")):
+            mat_folder = voc / "trainval"
+        else:
+            raise UserError(f"{voc} has no trainval_merged.json and no LabelMap files in trainval/: run "
+                            "`python data.py fetch context`, or name your own with --json or --mat")
     kind = "json" if json_file else "mat"
     if json_file:
         splits, make_labels = read_annotations(json_file), partial(labels_from_json, json_file)
@@ -96,7 +106,7 @@ def read_annotations(path: Path) -> dict[str, list[Annotated]]:
             splits.get(image["phase"], []).append(entry)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no trainval_merged.json, or broken or cut off ({reason(error)}): "
-                        "get it from the Pascal Context (detail) download") from None
+                        "remove it and run `python data.py fetch context`") from None
     if not splits["train"] or not splits["val"]:
         raise UserError(f"{path} names no images for training or for validation: get the file again")
     return splits
@@ -151,4 +161,5 @@ def labels_from_mat(folder: Path, image: Annotated) -> np.ndarray:
     try:
         return table[np.asarray(loadmat(path)["LabelMap"]).astype(np.int64)]
     except Exception as error:  # SciPy raises many kinds for a broken file
-        raise UserError(f"{path} holds no LabelMap ({reason(error)}): unpack trainval.tar.gz again") from None
+        raise UserError(f"{path} holds no LabelMap ({reason(error)}): remove {folder} and run "
+                        "`python data.py fetch context-mat`") from None

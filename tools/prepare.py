@@ -1,6 +1,6 @@
 """The command line that makes data sets ready and checks them: `python data.py COMMAND`.
 
-Each command is in a file of its own: context.py, from_folders.py, annotations.py, check.py, toy.py.
+Each command is in a file of its own: fetch.py, context.py, from_folders.py, annotations.py, check.py, toy.py.
 """
 
 import argparse
@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import common
+from tools import fetch
 from tools.annotations import from_coco, from_labelme
 from tools.check import check
 from tools.context import prepare_context
@@ -26,15 +27,21 @@ def build_parser() -> argparse.ArgumentParser:
     workers.add_argument("--workers", type=common.positive, default=os.cpu_count() or 1, metavar="N",
                          help="processes (default: %(default)s)")
 
+    p = commands.add_parser("fetch", help="get released models, BEiT weights, VOC2010, Pascal Context")
+    p.set_defaults(command=lambda names, listed: fetch.show(names) if listed else fetch.fetch(names))
+    p.add_argument("names", nargs="*", metavar="WHAT", help="names of the list; what is here is skipped, what was cut "
+                   "goes on, archives are unpacked")
+    p.add_argument("--list", action="store_true", dest="listed", help="what there is, and where it goes")
+
     p = commands.add_parser("prepare-context", parents=[workers], help="Pascal Context: labels and splits for VOC2010")
     p.set_defaults(command=prepare_context)
     p.add_argument("--voc", type=Path, default="data/VOCdevkit/VOC2010", metavar="DIR",
                    help="VOC2010 folder (default: %(default)s)")
-    source = p.add_mutually_exclusive_group(required=True)
-    source.add_argument("--json", type=Path, metavar="FILE", dest="json_file",
-                        help="trainval_merged.json: 4996 + 5104 images, as mmsegmentation has them")
-    source.add_argument("--mat", type=Path, metavar="DIR", dest="mat_folder",
-                        help="folder of LabelMap files: 4998 + 5105 images, as papers have them")
+    source = p.add_mutually_exclusive_group()
+    source.add_argument("--json", type=Path, metavar="FILE", dest="json_file", help="trainval_merged.json: 4996 + 5104 "
+                        "images, as mmsegmentation has them (default: the one in the VOC2010 folder)")
+    source.add_argument("--mat", type=Path, metavar="DIR", dest="mat_folder", help="folder of LabelMap files: 4998 + "
+                        "5105 images, as papers have them (default: trainval/ there, without trainval_merged.json)")
 
     p = commands.add_parser("check", parents=[workers], help="read every pair of a data set, report what is wrong")
     p.set_defaults(command=check)

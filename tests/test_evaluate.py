@@ -30,6 +30,7 @@ import evaluate
 from common import UserError
 from evaluate import View, confusion_matrix, metrics, predict, slide, vote
 from model import build_model
+from tools import tables
 
 assert_exactly = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-12)
 
@@ -40,7 +41,7 @@ class SmallModel(nn.Module):
     def __init__(self, window=32):
         super().__init__()
         torch.manual_seed(0)
-        self.config = SimpleNamespace(window=window, num_classes=5)
+        self.config = SimpleNamespace(window=window, num_classes=5, head="upernet", embed_dim=8, depth=1, num_heads=1)
         self.layer = nn.Conv2d(3, 5, 5, padding=2)
         self.place = nn.Parameter(torch.randn(5, window, window))
         self.calls = []
@@ -232,13 +233,6 @@ def test_confusion_counts_rows_of_labels_and_columns_of_predictions_without_the_
     assert confusion_matrix(prediction, torch.full_like(labels, 255), 3).sum() == 0
 
 
-def test_table_shows_percent_and_a_dash_for_a_class_that_is_nowhere():
-    text = evaluate.table(metrics(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])), ["sky", "road", "unicorn"])
-    assert [line.split() for line in text.splitlines()[2:5]] == [
-        ["sky", "75.0", "75.0", "4"], ["road", "80.0", "100.0", "4"], ["unicorn", "-", "-", "0"]]
-    assert text.splitlines()[-1] == "aAcc 87.5   mIoU 77.5   mAcc 87.5"
-
-
 @pytest.mark.parametrize(("without", "means"), [
     ([], (14 / 20, (5 / 10 + 6 / 9 + 3 / 7) / 3, (5 / 8 + 6 / 6 + 3 / 6) / 3)),
     ([0], (9 / 12, (6 / 9 + 3 / 7) / 2, (6 / 6 + 3 / 6) / 2)),  # the pixels of class 0 seen as 1 and 2 still count
@@ -251,16 +245,6 @@ def test_means_without_classes_are_those_of_the_others(without, means):
     np.testing.assert_allclose(result[3:], means, rtol=1e-12)
     for ours, whole in zip(result[:3], metrics(confusion), strict=False):
         np.testing.assert_array_equal(ours, whole)
-
-
-def test_json_holds_fractions_in_full_precision_and_null_for_no_number():
-    confusion = torch.tensor([[2, 1], [0, 0]])
-    text = evaluate.to_json(metrics(confusion), ["a", "b"], metrics(confusion, [0, 1]), ["a", "b"], split="test")
-    assert json.loads(text) == {
-        "split": "test", "all_accuracy": 2 / 3, "mean_iou": 1 / 3, "mean_accuracy": 2 / 3,
-        "without": {"classes": ["a", "b"], "all_accuracy": None, "mean_iou": None, "mean_accuracy": None},
-        "classes": [{"class": "a", "iou": 2 / 3, "accuracy": 2 / 3, "pixels": 3},
-                    {"class": "b", "iou": 0.0, "accuracy": None, "pixels": 0}]}
 
 
 ABC = ["sky", "Road", "car"]
@@ -424,7 +408,8 @@ def command(folder, tmp_path_factory, monkeypatch):
         (run / "best.pt").touch()
         os.utime(run / "best.pt", (time, time))
         (run / "config.json").write_text(json.dumps({"data": str(folder)}))
-    monkeypatch.setattr(evaluate.weights, "load_model", lambda _: (SmallModel(), {"classes": list("abcde")}))
+    monkeypatch.setattr(evaluate.weights, "read_weights", lambda _: SimpleNamespace(kind="ours"))
+    monkeypatch.setattr(evaluate.weights, "to_model", lambda _: (SmallModel(), {"classes": list("abcde")}))
     return lambda options: status_of(evaluate.main, "--device", "cpu", *options.split())
 
 
@@ -432,7 +417,7 @@ def test_command_takes_the_newest_run_and_writes_table_json_and_labels(command, 
     assert command("--json out/result.json --save-labels labels --limit 3") == 0
     output = capsys.readouterr().out
     confusion = evaluate.evaluate(SmallModel(), dataset, limit=3)
-    assert output.startswith("runs/new/best.pt on ") and evaluate.table(metrics(confusion), "abcde") in output
+    assert output.startswith("runs/new/best.pt on ") and tables.table(metrics(confusion), "abcde") in output
     result = json.loads(Path("out/result.json").read_text())
     assert result["mean_iou"] == pytest.approx(metrics(confusion).mean_iou)
     assert [c["class"] for c in result["classes"]] == list("abcde")
@@ -535,11 +520,3 @@ def test_tf32_and_the_fast_text_are_on_unless_refused(command, monkeypatch, opti
     monkeypatch.setattr(evaluate.common, "allow_tf32", used.append)
     monkeypatch.setattr(evaluate, "inference", lambda _, fast: contextlib.nullcontext(used.append(fast)))
     assert command(f"--limit 1 {option}") == 0 and used == expected
-
-
-def test_original_ids_are_those_of_the_459_classes(tmp_path):
-    info = data.context_info()
-    dataset = SimpleNamespace(info=info, names=["2008_000002"])
-    evaluate.label_writer(tmp_path, dataset, original_ids=True)(0, np.uint8([[0, info.classes.index("sky")]]))
-    with Image.open(tmp_path / "2008_000002.png") as picture:
-        assert np.array(picture).tolist() == [[2, 360]]

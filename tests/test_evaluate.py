@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +19,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import OFFICIAL, ROOT, load_golden, noise
+from conftest import OFFICIAL, ROOT, load_golden, noise, official_state
 from PIL import Image
+from test_checkpoints import context_tree
 from test_predict import PALETTE, SMALL, photograph, save_checkpoint, status_of
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -394,7 +397,10 @@ def test_the_command_under_torchrun_writes_what_it_writes_alone(folder):
          *options, "--json", folder / "both.json", "--save-labels", folder / "out"],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert (folder / "both.json").read_text() == (folder / "alone.json").read_text()
+    alone, both = (json.loads((folder / f"{name}.json").read_text()) for name in ("alone", "both"))
+    assert (alone["environment"].pop("devices"), both["environment"].pop("devices")) == (1, 2)
+    for name in alone.keys() - {"environment", "date", "seconds", "images_per_second"}:
+        assert alone[name] == both[name], name
     assert done.stdout.count("mIoU") == 1 and len(list((folder / "out").iterdir())) == 7
 
 
@@ -428,6 +434,150 @@ def test_command_takes_the_newest_run_and_writes_table_json_and_labels(command, 
             assert picture.mode == "P" and picture.getpalette()[:3] == PALETTE[0]
             total += confusion_matrix(torch.from_numpy(np.array(picture)), torch.from_numpy(dataset.labels(i)), 5)
     assert total.equal(confusion)
+
+
+def test_a_table_to_be_pasted_is_alone_on_stdout_and_the_rest_on_stderr(command, dataset, capsys):
+    Path("runs/new/config.json").write_text(json.dumps({"data": str(dataset.root), "environment": {"torch": "0.1"}}))
+    result = metrics(evaluate.evaluate(SmallModel(), dataset))
+    for form in ("markdown", "csv", "latex"):
+        assert command(f"--table {form} --without b") == 0
+        output = capsys.readouterr()
+        assert output.out == tables.class_table(result, "abcde", form)
+        note, title, means, without = output.err.splitlines()
+        assert note.startswith("trained with torch 0.1, evaluated with torch ")
+        assert title == "runs/new/best.pt on " + dataset.info.name + " val, single-scale"
+        assert means == tables.summary(result) and without.endswith("without b")
+    assert command("--table html") == 2
+    assert "invalid choice: 'html'" in capsys.readouterr().err
+
+
+WINDOWS = {"window": 32, "stride": 21, "short_side": 35}  # of a SmallModel
+
+
+def test_evaluation_json_holds_what_a_paper_needs(command, dataset, capsys):
+    Path("runs/new/best.pt").write_bytes(b"weights")
+    start = datetime.now(UTC).replace(microsecond=0)
+    assert command("--ms --amp --no-fast") == 0
+    found = json.loads(Path("runs/new/evaluation-ms.json").read_text())
+    confusion = evaluate.evaluate(SmallModel(), dataset, multi_scale=True, amp=torch.bfloat16)
+    assert found["mean_iou"] == pytest.approx(metrics(confusion).mean_iou, abs=0.01)
+    assert found["environment"] == evaluate.run.environment(torch.device("cpu"), 1)
+    assert start <= datetime.fromisoformat(found["date"]) <= datetime.now(UTC)
+    assert found["images_per_second"] == pytest.approx(7 / found["seconds"])
+    expected = {
+        "checkpoint": "runs/new/best.pt", "sha256": hashlib.sha256(b"weights").hexdigest(), "kind": "ours",
+        "iteration": None, "head": "upernet", "size": "custom", "data": str(dataset.root), "split": "val", "images": 7,
+        "data_fingerprint": dataset.fingerprint(), "scales": "multi-scale + flip", "precision": "bfloat16",
+        "fast": False, "published_mean_iou": None,
+        "views": {"ratios": [0.5, 0.75, 1, 1.25, 1.5, 1.75], "flip": True, **WINDOWS},
+    }
+    assert {name: found[name] for name in expected} == expected
+    assert command("") == 0 and command("--limit 2") == 0 and command("--limit 3 --json part.json") == 0
+    whole, part = (json.loads(Path(name).read_text()) for name in ("runs/new/evaluation.json", "part.json"))
+    assert (whole["images"], part["images"]) == (7, 3)  # two images replace nothing
+    assert whole["views"] == {"ratios": [1], "flip": False, **WINDOWS}
+    assert (whole["precision"], whole["fast"], whole["scales"]) == ("float32", True, "single-scale")
+    assert set(os.listdir("runs/new")) == {"best.pt", "config.json", "evaluation.json", "evaluation-ms.json"}
+
+
+def test_numbers_that_cannot_stand_beside_the_checkpoint_are_a_warning(command, capsys):
+    Path("runs/new/evaluation.json").mkdir()
+    assert command("") == 0
+    warning, *rest = capsys.readouterr().out.splitlines()
+    assert warning.startswith("warning: the numbers are not written: runs/new/evaluation.json is a folder")
+    assert rest[-1].startswith("aAcc ")
+
+
+def write_released(path: Path) -> None:
+    """A UperNet of 59 classes in the official names."""
+    state = official_state("upernet")
+    for name in state:
+        if "conv_seg" in name:
+            state[name] = torch.zeros(59, *state[name].shape[1:])
+    path.parent.mkdir(parents=True)
+    torch.save({"meta": {"iter": 7}, "state_dict": state}, path)
+
+
+@pytest.fixture
+def released(tmp_path, monkeypatch):
+    """A folder with Pascal Context's two images at the usual place, and a table with the model upernet-custom."""
+    monkeypatch.chdir(tmp_path)
+    context_tree(data.CONTEXT, "val", 2)
+    table = {"addresses": ["http://127.0.0.1:9/x"], "path": "checkpoints/x/x.pth", "what": "x", "published": [60, 61.5]}
+    Path("table.json").write_text(json.dumps({"checkpoint:upernet-custom": table}))
+    monkeypatch.setenv("FETCH_SOURCES", "table.json")
+    monkeypatch.setattr(evaluate.checkpoints.fetch, "fetch",
+                        lambda names: write_released(Path("checkpoints/x/x.pth")), raising=False)
+    return lambda options: status_of(evaluate.main, "--device", "cpu", *options.split())
+
+
+def test_a_released_model_is_fetched_and_compared_on_pascal_context(released, capsys):
+    assert released("--checkpoint upernet-custom --yes") == 0
+    output = capsys.readouterr().out.splitlines()
+    assert output[-1].startswith("mIoU single-scale   published 60.0   here ")
+    assert output[-1].endswith(" (on 2 images, not 5,105)")
+    found = json.loads(Path("checkpoints/x/evaluation.json").read_text())
+    assert (found["kind"], found["iteration"], found["published_mean_iou"]) == ("released", 7, 0.6)
+    for options, score in [("--ms", 61.5), ("", 60.0)]:  # by path it is known by its content, and needs no --data
+        shutil.copy("checkpoints/x/x.pth", "renamed file")
+        assert evaluate.main(["--checkpoint", "renamed file", "--device", "cpu", *options.split()]) == 0
+        assert f"published {score}   here " in capsys.readouterr().out
+
+
+def test_other_images_are_not_compared(released, capsys):
+    write_released(Path("checkpoints/x/x.pth"))
+    (data.CONTEXT / "ImageSets/SegmentationContext/test.txt").write_text("2008_0")
+    shutil.copytree(data.CONTEXT, "plain")
+    for old, new in [("JPEGImages", "images"), ("SegmentationClassContext", "labels")]:
+        Path("plain", old).rename(f"plain/{new}")
+    for image in Path("plain/labels").iterdir():
+        Image.fromarray(np.array(Image.open(image)) - np.uint8(1)).save(image)  # 0 is no class there, 255 here
+    Path("plain/val.txt").write_text("2008_0")
+    Path("plain/dataset.json").write_text(json.dumps({"classes": data.context_info().classes}))
+    for options in ("--limit 2", "--split test", "--data plain"):
+        assert released(f"--checkpoint upernet-custom {options}") == 0
+        assert "published" not in capsys.readouterr().out
+
+
+def test_absent_checkpoint_and_data_are_told_at_once_before_anything_is_fetched(released, capsys):
+    shutil.rmtree("data")
+    assert released("--checkpoint upernet-custom --yes") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"no data at {data.CONTEXT}" in error and not Path("checkpoints").exists()
+    assert error.endswith("the checkpoint is absent too: `python data.py fetch checkpoint:upernet-custom`\n")
+
+
+FETCHING = """
+import sys, time
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+from test_evaluate import Path, UserError, write_released
+from tools import fetch
+def fake(names):
+    print("fetching", *names, file=sys.stderr)
+    time.sleep(1)
+    {act}
+fetch.fetch = fake
+import evaluate
+sys.exit(evaluate.main())
+"""
+
+
+@pytest.mark.parametrize(("act", "status"), [
+    ("write_released(Path('draft/x')); Path('draft').rename('checkpoints')", 0),
+    pytest.param("raise UserError('the network is gone')", 1, marks=pytest.mark.slow)])
+def test_under_torchrun_one_process_fetches_and_if_it_fails_all_end(released, act, status):
+    table = json.loads(Path("table.json").read_text())
+    table["checkpoint:upernet-custom"]["path"] = "checkpoints/x"
+    Path("table.json").write_text(json.dumps(table))
+    Path("go.py").write_text(FETCHING.format(root=str(ROOT), act=act))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "go.py",
+         "--device", "cpu", "--checkpoint", "upernet-custom", "--yes"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == status, done.stderr
+    assert done.stderr.count("fetching checkpoint:upernet-custom") == 1
+    assert done.stdout.count("mIoU single-scale") == (status == 0)
+    assert done.stderr.count("error: the network is gone") == status
 
 
 ORDER = [3, 0, 4, 1, 2]  # the data set's index of each of the checkpoint's classes a, b, c, d, e
@@ -497,6 +647,7 @@ def test_a_checkpoint_that_names_no_classes_is_for_pascal_context(capsys, classe
 ])
 def test_user_errors_are_one_line_and_status_2(command, dataset, capsys, monkeypatch, options, message):
     Path("file").touch()
+    Path("runs/alone.pt").touch()
     for name, classes in [("seven", "abcdefg"), ("renamed", "abXde")]:
         shutil.copytree(dataset.root, name)
         Path(name, "dataset.json").write_text(json.dumps({"classes": list(classes)}))

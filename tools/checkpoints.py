@@ -104,8 +104,9 @@ def comparison(about: dict, mean_iou: float) -> str:
     theirs, ours = "published", "here"
     if about["kind"] != "released":
         theirs, ours = "published, trained by the authors,", "this run"
+    part = "" if images in whole else f" (on {images:,} images, not {max(whole):,})"
     numbers = f"{theirs} {in_percent(about['published_mean_iou'])}   {ours} {in_percent(mean_iou)}"
-    return f"mIoU {about['scales']}   {numbers}" + f" (on {images:,} images, not {max(whole):,})" * (images not in whole)
+    return f"mIoU {about['scales']}   {numbers}{part}"
 
 
 def run_config(checkpoint: Path) -> dict:

@@ -45,9 +45,9 @@ def summary(result: "Metrics") -> str:
 def markdown(columns: Columns) -> str:
     """The columns as a Markdown table. What Markdown would take for markup or a border becomes an HTML entity."""
     rows = [columns, ["---", *["---:"] * (len(columns) - 1)], *zip(*columns.values(), strict=True)]
-    special = r"[|\\`*~\[\]]|\b_|_\b"  # an underscore within a word is none
-    cells = [[re.sub(special, lambda m: f"&#{ord(m[0])};", html.escape(cell, quote=False)) for cell in row]
-             for row in rows]
+    special = re.compile(r"[|\\`*~\[\]]|\b_+|_+\b")  # an underscore within a word is none
+    cells = [[special.sub(lambda m: "".join(f"&#{ord(c)};" for c in m[0]), html.escape(cell, quote=False))
+              for cell in row] for row in rows]
     return "".join(f"| {' | '.join(row)} |\n" for row in cells)
 
 

@@ -324,15 +324,14 @@ def match_classes(model: nn.Module, info: data.DatasetInfo, theirs: Sequence[str
 
 
 def load_with_data(checkpoint: Path, root: str | None, split: str) -> tuple[data.SegmentationDataset, nn.Module, dict]:
-    """A data set (None: that of the checkpoint's run, of a released one Pascal Context), the model for its classes, and
-    the other facts. UserError."""
+    """The data set (None: the run's, a released model's Pascal Context), the model for its classes, facts. UserError."""
     content = weights.read_weights(checkpoint)
     usual = data.CONTEXT if content.kind == "released" else None
     root = root or checkpoints.run_config(checkpoint).get("data") or usual
     if root is None:
         config = checkpoint.with_name("config.json")
         raise UserError(f"{config} does not tell the data of {checkpoint.name}: name it with --data")
-    dataset, (model, facts) = data.open_dataset(root, split), weights.to_model(content)
+    dataset, (model, facts) = data.open_dataset(root, split), weights.make_model(content)
     return dataset, model, facts | match_classes(model, dataset.info, facts.get("classes")) | {"kind": content.kind}
 
 
@@ -351,9 +350,9 @@ def evaluate_checkpoint(options: argparse.Namespace, stdout: TextIO) -> None:
 
     With --table the table alone goes to `stdout`.
     """
-    name, root, split = options.checkpoint, options.data, options.split
-    checkpoint = checkpoints.find_checkpoint(name, options.yes, root or data.CONTEXT, split)
-    dataset, model, facts = load_with_data(checkpoint, root, split)
+    checkpoint = checkpoints.find_checkpoint(options.checkpoint, options.yes, options.data or data.CONTEXT,
+                                             options.split)
+    dataset, model, facts = load_with_data(checkpoint, options.data, options.split)
     classes, order = facts["classes"], facts["order"]
     for name in set(options.without).difference(classes):
         raise UserError(f"--without {name}: no class has this name; the classes are {', '.join(classes)}")
@@ -378,7 +377,7 @@ def evaluate_checkpoint(options: argparse.Namespace, stdout: TextIO) -> None:
               "seconds": seconds, "images_per_second": about["images"] / seconds}
     confusion = confusion[order][:, order]  # the table is in the checkpoint's order, whatever the data set's
     result, rest = metrics(confusion), metrics(confusion, [classes.index(name) for name in options.without])
-    print(f"{checkpoint} on {dataset.info.name} {split}, {about['scales']}")
+    print(f"{checkpoint} on {dataset.info.name} {dataset.split}, {about['scales']}")
     if options.table:
         stdout.write(tables.class_table(result, classes, options.table))
     print(tables.summary(result) if options.table else tables.table(result, classes))

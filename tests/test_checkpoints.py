@@ -51,7 +51,7 @@ def place(tmp_path, monkeypatch):
 
 def write_table(**more):
     entry = {"what": "x", "addresses": ["http://here/mine.pth", "http://there"], "path": "x/mine.pth", **more}
-    Path("table.json").write_text(json.dumps({"checkpoint:mine": entry, "voc2010": entry}))
+    Path("table.json").write_text(json.dumps({"checkpoint:mine": entry, "voc2010": entry, "context": entry}))
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_on_a_terminal_it_asks(place, fetched, monkeypatch, size, text, answer, 
     if agreed:
         assert checkpoints.find_checkpoint("mine") == Path("x/mine.pth") and fetched == [["checkpoint:mine"]]
     else:
-        with pytest.raises(UserError, match=f"{COMMAND} fetches it, or --yes here"):
+        with pytest.raises(UserError, match=f"{COMMAND} fetches it, and so does --yes"):
             checkpoints.find_checkpoint("mine")
         assert not fetched
     assert sys.stderr.getvalue() == text
@@ -112,7 +112,7 @@ def test_on_a_terminal_it_asks(place, fetched, monkeypatch, size, text, answer, 
 def test_without_a_terminal_it_fetches_only_with_yes(place, fetched, monkeypatch, stdin):
     monkeypatch.setattr(sys, "stdin", stdin)
     for find in (checkpoints.find_checkpoint, Predictor):
-        with pytest.raises(UserError, match=f"no checkpoint at x/mine.pth: {COMMAND} fetches it, or --yes here"):
+        with pytest.raises(UserError, match=f"no checkpoint at x/mine.pth: {COMMAND} fetches it, and so does --yes"):
             find("mine")
     assert not fetched
     assert checkpoints.find_checkpoint("mine", yes=True) == Path("x/mine.pth") and fetched == [["checkpoint:mine"]]
@@ -120,7 +120,7 @@ def test_without_a_terminal_it_fetches_only_with_yes(place, fetched, monkeypatch
 
 def test_a_question_that_nobody_would_see_is_not_asked(place, fetched, monkeypatch):
     monkeypatch.setattr(sys, "stdin", Terminal("y\n"))  # and stderr goes to a file
-    with pytest.raises(UserError, match="--yes here"):
+    with pytest.raises(UserError, match="so does --yes"):
         checkpoints.find_checkpoint("mine")
 
 
@@ -139,7 +139,7 @@ def test_of_a_node_the_first_process_alone_fetches_and_the_others_wait(place, fe
 
 
 def test_absent_data_is_told_with_the_absent_checkpoint_and_nothing_is_fetched(place, fetched):
-    with pytest.raises(UserError, match=f"no data at nowhere: .*; the checkpoint is absent too: {COMMAND}$"):
+    with pytest.raises(UserError, match=f"no data at nowhere.*; the checkpoint is absent too: {COMMAND}$"):
         checkpoints.find_checkpoint("mine", True, "nowhere")
     assert not fetched
 

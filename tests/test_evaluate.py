@@ -415,7 +415,7 @@ def command(folder, tmp_path_factory, monkeypatch):
         os.utime(run / "best.pt", (time, time))
         (run / "config.json").write_text(json.dumps({"data": str(folder)}))
     monkeypatch.setattr(evaluate.weights, "read_weights", lambda _: SimpleNamespace(kind="ours"))
-    monkeypatch.setattr(evaluate.weights, "to_model", lambda _: (SmallModel(), {"classes": list("abcde")}))
+    monkeypatch.setattr(evaluate.weights, "make_model", lambda _: (SmallModel(), {"classes": list("abcde")}))
     return lambda options: status_of(evaluate.main, "--device", "cpu", *options.split())
 
 
@@ -504,7 +504,9 @@ def released(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     context_tree(data.CONTEXT, "val", 2)
     table = {"addresses": ["http://127.0.0.1:9/x"], "path": "checkpoints/x/x.pth", "what": "x", "published": [60, 61.5]}
-    Path("table.json").write_text(json.dumps({"checkpoint:upernet-custom": table}))
+    photographs, labels = ({**table, "path": f"{data.CONTEXT}/{name}"} for name in ("x.tar", "x.json"))
+    Path("table.json").write_text(json.dumps(
+        {"checkpoint:upernet-custom": table, "voc2010": photographs, "context": labels}))
     monkeypatch.setenv("FETCH_SOURCES", "table.json")
     monkeypatch.setattr(evaluate.checkpoints.fetch, "fetch",
                         lambda names: write_released(Path("checkpoints/x/x.pth")), raising=False)

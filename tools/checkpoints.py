@@ -73,7 +73,7 @@ def fetch_checkpoint(source: fetch.Source, yes: bool) -> None:
         while not source.here:
             time.sleep(POLL)
         return
-    absent = f"no checkpoint at {source.path}: `{source.command}` fetches it, or --yes here"
+    absent = f"no checkpoint at {source.path}: `{source.command}` fetches it, and so does --yes"
     if not yes:
         if not all(stream and stream.isatty() for stream in (sys.stdin, sys.stderr)):
             raise UserError(absent)

@@ -324,14 +324,14 @@ def match_classes(model: nn.Module, info: data.DatasetInfo, theirs: Sequence[str
 
 
 def load_with_data(checkpoint: Path, root: str | None, split: str) -> tuple[data.SegmentationDataset, nn.Module, dict]:
-    """The data set (None: the run's, a released model's Pascal Context), the model for its classes, facts. UserError."""
+    """A data set (None: the run's, a released model's Pascal Context), the model for its classes, facts. UserError."""
     content = weights.read_weights(checkpoint)
-    usual = data.CONTEXT if content.kind == "released" else None
-    root = root or checkpoints.run_config(checkpoint).get("data") or usual
-    if root is None:
+    model, facts = weights.make_model(content)
+    root = root or checkpoints.run_config(checkpoint).get("data") or (content.kind == "released" and data.CONTEXT)
+    if not root:
         config = checkpoint.with_name("config.json")
         raise UserError(f"{config} does not tell the data of {checkpoint.name}: name it with --data")
-    dataset, (model, facts) = data.open_dataset(root, split), weights.make_model(content)
+    dataset = data.open_dataset(root, split)
     return dataset, model, facts | match_classes(model, dataset.info, facts.get("classes")) | {"kind": content.kind}
 
 
@@ -401,7 +401,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ms", action="store_true", help="multi-scale and flip: six scales, each mirrored")
     parser.add_argument("--without", nargs="+", default=[], metavar="CLASS", help="means without these, too")
     parser.add_argument("--limit", type=common.positive, metavar="N", help="only the first N images")
-    parser.add_argument("--table", choices=tables.FORMATS, help="print the table per class so; stdout has only it")
+    parser.add_argument("--table", choices=tables.FORMATS, help="print the per-class table so, alone on stdout")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there; default: evaluation.json "
                         "(-SPLIT, -ms) beside the checkpoint, unless there is a --limit")
     parser.add_argument("--save-labels", type=Path, metavar="DIR", help="write each prediction as a palette PNG")

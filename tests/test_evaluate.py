@@ -541,6 +541,12 @@ def test_other_images_are_not_compared(released, capsys):
         assert "published" not in capsys.readouterr().out
 
 
+def test_a_file_without_a_head_is_told_before_its_data_is_asked_for(released, capsys):
+    torch.save({"blocks.0.attn.qkv.weight": torch.zeros(3, 1)}, "beit.pth")
+    assert released("--checkpoint beit.pth") == 2
+    assert "beit.pth: BEiT pre-training has no segmentation head" in capsys.readouterr().err
+
+
 def test_absent_checkpoint_and_data_are_told_at_once_before_anything_is_fetched(released, capsys):
     shutil.rmtree("data")
     assert released("--checkpoint upernet-custom --yes") == 2

@@ -33,6 +33,7 @@ from pictures import EXTENSIONS, check_size, default_palette, read_image, read_l
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, in grey levels, RGB
 TEST_RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+CONTEXT = Path("data/VOCdevkit/VOC2010")  # where Pascal Context is expected
 CONTEXT_CLASSES = Path(__file__).with_name("pascal_context.json")
 
 

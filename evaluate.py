@@ -2,10 +2,11 @@
 
     python evaluate.py                                 the newest run's best checkpoint on its own validation split
     python evaluate.py --ms --checkpoint FILE --data DIR
+    python evaluate.py --checkpoint mask2former-base   a released model on Pascal Context, beside its published score
     torchrun --nproc_per_node=8 evaluate.py --ms       the same numbers, shared out over 8 devices
 
 Reading order: window_places -> sliding_scores -> make_views -> vote -> predictions -> metrics -> evaluate
--> match_classes -> evaluate_checkpoint.
+-> match_classes -> evaluate_checkpoint. How numbers look is in tools/tables.py.
 
 A *view* is one resized, perhaps mirrored copy of a picture. The scores of its windows are averaged where they overlap,
 resized to the picture, soft-maxed, and vote with those of the other views.
@@ -15,7 +16,7 @@ Shapes: B images, K classes, (h, w) size of a view, (H, W) size of the original 
 """
 
 import argparse
-import json
+import contextlib
 import math
 import os
 import sys
@@ -25,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, tee
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -36,11 +37,11 @@ from tqdm import tqdm
 
 import common
 import data
-import pictures
 import run
 import weights
 from common import UserError
 from fast import inference, keep_freed_memory
+from tools import checkpoints, record, tables
 
 Save = Callable[[int, np.ndarray], None]  # takes the index of an image and its prediction, uint8 (H, W)
 REMEDY = "evaluate it on data of its classes (--data DIR)"
@@ -65,8 +66,8 @@ def window_places(size: Sequence[int], window: int, stride: int) -> list[tuple[s
 
 @torch.no_grad()
 def sliding_scores(model: nn.Module, views: Iterable[View], window_batch: int | None = None,
-                   stride: int | None = None) -> Iterator[Tensor]:
-    """The scores (K, h, w) of each view, in order: at every pixel the mean over the windows that cover it.
+                   stride: int | None = None) -> Iterator[tuple[View, Tensor]]:
+    """Each view and its scores (K, h, w), in order: at every pixel the mean over the windows that cover it.
 
     A batch may hold windows of several views and pictures, for all have one size; only the very last is smaller. The
     mean is taken before any softmax, as in the official inference code. The default stride is two thirds of the window:
@@ -75,26 +76,27 @@ def sliding_scores(model: nn.Module, views: Iterable[View], window_batch: int | 
     window = model.config.window
     stride = stride or window * 2 // 3
     window_batch = window_batch or automatic_window_batch(model, next(model.parameters()).device)
-    cut = ((view.image[0], window_places(view.image.shape[2:], window, stride)) for view in views)
+    cut = ((view, window_places(view.image.shape[2:], window, stride)) for view in views)
     ahead, current = tee(cut)  # the model is ahead of the sums: its batch may hold windows of the next views
-    windows = (image[place] for image, places in ahead for place in places)
+    windows = (view.image[0][place] for view, places in ahead for place in places)
     batches = iter(lambda: list(islice(windows, window_batch)), [])
     scores = (of_one for batch in batches for of_one in model(torch.stack(batch)))
-    for image, places in current:
-        dtype = torch.promote_types(image.dtype, torch.float32)  # sums and softmax never in half precision
-        count = torch.zeros(image.shape[1:], dtype=dtype, device=image.device)
+    for view, places in current:
+        dtype = torch.promote_types(view.image.dtype, torch.float32)  # sums and softmax never in half precision
+        count = torch.zeros(view.image.shape[2:], dtype=dtype, device=view.image.device)
         total = count.new_zeros(model.config.num_classes, *count.shape)
         for place, window_scores in zip(places, scores, strict=False):  # the scores go on with the next view
             total[place] += window_scores
             count[place[1:]] += 1
-        yield total.div_(count)
+        yield view, total.div_(count)
 
 
 def slide(model: nn.Module, image: Tensor, window: int, stride: int, window_batch: int | None = None) -> Tensor:
     """Scores (B, K, H, W) of images (B, 3, H, W): the mean of the scores of overlapping windows, before softmax."""
     if window != model.config.window:
         raise UserError(f"the model sees windows of {model.config.window} pixels, not of {window}")
-    return torch.stack(list(sliding_scores(model, [View(one[None]) for one in image], window_batch, stride)))
+    views = [View(one[None]) for one in image]
+    return torch.stack([scores for _, scores in sliding_scores(model, views, window_batch, stride)])
 
 
 @torch.no_grad()
@@ -174,8 +176,7 @@ def resize_rows(scores: Tensor, size: tuple[int, int], top: int, bottom: int) ->
 
 def predict(model: nn.Module, views: Sequence[View], size: tuple[int, int], window_batch: int | None = None) -> Tensor:
     """Probabilities (K, H, W) of one picture of that size (H, W) from its views."""
-    scores = sliding_scores(model, views, window_batch)
-    return torch.cat(list(vote(zip(views, scores, strict=True), size, model.config.num_classes)), dim=1)
+    return torch.cat(list(vote(sliding_scores(model, views, window_batch), size, model.config.num_classes)), dim=1)
 
 
 def predictions(model: nn.Module, images: Iterable[np.ndarray], *, multi_scale: bool = False,
@@ -198,9 +199,9 @@ def votes(model: nn.Module, images: Iterable[np.ndarray], multi_scale: bool, dev
     prepared = prefetch(((image.shape[:2], make_views(image, model.config.window, multi_scale, device))
                          for image in images), 1 + window_batch // least)
     ahead, current = tee(prepared)  # the model is ahead of the votes
-    scores = sliding_scores(model, (view for _, views in ahead for view in views), window_batch)
+    results = sliding_scores(model, (view for _, views in ahead for view in views), window_batch)
     for size, views in current:
-        yield vote(zip(views, scores, strict=False), size, model.config.num_classes)  # the rest: next pictures
+        yield vote(islice(results, len(views)), size, model.config.num_classes)
 
 
 def prefetch(items: Iterable, ahead: int) -> Iterator:
@@ -246,36 +247,6 @@ def metrics(confusion: Tensor, without: Sequence[int] = ()) -> Metrics:
     return Metrics(iou.numpy(), accuracy.numpy(), labelled.numpy(), *(mean.item() for mean in means))
 
 
-def table(result: Metrics, classes: Sequence[str]) -> str:
-    """The per-class table and the three summary numbers, in percent."""
-    width = max(len("class"), *map(len, classes))
-    line = "-" * (width + 30)
-    rows = [f"{name:<{width}}  {in_percent(iou):>6}  {in_percent(accuracy):>6}  {pixels:>12,}"
-            for name, iou, accuracy, pixels in zip(classes, *result[:3], strict=True)]
-    return "\n".join([f"{'class':<{width}}     IoU     acc        pixels", line, *rows, line, summary(result)])
-
-
-def summary(result: Metrics) -> str:
-    """Pixel accuracy and the two class means, in percent."""
-    names = ("aAcc", "mIoU", "mAcc")
-    return "   ".join(f"{name} {in_percent(mean)}" for name, mean in zip(names, result[3:], strict=True))
-
-
-def in_percent(fraction: float) -> str:
-    """A fraction as people read it everywhere: percent with one decimal; a dash where there is no number."""
-    return "-" if math.isnan(fraction) else f"{100 * fraction:.1f}"
-
-
-def to_json(result: Metrics, classes: Sequence[str], rest: Metrics, without: Sequence[str], **facts: object) -> str:
-    """The metrics, and the means of `rest`, as JSON: fractions in full precision, null where there is no number."""
-    numbers, rest = ({name: np.where(np.isnan(value), None, value).tolist() for name, value in each._asdict().items()}
-                     for each in (result, rest))
-    columns = {"class": classes, **{name: numbers.pop(name) for name in ("iou", "accuracy", "pixels")}}
-    per_class = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    without = {"classes": without, **{name: rest[name] for name in numbers}}
-    return json.dumps({**facts, **numbers, "without": without, "classes": per_class}, indent=1)
-
-
 def evaluate(model: nn.Module, dataset: data.SegmentationDataset, *, multi_scale: bool = False,
              device: torch.device | str = "cpu", limit: int | None = None, progress: bool = True,
              window_batch: int | None = None, amp: torch.dtype | None = None, save: Save | None = None,
@@ -305,7 +276,7 @@ def evaluate(model: nn.Module, dataset: data.SegmentationDataset, *, multi_scale
         for index, prediction in zip(bar, results, strict=True):
             total += confusion_matrix(prediction, labels.popleft(), len(total))
             if not bar.disable and (index == mine[-1] or time.monotonic() > shown + 5):
-                bar.set_postfix(mIoU=in_percent(metrics(total.cpu()).mean_iou), refresh=False)  # waits for the device
+                bar.set_postfix(mIoU=tables.in_percent(metrics(total.cpu()).mean_iou), refresh=False)  # waits
                 shown = time.monotonic()
             if save:
                 save(index, prediction.cpu().numpy())
@@ -316,14 +287,6 @@ def evaluate(model: nn.Module, dataset: data.SegmentationDataset, *, multi_scale
         except RuntimeError as error:  # of gloo: a neighbour is gone
             raise UserError(f"another process has ended, and has said why ({common.reason(error)})") from None
     return total
-
-
-def newest_checkpoint() -> Path:
-    """The best.pt that was written last under runs/."""
-    newest = max(run.RUNS.glob("*/best.pt"), key=lambda path: path.stat().st_mtime, default=None)
-    if newest is None:
-        raise UserError(f"no {run.RUNS}/*/best.pt: train first (python train.py --data toy) or name a --checkpoint")
-    return newest
 
 
 def class_order(ours: Sequence[str], theirs: Sequence[str]) -> list[int] | None:
@@ -361,28 +324,15 @@ def match_classes(model: nn.Module, info: data.DatasetInfo, theirs: Sequence[str
 
 
 def load_with_data(checkpoint: Path, root: str | None, split: str) -> tuple[data.SegmentationDataset, nn.Module, dict]:
-    """A data set (None: that of the checkpoint's run), the model for its classes, and the other facts. UserError."""
-    model, facts = weights.load_model(checkpoint)
-    if root is None:
-        config = checkpoint.parent / "config.json"
-        try:
-            root = json.loads(config.read_text())["data"]
-        except (OSError, ValueError, KeyError):
-            raise UserError(f"{config} does not tell the data of {checkpoint.name}: name it with --data") from None
+    """A data set (None: the run's, a released model's Pascal Context), the model for its classes, facts. UserError."""
+    content = weights.read_weights(checkpoint)
+    model, facts = weights.make_model(content)
+    root = root or checkpoints.run_config(checkpoint).get("data") or (content.kind == "released" and data.CONTEXT)
+    if not root:
+        config = checkpoint.with_name("config.json")
+        raise UserError(f"{config} does not tell the data of {checkpoint.name}: name it with --data")
     dataset = data.open_dataset(root, split)
-    return dataset, model, facts | match_classes(model, dataset.info, facts.get("classes"))
-
-
-def label_writer(folder: Path, dataset: data.SegmentationDataset, original_ids: bool) -> Save:
-    """A function that writes prediction i as folder/NAME.png: class indices with the palette, or original ids."""
-    values, palette = np.arange(256, dtype=np.uint8), dataset.info.palette
-    if original_ids:
-        ids = {c["name"]: c["original_id"] for c in json.loads(data.CONTEXT_CLASSES.read_text())["classes"]}
-        if set(dataset.info.classes) - set(ids):
-            raise UserError(f"{dataset.info.name} has no original ids: leave out --original-ids")
-        values, palette = np.uint16([ids[name] for name in dataset.info.classes]), None
-    common.make_folder(folder, "--save-labels")
-    return lambda i, prediction: pictures.save_labels(values[prediction], folder / f"{dataset.names[i]}.png", palette)
+    return dataset, model, facts | match_classes(model, dataset.info, facts.get("classes")) | {"kind": content.kind}
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
@@ -395,52 +345,72 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fast", **switch, help="the fast text beside the plain one: the same numbers to rounding")
 
 
-def evaluate_checkpoint(options: argparse.Namespace) -> None:
-    """Evaluate the checkpoint that the options name; process 0 prints the table and writes the numbers."""
-    checkpoint = options.checkpoint or newest_checkpoint()
+def evaluate_checkpoint(options: argparse.Namespace, stdout: TextIO) -> None:
+    """Evaluate the checkpoint that the options name; process 0 prints the table and writes the numbers.
+
+    With --table the table alone goes to `stdout`.
+    """
+    checkpoint = checkpoints.find_checkpoint(options.checkpoint, options.yes, options.data or data.CONTEXT,
+                                             options.split)
     dataset, model, facts = load_with_data(checkpoint, options.data, options.split)
     classes, order = facts["classes"], facts["order"]
     for name in set(options.without).difference(classes):
         raise UserError(f"--without {name}: no class has this name; the classes are {', '.join(classes)}")
-    save = label_writer(options.save_labels, dataset, options.original_ids) if options.save_labels else None
+    save = record.label_writer(options.save_labels, dataset, options.original_ids) if options.save_labels else None
     if options.json:
         common.check_file(options.json, "--json")
+    published = None if options.limit else checkpoints.published_score(model.config, dataset, options.ms)
     process = run.join_processes(options.device)
     common.allow_tf32(options.tf32)
+    if process.rank == 0:
+        path, about = record.place(options, checkpoint), record.provenance(options, checkpoint, dataset, model, process)
+        for line in checkpoints.differences(checkpoints.run_config(checkpoint), dataset, about["environment"]):
+            print(line)
     model.to(process.device)
+    start = time.monotonic()
     confusion = evaluate(model, dataset, multi_scale=options.ms, device=process.device, limit=options.limit, save=save,
                          window_batch=options.window_batch, amp=options.amp, fast=options.fast)
     if process.rank > 0:
         return
+    seconds = time.monotonic() - start
+    about |= {"kind": facts["kind"], "iteration": facts.get("iteration"), "published_mean_iou": published,
+              "seconds": seconds, "images_per_second": about["images"] / seconds}
     confusion = confusion[order][:, order]  # the table is in the checkpoint's order, whatever the data set's
     result, rest = metrics(confusion), metrics(confusion, [classes.index(name) for name in options.without])
-    scales = "multi-scale + flip" if options.ms else "single-scale"
-    print(f"{checkpoint} on {dataset.info.name} {options.split}, {scales}\n{table(result, classes)}")
+    print(f"{checkpoint} on {dataset.info.name} {dataset.split}, {about['scales']}")
+    if options.table:
+        stdout.write(tables.class_table(result, classes, options.table))
+    print(tables.summary(result) if options.table else tables.table(result, classes))
     if options.without:
-        print(f"{summary(rest)}   without {', '.join(options.without)}")
-    if options.json:
-        text = to_json(result, classes, rest, options.without, checkpoint=str(checkpoint), data=str(dataset.root),
-                       split=options.split, scales=scales)
-        common.write_whole(options.json, lambda file: file.write(f"{text}\n".encode()))
+        print(f"{tables.summary(rest)}   without {', '.join(options.without)}")
+    if published:
+        print(checkpoints.comparison(about, result.mean_iou))
+    if path:
+        text = tables.to_json(result, classes, rest, options.without, **about)
+        common.write_whole(path, lambda file: file.write(f"{text}\n".encode()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 0, 2 for a user's fault, 130 for Ctrl-C."""
     parser = common.Parser(description="Evaluate a checkpoint: IoU and accuracy per class, aAcc, mIoU, mAcc.",
                            epilog="Share the work out with: torchrun --nproc_per_node=N evaluate.py ...")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: the newest runs/*/best.pt")
-    parser.add_argument("--data", metavar="DIR", help="data set folder; default: the one the run was trained on")
+    checkpoints.add_checkpoint_options(parser)
+    parser.add_argument("--data", metavar="DIR", help="data set folder; default: the one the run was trained on, "
+                        f"for a released model {data.CONTEXT}")
     parser.add_argument("--split", default="val", metavar="NAME", help="of the images: those of NAME.txt; default: val")
     parser.add_argument("--ms", action="store_true", help="multi-scale and flip: six scales, each mirrored")
     parser.add_argument("--without", nargs="+", default=[], metavar="CLASS", help="means without these, too")
     parser.add_argument("--limit", type=common.positive, metavar="N", help="only the first N images")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+    parser.add_argument("--table", choices=tables.FORMATS, help="print the per-class table so, alone on stdout")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there; default: evaluation.json "
+                        "(-SPLIT, -ms) beside the checkpoint, unless there is a --limit")
     parser.add_argument("--save-labels", type=Path, metavar="DIR", help="write each prediction as a palette PNG")
     parser.add_argument("--original-ids", action="store_true", help="in those, Pascal Context's ids of 459 classes")
     add_device_options(parser)
-    options = parser.parse_args(arguments)
+    options, stdout = parser.parse_args(arguments), sys.stdout
     try:
-        return common.run(lambda: evaluate_checkpoint(options))
+        with contextlib.redirect_stdout(sys.stderr if options.table else stdout):
+            return common.run(lambda: evaluate_checkpoint(options, stdout))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

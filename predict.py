@@ -36,6 +36,7 @@ from common import UserError
 from fast import inference
 from pictures import Picture, as_rgb, picture_size, save_labels
 from tools import draw, video
+from tools.checkpoints import add_checkpoint_options, find_checkpoint
 from tools.explain import explain
 from tools.inputs import MARK, NOTE, find_pictures, is_result, place_results, save_picture
 from weights import names_and_colors
@@ -48,7 +49,8 @@ class Predictor:
     """A trained model that takes pictures: `Predictor("best.pt")(picture) -> labels`.
 
     Args:
-        checkpoint: our own or a released one. UserError if the file is no checkpoint of a segmenter.
+        checkpoint: a file, our own or a released one, or the name of a released one: "mask2former-base". UserError if
+            it is not here, or no checkpoint of a segmenter.
         device: "cpu", "cuda", "mps"; None takes CUDA if there is one.
         multi_scale: average over six scales and their mirror images: slower, a little better.
         window_batch: windows that go through the model at once; None chooses by free memory.
@@ -61,7 +63,7 @@ class Predictor:
     def __init__(self, checkpoint: str | Path, device: str | None = None, multi_scale: bool = False,
                  window_batch: int | None = None, amp: torch.dtype | None = None, fast: bool = True):
         self.device = common.choose_device(device)
-        model, facts = weights.load_model(checkpoint)
+        model, facts = weights.load_model(find_checkpoint(checkpoint))
         self.model = model.to(self.device).eval()
         self.classes, self.palette = names_and_colors(facts, model.config.num_classes)
         self.multi_scale, self.fast = multi_scale, fast
@@ -196,7 +198,7 @@ def predict_pictures(options: argparse.Namespace) -> int:
     """Predict all pictures and name those that failed; returns 1 if there are such, 2 if no other."""
     Image.MAX_IMAGE_PIXELS = None  # check_memory refuses what is too large
     stems = place_results(find_pictures(options.pictures), options.out)
-    checkpoint = options.checkpoint or evaluate.newest_checkpoint()
+    checkpoint = find_checkpoint(options.checkpoint, options.yes)
     common.allow_tf32(options.tf32)
     predictor = Predictor(checkpoint, options.device, options.ms, options.window_batch, options.amp, options.fast)
     if options.explain and predictor.model.config.head != "mask2former":
@@ -230,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = common.Parser(description="Segment pictures and videos: labels as PNG, and an overlay with a legend.")
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="a file, a folder with all below it, or a "
                         "quoted glob; videos too (pip install av)")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: the newest runs/*/best.pt")
+    add_checkpoint_options(parser)
     parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="default: predictions/")
     parser.add_argument("--ms", action="store_true", help="multi-scale and flip: slower, a little better")
     parser.add_argument("--opacity", type=common.fraction, default=0.6, metavar="X", help="of colours; default: 0.6")

@@ -38,11 +38,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 import common
+import data
 import fast
 import run
 from common import UserError
 from data import Batch, SegmentationDataset, normalize, open_dataset, positions, preflight, spread, training_loader
-from evaluate import evaluate, in_percent, metrics, predictions, table
+from evaluate import evaluate, metrics, predictions
 from heads import Normalizers, classes_present, loss_normalizers
 from layout import AMP, choose_layout, share_batch
 from model import ModelConfig, Segmenter, build_model
@@ -50,9 +51,9 @@ from msda_cuda.build import cache
 from run import Process
 from sync_batchnorm import convert_sync_batchnorm
 from tools import draw
+from tools.tables import in_percent, table
 from weights import load_weights
 
-CONTEXT = Path("data/VOCdevkit/VOC2010")
 LOG_EVERY = 50  # iterations; more often where a run would give fewer than 20 reports
 PICTURES = 4  # validation images that TensorBoard shows
 
@@ -69,12 +70,11 @@ class Recipe:
     checkpoint_activations: bool = False  # computed twice instead of kept; on a GPU only where memory asks for it
     warmup: int = 1500  # iterations; in proportion when another number of iterations is asked for
     weight_decay: float = 0.05
-    official: tuple[float, float] | None = None  # published mIoU on Pascal Context, single-scale and multi-scale
 
 
 # torchrun --nproc_per_node=8 train.py --head HEAD --size SIZE        cost: not measured
-BASE = Recipe(iterations=40_000, lr=3e-5, layer_decay=0.95, validate_every=4000, official=(64.0, 64.4))
-LARGE = replace(BASE, lr=2e-5, layer_decay=0.90, checkpoint_activations=True, official=(67.8, 68.2))
+BASE = Recipe(iterations=40_000, lr=3e-5, layer_decay=0.95, validate_every=4000)
+LARGE = replace(BASE, lr=2e-5, layer_decay=0.90, checkpoint_activations=True)
 UPERNET = {"iterations": 80_000, "validate_every": 8000}
 # python train.py --data toy --head HEAD
 # From random weights on a CPU: no pre-training to preserve, hence a high rate and no layer decay.
@@ -84,9 +84,9 @@ RECIPES = {
     ("mask2former", "tiny"): TINY,
     ("upernet", "tiny"): TINY,
     ("mask2former", "base"): BASE,
-    ("upernet", "base"): replace(BASE, **UPERNET, official=None),  # not among the released models
+    ("upernet", "base"): replace(BASE, **UPERNET),  # not among the released models
     ("mask2former", "large"): LARGE,
-    ("upernet", "large"): replace(LARGE, **UPERNET, official=(67.0, 67.5)),
+    ("upernet", "large"): replace(LARGE, **UPERNET),
 }
 
 # The released code names these five in its list for layer 0, beside the patch embedding: 0.9^25 = 0.072 of the rate at
@@ -364,7 +364,8 @@ def parser() -> common.Parser:
     add = p.add_argument_group("what to train").add_argument
     add("--head", choices=["mask2former", "upernet"], default="mask2former", help="default: mask2former")
     add("--size", choices=["tiny", "base", "large"], help="default: tiny for toy data, else large")
-    add("--data", default=str(CONTEXT), metavar="DIR", help=f"plain folder, VOC2010 tree or 'toy'; default: {CONTEXT}")
+    add("--data", default=str(data.CONTEXT), metavar="DIR",
+        help="plain folder, VOC2010 tree or 'toy'; default: %(default)s")
     add("--pretrained", metavar="FILE", help="BEiT or ViT-Adapter weights, or 'none'; default: BEiT's in pretrained/")
     add("--window", **number, help="side of crops and sliding window in pixels; default: the size's")
     add("--freeze-backbone", action="store_true", help="train adapter and head only")
@@ -413,7 +414,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     scaled = {"warmup": round(recipe.warmup * length),
               "validate_every": max(1, round(recipe.validate_every * min(1, length)))}
     for name, value in (asdict(recipe) | scaled).items():
-        if name not in ("official", "batch", "checkpoint_activations") and getattr(options, name, None) is None:
+        if name not in ("batch", "checkpoint_activations") and getattr(options, name, None) is None:
             setattr(options, name, value)
     return options
 

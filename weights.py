@@ -327,7 +327,11 @@ def load_model(path: str | Path) -> tuple[Segmenter, dict[str, Any]]:
     Returns the model and what the checkpoint says of itself, if it does: "classes" (names), "palette" ([red, green,
     blue] for each), "iteration". Raises UserError: an unusable file, or one without a head (BEiT pre-training).
     """
-    weights = read_weights(path)
+    return make_model(read_weights(path))
+
+
+def make_model(weights: Weights) -> tuple[Segmenter, dict[str, Any]]:
+    """`load_model` for a file that is read already."""
     model = empty_model(weights)
     load_into(model, weights)
     grid = model.config.window // PATCH

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +19,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import OFFICIAL, ROOT, load_golden, noise
+from conftest import OFFICIAL, ROOT, load_golden, noise, official_state
 from PIL import Image
+from test_checkpoints import context_tree
 from test_predict import PALETTE, SMALL, photograph, save_checkpoint, status_of
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -30,6 +33,7 @@ import evaluate
 from common import UserError
 from evaluate import View, confusion_matrix, metrics, predict, slide, vote
 from model import build_model
+from tools import tables
 
 assert_exactly = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-12)
 
@@ -40,7 +44,7 @@ class SmallModel(nn.Module):
     def __init__(self, window=32):
         super().__init__()
         torch.manual_seed(0)
-        self.config = SimpleNamespace(window=window, num_classes=5)
+        self.config = SimpleNamespace(window=window, num_classes=5, head="upernet", embed_dim=8, depth=1, num_heads=1)
         self.layer = nn.Conv2d(3, 5, 5, padding=2)
         self.place = nn.Parameter(torch.randn(5, window, window))
         self.calls = []
@@ -232,13 +236,6 @@ def test_confusion_counts_rows_of_labels_and_columns_of_predictions_without_the_
     assert confusion_matrix(prediction, torch.full_like(labels, 255), 3).sum() == 0
 
 
-def test_table_shows_percent_and_a_dash_for_a_class_that_is_nowhere():
-    text = evaluate.table(metrics(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])), ["sky", "road", "unicorn"])
-    assert [line.split() for line in text.splitlines()[2:5]] == [
-        ["sky", "75.0", "75.0", "4"], ["road", "80.0", "100.0", "4"], ["unicorn", "-", "-", "0"]]
-    assert text.splitlines()[-1] == "aAcc 87.5   mIoU 77.5   mAcc 87.5"
-
-
 @pytest.mark.parametrize(("without", "means"), [
     ([], (14 / 20, (5 / 10 + 6 / 9 + 3 / 7) / 3, (5 / 8 + 6 / 6 + 3 / 6) / 3)),
     ([0], (9 / 12, (6 / 9 + 3 / 7) / 2, (6 / 6 + 3 / 6) / 2)),  # the pixels of class 0 seen as 1 and 2 still count
@@ -251,16 +248,6 @@ def test_means_without_classes_are_those_of_the_others(without, means):
     np.testing.assert_allclose(result[3:], means, rtol=1e-12)
     for ours, whole in zip(result[:3], metrics(confusion), strict=False):
         np.testing.assert_array_equal(ours, whole)
-
-
-def test_json_holds_fractions_in_full_precision_and_null_for_no_number():
-    confusion = torch.tensor([[2, 1], [0, 0]])
-    text = evaluate.to_json(metrics(confusion), ["a", "b"], metrics(confusion, [0, 1]), ["a", "b"], split="test")
-    assert json.loads(text) == {
-        "split": "test", "all_accuracy": 2 / 3, "mean_iou": 1 / 3, "mean_accuracy": 2 / 3,
-        "without": {"classes": ["a", "b"], "all_accuracy": None, "mean_iou": None, "mean_accuracy": None},
-        "classes": [{"class": "a", "iou": 2 / 3, "accuracy": 2 / 3, "pixels": 3},
-                    {"class": "b", "iou": 0.0, "accuracy": None, "pixels": 0}]}
 
 
 ABC = ["sky", "Road", "car"]
@@ -410,7 +397,10 @@ def test_the_command_under_torchrun_writes_what_it_writes_alone(folder):
          *options, "--json", folder / "both.json", "--save-labels", folder / "out"],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert (folder / "both.json").read_text() == (folder / "alone.json").read_text()
+    alone, both = (json.loads((folder / f"{name}.json").read_text()) for name in ("alone", "both"))
+    assert (alone["environment"].pop("devices"), both["environment"].pop("devices")) == (1, 2)
+    for name in alone.keys() - {"environment", "date", "seconds", "images_per_second"}:
+        assert alone[name] == both[name], name
     assert done.stdout.count("mIoU") == 1 and len(list((folder / "out").iterdir())) == 7
 
 
@@ -424,7 +414,8 @@ def command(folder, tmp_path_factory, monkeypatch):
         (run / "best.pt").touch()
         os.utime(run / "best.pt", (time, time))
         (run / "config.json").write_text(json.dumps({"data": str(folder)}))
-    monkeypatch.setattr(evaluate.weights, "load_model", lambda _: (SmallModel(), {"classes": list("abcde")}))
+    monkeypatch.setattr(evaluate.weights, "read_weights", lambda _: SimpleNamespace(kind="ours"))
+    monkeypatch.setattr(evaluate.weights, "make_model", lambda _: (SmallModel(), {"classes": list("abcde")}))
     return lambda options: status_of(evaluate.main, "--device", "cpu", *options.split())
 
 
@@ -432,7 +423,7 @@ def test_command_takes_the_newest_run_and_writes_table_json_and_labels(command, 
     assert command("--json out/result.json --save-labels labels --limit 3") == 0
     output = capsys.readouterr().out
     confusion = evaluate.evaluate(SmallModel(), dataset, limit=3)
-    assert output.startswith("runs/new/best.pt on ") and evaluate.table(metrics(confusion), "abcde") in output
+    assert output.startswith("runs/new/best.pt on ") and tables.table(metrics(confusion), "abcde") in output
     result = json.loads(Path("out/result.json").read_text())
     assert result["mean_iou"] == pytest.approx(metrics(confusion).mean_iou)
     assert [c["class"] for c in result["classes"]] == list("abcde")
@@ -443,6 +434,158 @@ def test_command_takes_the_newest_run_and_writes_table_json_and_labels(command, 
             assert picture.mode == "P" and picture.getpalette()[:3] == PALETTE[0]
             total += confusion_matrix(torch.from_numpy(np.array(picture)), torch.from_numpy(dataset.labels(i)), 5)
     assert total.equal(confusion)
+
+
+def test_a_table_to_be_pasted_is_alone_on_stdout_and_the_rest_on_stderr(command, dataset, capsys):
+    Path("runs/new/config.json").write_text(json.dumps({"data": str(dataset.root), "environment": {"torch": "0.1"}}))
+    result = metrics(evaluate.evaluate(SmallModel(), dataset))
+    for form in ("markdown", "csv", "latex"):
+        assert command(f"--table {form} --without b") == 0
+        output = capsys.readouterr()
+        assert output.out == tables.class_table(result, "abcde", form)
+        note, title, means, without = output.err.splitlines()
+        assert note.startswith("trained with torch 0.1, evaluated with torch ")
+        assert title == "runs/new/best.pt on " + dataset.info.name + " val, single-scale"
+        assert means == tables.summary(result) and without.endswith("without b")
+    assert command("--table html") == 2
+    assert "invalid choice: 'html'" in capsys.readouterr().err
+
+
+WINDOWS = {"window": 32, "stride": 21, "short_side": 35}  # of a SmallModel
+
+
+def test_evaluation_json_holds_what_a_paper_needs(command, dataset, capsys):
+    Path("runs/new/best.pt").write_bytes(b"weights")
+    start = datetime.now(UTC).replace(microsecond=0)
+    assert command("--ms --amp --no-fast") == 0
+    found = json.loads(Path("runs/new/evaluation-ms.json").read_text())
+    confusion = evaluate.evaluate(SmallModel(), dataset, multi_scale=True, amp=torch.bfloat16)
+    assert found["mean_iou"] == pytest.approx(metrics(confusion).mean_iou, abs=0.01)
+    assert found["environment"] == evaluate.run.environment(torch.device("cpu"), 1)
+    assert start <= datetime.fromisoformat(found["date"]) <= datetime.now(UTC)
+    assert found["images_per_second"] == pytest.approx(7 / found["seconds"])
+    expected = {
+        "checkpoint": "runs/new/best.pt", "sha256": hashlib.sha256(b"weights").hexdigest(), "kind": "ours",
+        "iteration": None, "head": "upernet", "size": "custom", "data": str(dataset.root), "split": "val", "images": 7,
+        "data_fingerprint": dataset.fingerprint(), "scales": "multi-scale + flip", "precision": "bfloat16",
+        "fast": False, "published_mean_iou": None,
+        "views": {"ratios": [0.5, 0.75, 1, 1.25, 1.5, 1.75], "flip": True, **WINDOWS},
+    }
+    assert {name: found[name] for name in expected} == expected
+    assert command("") == 0 and command("--limit 2") == 0 and command("--limit 3 --json part.json") == 0
+    whole, part = (json.loads(Path(name).read_text()) for name in ("runs/new/evaluation.json", "part.json"))
+    assert (whole["images"], part["images"]) == (7, 3)  # two images replace nothing
+    assert whole["views"] == {"ratios": [1], "flip": False, **WINDOWS}
+    assert (whole["precision"], whole["fast"], whole["scales"]) == ("float32", True, "single-scale")
+    assert set(os.listdir("runs/new")) == {"best.pt", "config.json", "evaluation.json", "evaluation-ms.json"}
+
+
+def test_numbers_that_cannot_stand_beside_the_checkpoint_are_a_warning(command, capsys):
+    Path("runs/new/evaluation.json").mkdir()
+    assert command("") == 0
+    warning, *rest = capsys.readouterr().out.splitlines()
+    assert warning.startswith("warning: the numbers are not written: runs/new/evaluation.json is a folder")
+    assert rest[-1].startswith("aAcc ")
+
+
+def write_released(path: Path) -> None:
+    """A UperNet of 59 classes in the official names."""
+    state = official_state("upernet")
+    for name in state:
+        if "conv_seg" in name:
+            state[name] = torch.zeros(59, *state[name].shape[1:])
+    path.parent.mkdir(parents=True)
+    torch.save({"meta": {"iter": 7}, "state_dict": state}, path)
+
+
+@pytest.fixture
+def released(tmp_path, monkeypatch):
+    """A folder with Pascal Context's two images at the usual place, and a table with the model upernet-custom."""
+    monkeypatch.chdir(tmp_path)
+    context_tree(data.CONTEXT, "val", 2)
+    table = {"addresses": ["http://127.0.0.1:9/x"], "path": "checkpoints/x/x.pth", "what": "x", "published": [60, 61.5]}
+    photographs, labels = ({**table, "path": f"{data.CONTEXT}/{name}"} for name in ("x.tar", "x.json"))
+    Path("table.json").write_text(json.dumps(
+        {"checkpoint:upernet-custom": table, "voc2010": photographs, "context": labels}))
+    monkeypatch.setenv("FETCH_SOURCES", "table.json")
+    monkeypatch.setattr(evaluate.checkpoints.fetch, "fetch",
+                        lambda names: write_released(Path("checkpoints/x/x.pth")), raising=False)
+    return lambda options: status_of(evaluate.main, "--device", "cpu", *options.split())
+
+
+def test_a_released_model_is_fetched_and_compared_on_pascal_context(released, capsys):
+    assert released("--checkpoint upernet-custom --yes") == 0
+    output = capsys.readouterr().out.splitlines()
+    assert output[-1].startswith("mIoU single-scale   published 60.0   here ")
+    assert output[-1].endswith(" (on 2 images, not 5,105)")
+    found = json.loads(Path("checkpoints/x/evaluation.json").read_text())
+    assert (found["kind"], found["iteration"], found["published_mean_iou"]) == ("released", 7, 0.6)
+    for options, score in [("--ms", 61.5), ("", 60.0)]:  # by path it is known by its content, and needs no --data
+        shutil.copy("checkpoints/x/x.pth", "renamed file")
+        assert evaluate.main(["--checkpoint", "renamed file", "--device", "cpu", *options.split()]) == 0
+        assert f"published {score}   here " in capsys.readouterr().out
+
+
+def test_other_images_are_not_compared(released, capsys):
+    write_released(Path("checkpoints/x/x.pth"))
+    (data.CONTEXT / "ImageSets/SegmentationContext/test.txt").write_text("2008_0")
+    shutil.copytree(data.CONTEXT, "plain")
+    for old, new in [("JPEGImages", "images"), ("SegmentationClassContext", "labels")]:
+        Path("plain", old).rename(f"plain/{new}")
+    for image in Path("plain/labels").iterdir():
+        Image.fromarray(np.array(Image.open(image)) - np.uint8(1)).save(image)  # 0 is no class there, 255 here
+    Path("plain/val.txt").write_text("2008_0")
+    Path("plain/dataset.json").write_text(json.dumps({"classes": data.context_info().classes}))
+    for options in ("--limit 2", "--split test", "--data plain"):
+        assert released(f"--checkpoint upernet-custom {options}") == 0
+        assert "published" not in capsys.readouterr().out
+
+
+def test_a_file_without_a_head_is_told_before_its_data_is_asked_for(released, capsys):
+    torch.save({"blocks.0.attn.qkv.weight": torch.zeros(3, 1)}, "beit.pth")
+    assert released("--checkpoint beit.pth") == 2
+    assert "beit.pth: BEiT pre-training has no segmentation head" in capsys.readouterr().err
+
+
+def test_absent_checkpoint_and_data_are_told_at_once_before_anything_is_fetched(released, capsys):
+    shutil.rmtree("data")
+    assert released("--checkpoint upernet-custom --yes") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"no data at {data.CONTEXT}" in error and not Path("checkpoints").exists()
+    assert error.endswith("the checkpoint is absent too: `python data.py fetch checkpoint:upernet-custom`\n")
+
+
+FETCHING = """
+import sys, time
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+from test_evaluate import Path, UserError, write_released
+from tools import fetch
+def fake(names):
+    print("fetching", *names, file=sys.stderr)
+    time.sleep(1)
+    {act}
+fetch.fetch = fake
+import evaluate
+sys.exit(evaluate.main())
+"""
+
+
+@pytest.mark.parametrize(("act", "status"), [
+    ("write_released(Path('draft/x')); Path('draft').rename('checkpoints')", 0),
+    pytest.param("raise UserError('the network is gone')", 1, marks=pytest.mark.slow)])
+def test_under_torchrun_one_process_fetches_and_if_it_fails_all_end(released, act, status):
+    table = json.loads(Path("table.json").read_text())
+    table["checkpoint:upernet-custom"]["path"] = "checkpoints/x"
+    Path("table.json").write_text(json.dumps(table))
+    Path("go.py").write_text(FETCHING.format(root=str(ROOT), act=act))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "go.py",
+         "--device", "cpu", "--checkpoint", "upernet-custom", "--yes"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == status, done.stderr
+    assert done.stderr.count("fetching checkpoint:upernet-custom") == 1
+    assert done.stdout.count("mIoU single-scale") == (status == 0)
+    assert done.stderr.count("error: the network is gone") == status
 
 
 ORDER = [3, 0, 4, 1, 2]  # the data set's index of each of the checkpoint's classes a, b, c, d, e
@@ -512,6 +655,7 @@ def test_a_checkpoint_that_names_no_classes_is_for_pascal_context(capsys, classe
 ])
 def test_user_errors_are_one_line_and_status_2(command, dataset, capsys, monkeypatch, options, message):
     Path("file").touch()
+    Path("runs/alone.pt").touch()
     for name, classes in [("seven", "abcdefg"), ("renamed", "abXde")]:
         shutil.copytree(dataset.root, name)
         Path(name, "dataset.json").write_text(json.dumps({"classes": list(classes)}))
@@ -535,11 +679,3 @@ def test_tf32_and_the_fast_text_are_on_unless_refused(command, monkeypatch, opti
     monkeypatch.setattr(evaluate.common, "allow_tf32", used.append)
     monkeypatch.setattr(evaluate, "inference", lambda _, fast: contextlib.nullcontext(used.append(fast)))
     assert command(f"--limit 1 {option}") == 0 and used == expected
-
-
-def test_original_ids_are_those_of_the_459_classes(tmp_path):
-    info = data.context_info()
-    dataset = SimpleNamespace(info=info, names=["2008_000002"])
-    evaluate.label_writer(tmp_path, dataset, original_ids=True)(0, np.uint8([[0, info.classes.index("sky")]]))
-    with Image.open(tmp_path / "2008_000002.png") as picture:
-        assert np.array(picture).tolist() == [[2, 360]]

@@ -184,7 +184,9 @@ def test_bad_pictures_do_not_stop_the_others_and_are_named_at_the_end(run, capsy
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ("nothing*.png", "no picture at nothing*.png"), ("empty", "no picture at empty"), ("x.jpg", "no picture at x.jpg"),
-    ("a.png --checkpoint no.pt", "no.pt: no such file"), ("a.png --opacity=1.5", "1.5 is not a number from 0 to 1"),
+    ("a.png --checkpoint no.pt", "no.pt: no such file"),
+    ("a.png --checkpoint mask2former-base", "`python data.py fetch checkpoint:mask2former-base` fetches it, and"),
+    ("a.png --opacity=1.5", "1.5 is not a number from 0 to 1"),
     ("a.png --opacity=-1", "-1 is not"), ("a.png --opacity=much", "much is not"),
     ("a.png --out a.png", "--out a.png cannot be used as a folder (File exists)"),
     ("a.png --out a.png/x", "--out a.png/x cannot be used as a folder (Not a directory)"),

@@ -22,7 +22,7 @@ from test_predict import save_checkpoint, status_of
 import data
 import evaluate
 import weights
-from tools import draw, report
+from tools import draw, report, tables
 
 INFO = data.DatasetInfo("three", ("sky", "road & <kerb>", "unicorn"), np.uint8([[1, 2, 3], [255, 0, 0], [0, 255, 0]]))
 CONFUSION = np.array([[30, 10, 0], [0, 40, 0], [0, 0, 0]])
@@ -87,9 +87,9 @@ def test_class_bars_are_sorted_with_absent_classes_last():
     columns = report.class_table(["a"], [RESULT], INFO)
     assert columns == {"class": ["road & <kerb>", "sky", "unicorn"], "IoU %": ["80.0", "75.0", "-"],
                        "accuracy %": ["100.0", "75.0", "-"], "pixels %": ["50.0", "50.0", "0.0"]}
-    assert report.csv_text(columns).splitlines()[1:] == ["road & <kerb>,80.0,100.0,50.0", "sky,75.0,75.0,50.0",
+    assert tables.csv_text(columns).splitlines()[1:] == ["road & <kerb>,80.0,100.0,50.0", "sky,75.0,75.0,50.0",
                                                          "unicorn,,,0.0"]
-    assert report.markdown(columns).splitlines() == [
+    assert tables.markdown(columns).splitlines() == [
         "| class | IoU % | accuracy % | pixels % |", "| --- | ---: | ---: | ---: |",
         "| road &amp; &lt;kerb&gt; | 80.0 | 100.0 | 50.0 |", "| sky | 75.0 | 75.0 | 50.0 |",
         "| unicorn | - | - | 0.0 |"]
@@ -109,7 +109,7 @@ def test_of_two_runs_the_class_that_gains_most_comes_first():
 
 
 def test_a_markdown_table_keeps_its_columns_whatever_the_names():
-    assert report.markdown({"class": ["a|b", "道路"]}) == "| class |\n| --- |\n| a&#124;b |\n| 道路 |\n"
+    assert tables.markdown({"class": ["a|b", "道路"]}) == "| class |\n| --- |\n| a&#124;b |\n| 道路 |\n"
 
 
 def test_the_confusion_table_has_a_cell_for_each_pair_that_occurs():
@@ -203,11 +203,11 @@ def test_the_page_is_complete_self_contained_and_escaped(run_folder, capsys):
     assert f"<b>{100 * expected.mean_iou:.1f}</b>mIoU, %" in text
     assert f"<b>{100 * expected.all_accuracy:.1f}</b>pixel accuracy, %" in text
     iou = {row["class"]: row["IoU %"] for row in rows_of(path.with_name("classes.csv"))}
-    assert iou == {name: evaluate.in_percent(value).replace("-", "")
+    assert iou == {name: tables.in_percent(value).replace("-", "")
                    for name, value in zip(["sky", "<b>road</b>", "c"], expected.iou, strict=True)}
     assert rows_of(path.with_name("per_image.csv")) == [
-        {"image": f"{i:02}", "IoU %": evaluate.in_percent(one.iou[one.pixels > 0].mean()),
-         "accuracy %": evaluate.in_percent(one.all_accuracy)} for i, one in enumerate(each)]
+        {"image": f"{i:02}", "IoU %": tables.in_percent(one.iou[one.pixels > 0].mean()),
+         "accuracy %": tables.in_percent(one.all_accuracy)} for i, one in enumerate(each)]
 
 
 def test_another_split_and_fewer_images(run_folder):

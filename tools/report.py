@@ -12,7 +12,6 @@ Shapes: K classes, N images; labels and predictions are uint8 (H, W), a confusio
 
 import argparse
 import base64
-import csv
 import html
 import io
 import math
@@ -32,15 +31,14 @@ import common
 import data
 import evaluate
 from common import UserError
-from evaluate import in_percent
 from run import RUNS, read_config, read_log, runs_like
 from tools import draw
+from tools.tables import Columns, csv_text, in_percent, markdown
 
 SHOWN = 12  # examples in a section, at most
 CURVES = (("train", "loss", "training loss", ""), ("validation", "mIoU", "validation mIoU, %", " %"),
           ("validation", "aAcc", "validation pixel accuracy, %", " %"), ("train", "lr", "learning rate", ""))
 LEFT, TOP, WIDTH, HEIGHT = 54, 26, 300, 150  # of a curve's axes, in a picture of 360 x 220
-Columns = dict[str, Sequence[str]]  # of a table: heading -> cells
 
 
 class Run(NamedTuple):
@@ -192,21 +190,6 @@ def embedded(picture: draw.Picture, side: int = 420) -> str:
     picture.thumbnail((side, side))
     picture.save(file, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def csv_text(columns: Columns) -> str:
-    """The columns as CSV; a number that does not exist is an empty cell."""
-    rows = zip(*columns.values(), strict=True)
-    csv.writer(file := io.StringIO(), lineterminator="\n").writerows(
-        [columns, *([name, *("" if cell == "-" else cell for cell in cells)] for name, *cells in rows)])
-    return file.getvalue()
-
-
-def markdown(columns: Columns) -> str:
-    """The columns as a Markdown table."""
-    rows = [columns, ["---", *["---:"] * (len(columns) - 1)], *zip(*columns.values(), strict=True)]
-    rows = ([html.escape(cell, quote=False).replace("|", "&#124;") for cell in row] for row in rows)
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def find(name: str) -> Path:

@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import signal
 import unicodedata
 from collections import Counter, defaultdict, namedtuple
@@ -126,16 +127,30 @@ def open_dataset(root: str | Path, split: str) -> SegmentationDataset:
     root = Path(root)
     if (root / "dataset.json").is_file():
         return SegmentationDataset(root, split, read_info(root / "dataset.json"), PLAIN_FOLDER)
-    if (root / PASCAL_CONTEXT.labels).is_dir():
+    splits = (root / PASCAL_CONTEXT.splits).glob("*.txt")
+    if (root / PASCAL_CONTEXT.labels).is_dir() and any(splits):  # prepare-context writes the splits last
         return SegmentationDataset(root, split, context_info(), PASCAL_CONTEXT)
-    prepare = f"get trainval_merged.json, run `python data.py prepare-context --voc {root} --json trainval_merged.json`"
-    if (root / PASCAL_CONTEXT.images).is_dir():
-        raise UserError(f"{root} holds VOC images but no Pascal Context labels: {prepare}")
-    if root.is_dir():
-        raise UserError(f"{root} is no plain folder (no dataset.json) and no VOC2010 tree (no JPEGImages/): "
-                        "make one of your images and labels, see `python data.py from-folders --help`")
-    raise UserError(f"no data at {root}: for Pascal Context unpack VOC2010 there, {prepare}; "
-                    "for a first try without downloads use `--data toy`")
+    raise UserError(why_no_data(root))
+
+
+def why_no_data(root: Path) -> str:
+    """Why there is no data set at `root`, and how to get one: for Pascal Context the commands, in their order."""
+    from tools.fetch import sources
+
+    photographs, annotations = (sources()[name] for name in ("voc2010", "context"))
+    usual, has_images = annotations.path.parent, (root / PASCAL_CONTEXT.images).is_dir()
+    if not has_images and root != usual:
+        fault = "is no plain folder (no dataset.json) and no VOC2010 tree (no JPEGImages/)"
+        return (f"{f'{root} {fault}' if root.is_dir() else f'no data at {root}'}: mend the name, or make a data set of "
+                "your images and labels (`python data.py from-folders --help`); `--data toy` draws one, and Pascal "
+                f"Context belongs at {usual}")
+    files = [path for path in (root / annotations.path.name, annotations.path) if path.is_file()]
+    commands = [] if has_images else [photographs.command]
+    commands += [] if files else [annotations.command]
+    commands += [shlex.join(["python", "data.py", "prepare-context", "--voc", str(root), "--json",
+                             str([*files, annotations.path][0])])]
+    return (f"{f'{root} has VOC images but no Pascal Context labels' if has_images else f'no data at {root}'}: "
+            f"{', then '.join(f'`{command}`' for command in commands)}; for a first try `--data toy`")
 
 
 def context_info() -> DatasetInfo:
@@ -507,23 +522,26 @@ def spread(dataset: SegmentationDataset, number: int) -> list[int]:
     return torch.linspace(0, len(dataset) - 1, number, dtype=torch.float64).long().unique().tolist()
 
 
-def preflight(root: str, split: str, sample: int = 32) -> Tensor:
-    """How many pixels of the sampled label images have each label value, (256,).
+def count_labels(dataset: SegmentationDataset, sample: int = 32) -> Tensor:
+    """How many pixels of some label images, evenly chosen, have each label value, (256,)."""
+    return sum(torch.bincount(torch.from_numpy(dataset.labels(i).ravel()).long(), minlength=256)
+               for i in spread(dataset, sample))
+
+
+def preflight(dataset: SegmentationDataset, sample: int = 32) -> None:
+    """Look at some images and their labels, evenly chosen.
 
     Raises UserError for what would train for hours towards an mIoU near 0: a broken file, labels of no or one class.
     """
-    dataset = open_dataset(root, split)
-    chosen = spread(dataset, sample)
-    for i in chosen:
+    for i in spread(dataset, sample):
         dataset.image(i)  # a file cut off in the middle has a sound header: only reading it tells
-    pixels = sum(torch.bincount(torch.from_numpy(dataset.labels(i).ravel()).long(), minlength=256) for i in chosen)
-    classes = dataset.info.classes
-    present = [name for name, count in zip(classes, pixels.tolist(), strict=False) if count]
-    if len(present) > 1 or present and len(classes) == 1:
-        return pixels
-    fault = f"nothing but '{present[0]}' in them" if present else "every pixel is ignored"
-    raise UserError(f"{dataset.root} ({split}), {len(chosen)} label images: {fault}; are labels class indices from 0 "
-                    f"to {len(classes) - 1}? `python data.py check {dataset.root}` tells more")
+    classes, pixels = dataset.info.classes, count_labels(dataset, sample).tolist()
+    present = [name for name, count in zip(classes, pixels, strict=False) if count]
+    if len(present) < min(2, len(classes)):
+        fault = f"nothing but '{present[0]}' in them" if present else "every pixel is ignored"
+        raise UserError(f"{dataset.root} ({dataset.split}), labels of {min(sample, len(dataset))} images: {fault}; are "
+                        f"they class indices from 0 to {len(classes) - 1}? `python data.py check "
+                        f"{shlex.quote(str(dataset.root))}` tells more")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -188,11 +188,28 @@ def environment(device: torch.device, world: int) -> dict:
     """Everything else on which a result may depend, beside the options: code, versions, hardware."""
     return {
         "command": sys.argv, "commit": git("rev-parse HEAD"), "uncommitted": bool(git("status --porcelain")),
-        "python": platform.python_version(), **{name: version(name) for name in PACKAGES}, "cuda": torch.version.cuda,
+        "python": platform.python_version(), **{name: version(name) for name in PACKAGES},
+        "torch": torch.__version__, "cuda": torch.version.cuda,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
         "deformable_attention": active_path(device.type),
         "devices": world, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
     }
+
+
+def changes(before: dict, now: dict) -> Iterator[str]:
+    """What a run that goes on finds different from its start, by its config.json; old ones tell less."""
+    for split, effect in (("train", "they come in another order from here on"), ("val", "scores do not compare")):
+        old, new = (facts.get("data_fingerprint", {}).get(split) for facts in (before, now))
+        if old and old != new:
+            differ = f"{new['images']} images, the run began with {old['images']}" if old["images"] != new["images"] \
+                else "other images or classes than at the run's start"
+            yield f"the {split} split has {differ}: {effect}"
+    if before.get("weights") and now["weights"] and before["weights"]["sha256"] != now["weights"]["sha256"]:
+        yield f"{now['weights']['path']} is another file than the weights with which the run began"
+    old, new = before.get("environment", {}), now["environment"]
+    for name in ("commit", "python", *PACKAGES, "cuda"):
+        if name in old and old[name] != new[name]:
+            yield f"{name} is {new[name]} now, the run began with {old[name]}: numbers may differ"
 
 
 def git(command: str) -> str | None:

@@ -188,7 +188,7 @@ def test_preflight_reads_pictures_to_their_end_and_stops_on_labels_that_teach_no
         path = Path("data/images/00.png")
         path.write_bytes(path.read_bytes()[:-400])
     else:
-        for path in Path("data/labels").glob("*.png"):
+        for path in sorted(Path("data/labels").glob("*.png"))[:8]:  # of the training split
             Image.fromarray(np.resize(np.array(values, np.uint8), (48, 64))).save(path)
     assert message in fault(capsys)
     assert not Path("runs").exists()

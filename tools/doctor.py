@@ -291,8 +291,8 @@ def memory(options: argparse.Namespace, model: Segmenter) -> Finding:
     """Free memory of the device against what is computed: surely weights, gradients and moments; then activations."""
     free, surely = free_memory(options), sum(p.nbytes * (4 if p.requires_grad else 1) for p in model.parameters()) / 1e9
     need, text = surely, f"{surely:,.1f} GB needed for weights, gradients and AdamW's moments"
-    known = COMPUTED.get((options.head, options.size)) if model.config.window == 480 else None
-    if known:
+    known = COMPUTED.get((options.head, options.size))
+    if known and model.config.window == 480 and not options.freeze_backbone:
         one, sixteen = known[2 * bool(options.checkpoint_activations) + (options.amp != "off")]
         need = one + (sixteen - one) * (options.batch - 1) / 15
         text += (f", about {need:,.1f} GB with the activations of {options.batch} image(s)"

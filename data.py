@@ -65,8 +65,8 @@ class SegmentationDataset:
             raise UserError(f"{split_file} names '{repeated[0]}' more than once: leave one of its lines")
         files = list_files(labels, (".png",))
         label_files = [only(files[composed(name)], f"{name}.png", labels, split_file) for name in self.names]
-        self.image_paths, self.label_paths = ([folder / file for file in found] for folder, found in
-                                              ((images, image_files), (labels, label_files)))
+        self.image_paths, self.label_paths = ([images / file for file in image_files],
+                                              [labels / file for file in label_files])
 
     def __len__(self) -> int:
         return len(self.names)
@@ -137,20 +137,19 @@ def why_no_data(root: Path) -> str:
     """Why there is no data set at `root`, and how to get one: for Pascal Context the commands, in their order."""
     from tools.fetch import sources
 
-    photographs, annotations = (sources()[name] for name in ("voc2010", "context"))
-    usual, has_images = annotations.path.parent, (root / PASCAL_CONTEXT.images).is_dir()
-    if not has_images and root != usual:
-        fault = "is no plain folder (no dataset.json) and no VOC2010 tree (no JPEGImages/)"
-        return (f"{f'{root} {fault}' if root.is_dir() else f'no data at {root}'}: mend the name, or make a data set of "
-                "your images and labels (`python data.py from-folders --help`); `--data toy` draws one, and Pascal "
-                f"Context belongs at {usual}")
-    files = [path for path in (root / annotations.path.name, annotations.path) if path.is_file()]
-    commands = [] if has_images else [photographs.command]
-    commands += [] if files else [annotations.command]
+    archive, merged = (sources()[name] for name in ("voc2010", "context"))
+    has_images = (root / PASCAL_CONTEXT.images).is_dir()
+    if not has_images and root != merged.path.parent:
+        fault = "which has no dataset.json and no JPEGImages/" if root.is_dir() else "which is no folder"
+        return (f"no data at {root}, {fault}: mend the name, or make a data set of your images and labels "
+                f"(`python data.py from-folders --help`), or draw one (`--data toy`); Pascal Context goes to "
+                f"{merged.path.parent}")
+    file = next((path for path in (root / merged.path.name, merged.path) if path.is_file()), None)
+    commands = [archive.command] * (not has_images) + [merged.command] * (file is None)
     commands += [shlex.join(["python", "data.py", "prepare-context", "--voc", str(root), "--json",
-                             str([*files, annotations.path][0])])]
-    return (f"{f'{root} has VOC images but no Pascal Context labels' if has_images else f'no data at {root}'}: "
-            f"{', then '.join(f'`{command}`' for command in commands)}; for a first try `--data toy`")
+                             str(file or merged.path)])]
+    fault = f"{root} has VOC images but no Pascal Context labels" if has_images else f"no data at {root}"
+    return f"{fault}: {', then '.join(f'`{command}`' for command in commands)}; for a first try `--data toy`"
 
 
 def context_info() -> DatasetInfo:
@@ -506,11 +505,10 @@ def training_loader(dataset: SegmentationDataset, window: int, *, seed: int, pos
     """
     loader = DataLoader(_Crops(dataset, window, seed), sampler=positions, batch_size=None, num_workers=workers,
                         worker_init_fn=start_worker, pin_memory=torch.cuda.is_available())
-    if workers:  # Python 3.14's fork server inherits this; were it killed with the group, its workers would be, too
-        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Python 3.14's fork server inherits this; were it killed with the group, its workers would be, too.
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     batches = iter(loader)
-    if workers:
-        signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, before)
     for batch in batches:
         if isinstance(batch, UserError):
             raise batch

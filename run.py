@@ -19,7 +19,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -196,20 +196,20 @@ def environment(device: torch.device, world: int) -> dict:
     }
 
 
-def changes(before: dict, now: dict) -> Iterator[str]:
-    """What a run that goes on finds different from its start, by its config.json; old ones tell less."""
-    for split, effect in (("train", "they come in another order from here on"), ("val", "scores do not compare")):
-        old, new = (facts.get("data_fingerprint", {}).get(split) for facts in (before, now))
-        if old and old != new:
-            differ = f"{new['images']} images, the run began with {old['images']}" if old["images"] != new["images"] \
-                else "other images or classes than at the run's start"
-            yield f"the {split} split has {differ}: {effect}"
-    if before.get("weights") and now["weights"] and before["weights"]["sha256"] != now["weights"]["sha256"]:
-        yield f"{now['weights']['path']} is another file than the weights with which the run began"
-    old, new = before.get("environment", {}), now["environment"]
-    for name in ("commit", "python", *PACKAGES, "cuda"):
-        if name in old and old[name] != new[name]:
-            yield f"{name} is {new[name]} now, the run began with {old[name]}: numbers may differ"
+def changes(before: dict, now: dict) -> list[str]:
+    """What now is not as it was when a run began, by its config.json; that of an old run tells less."""
+    old, new = identity(before), identity(now)
+    return [f"{name}: {new[name]}, but {old[name]} when the run began"
+            for name in old if name in new and new[name] != old[name]]
+
+
+def identity(config: dict) -> dict[str, str]:
+    """Data, weights and versions of a run, as texts, from its config.json."""
+    environment, weights = config.get("environment", {}), config.get("weights")
+    found = {f"{split} split": "{images} images, {classes} classes, list {sha256:.8}".format(**fingerprint)
+             for split, fingerprint in config.get("data_fingerprint", {}).items()}
+    found |= {"pre-trained weights": f"sha256 {weights['sha256'][:8]}"} if weights else {}
+    return found | {name: environment[name] for name in ("commit", "python", *PACKAGES, "cuda") if name in environment}
 
 
 def git(command: str) -> str | None:

@@ -129,19 +129,16 @@ def lr_factor(iteration: int, iterations: int, warmup: int = 1500) -> float:
 def train(options: argparse.Namespace, process: Process) -> None:
     """One run, from its options to its last checkpoint: the preparation, then the loop."""
     device, recipe = process.device, RECIPES[options.head, options.size]
-    run.on_first(process, lambda: doctor.check(starting(options, process.world)))
+    run.on_first(process, lambda: doctor.check(options, recipe, process.world))
     training, validation = (open_dataset(options.data, split) for split in ("train", "val"))
     folder, state, progress = run.open_run(options, process)
     model, weights = make_model(options, state, training.info.classes, process)
     accumulation = choose_layout(options, recipe.batch, recipe.checkpoint_activations, model, process)
-    if options.compile:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache() / "inductor"))  # else in /tmp, gone with the job
-        model.compile()  # at its first call, as it is then: with the batch norm of data_parallel
     optimizer = AdamW(parameter_groups(model, options.lr, options.weight_decay, options.layer_decay), fused=True)
     amp, scaler = AMP[options.amp], torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
     stream = start_stream(options, training, model.config.window, progress.iteration, process)
     log = start_log(options, process, folder, model, weights, training, validation, progress.iteration)
-    parallel = data_parallel(model, process)
+    parallel = data_parallel(model, process, options.compile)
     run.restore(state, optimizer, scaler, options.seed, process)
     del state  # gigabytes of host memory
     save = partial(run.save, process=process, model=model, info=training.info, progress=progress)
@@ -179,7 +176,6 @@ def train(options: argparse.Namespace, process: Process) -> None:
         optimizer.zero_grad()
         progress.iteration += 1
         watch.lap("optimizer")
-
         if log and log.count(progress.iteration, losses):
             log.report(progress.iteration, watch.seconds(), lr, norm, scaler.get_scale())
         if progress.iteration % options.save_every == 0 and progress.iteration < options.iterations:
@@ -216,8 +212,11 @@ def set_rates(optimizer: torch.optim.Optimizer, options: argparse.Namespace, ite
     return options.lr * factor
 
 
-def data_parallel(model: Segmenter, process: Process) -> nn.Module:
+def data_parallel(model: Segmenter, process: Process, compiled: bool = False) -> nn.Module:
     """The module that the loop calls: the model; with several processes it averages gradients and batch statistics."""
+    if compiled:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache() / "inductor"))  # else in /tmp, gone with the job
+        model.compile()  # at its first call, as it is then: with batch norm over all processes
     if process.world == 1:
         return model
     warnings.filterwarnings("ignore", "Grad strides do not match")  # of depth-wise convolutions, which are small
@@ -273,18 +272,9 @@ def draw_predictions(model: Segmenter, dataset: SegmentationDataset, device: tor
 
 
 # ------------------------------------------------------------------------------------------ what the preparation calls
-def starting(options: argparse.Namespace, world: int) -> doctor.Start:
-    """What doctor.py looks at, for a start in so many processes."""
-    recipe = RECIPES[options.head, options.size]
-    return doctor.Start(options, recipe.batch, recipe.checkpoint_activations, world)
-
-
 def make_model(options: argparse.Namespace, state: dict, classes: Sequence[str],
                process: Process) -> tuple[Segmenter, LoadReport | None]:
-    """The model on its device, from a checkpoint or new; the report of the pre-trained weights that were loaded.
-
-    Raises UserError.
-    """
+    """The model on its device, from a checkpoint or new, and the report of loaded weights. Raises UserError."""
     common.allow_tf32(options.tf32)
     torch.manual_seed(options.seed)  # the same starting values on all devices
     report = None
@@ -424,16 +414,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command. Exit status 2 for a user's fault or too small a GPU, 1 for a loss that is not finite, 130 for an
     early Ctrl-C."""
-    arguments, world = sys.argv[1:] if arguments is None else arguments, int(os.environ.get("WORLD_SIZE", 1))
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         options = parse(arguments)
+        recipe = RECIPES[options.head, options.size]
         if "doctor" in options:
-            sys.exit(doctor.show(starting(options, world)))
+            sys.exit(doctor.show(options, recipe, int(os.environ.get("WORLD_SIZE", 1))))
         try:
             process = run.join_processes(options.device)
-        except UserError:  # the device's: told with all else that is absent
-            if os.environ.get("RANK", "0") == "0":
-                doctor.check(starting(options, world))
+        except UserError:  # the device's: told with all else that is absent, unless there are other processes
+            if "RANK" not in os.environ:
+                doctor.check(options, recipe, world=1)
             raise
         if options.resume is None and run.restarted(process) and (folder := run.newest_run_of(sys.argv)):
             options = parse([*arguments, "--resume", str(folder)])

@@ -353,8 +353,8 @@ VOC, PREPARE = "data/VOCdevkit/VOC2010", "python data.py prepare-context --voc {
 
 
 @pytest.mark.parametrize(("root", "made", "fault", "commands"), [
-    ("nowhere", [], "no data at nowhere: mend the name", ["python data.py from-folders --help"]),
-    ("d e", ["d e/"], "d e is no plain folder .* and no VOC2010 tree", ["python data.py from-folders --help"]),
+    ("nowhere", [], "no data at nowhere, which is no folder: mend the name", ["python data.py from-folders --help"]),
+    ("d e", ["d e/"], "no data at d e, which has no dataset.json", ["python data.py from-folders --help"]),
     (VOC, [], f"no data at {VOC}: .*--data toy", ["python data.py fetch voc2010", "python data.py fetch context",
                                                   PREPARE.format(VOC, VOC)]),
     (VOC, [f"{VOC}/trainval_merged.json"], "no data at", ["python data.py fetch voc2010", PREPARE.format(VOC, VOC)]),

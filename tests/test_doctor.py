@@ -56,8 +56,10 @@ def block(text: str) -> list[str]:
     return re.findall(r"(?m)^    (.*)$", text)
 
 
-def start(*options: str, world: int = 1) -> doctor.Start:
-    return train.starting(train.parse(options), world)
+def start(*options: str, world: int = 1) -> tuple:
+    """What doctor.check and doctor.lay_out are called with."""
+    options = train.parse(options)
+    return options, train.RECIPES[options.head, options.size], world
 
 
 def fault_of(capsys, *options: str) -> str:
@@ -136,7 +138,7 @@ def test_one_process_of_several_prints(place, capsys, monkeypatch):
         assert status == 0 and ("16 = 2 device(s) x 8 images x 1 accumulated" in text) == printed == bool(text)
     monkeypatch.setattr("sys.argv", ["train.py"])
     with pytest.raises(UserError, match="`torchrun --nproc_per_node=2 train.py --doctor` shows"):
-        doctor.check(start("--data", "nowhere", world=2))
+        doctor.check(*start("--data", "nowhere", world=2))
 
 
 def test_a_run_that_goes_on_needs_its_checkpoint_instead_of_weights(place, capsys, monkeypatch):
@@ -210,7 +212,7 @@ def test_a_runs_folder_that_cannot_be_written(place, monkeypatch, runs, message)
 ])
 def test_options_that_contradict_each_other(place, options, message):
     with pytest.raises(UserError, match=message):
-        doctor.lay_out(start("--data", "toy", *options.split(), world=2))
+        doctor.lay_out(*start("--data", "toy", *options.split(), world=2))
 
 
 def test_room_for_checkpoints_is_that_of_the_files_that_a_run_writes(place, monkeypatch):
@@ -218,7 +220,7 @@ def test_room_for_checkpoints_is_that_of_the_files_that_a_run_writes(place, monk
     monkeypatch.setattr(train, "build_model", small.small_model)
     monkeypatch.setattr(doctor, "build_model", lambda *_, **__: small.small_model("mask2former", "tiny", 3))
     options = (*small.OPTIONS, "--iterations", "2", "--save-every", "1", "--validate-every", "1", "--name", "x")
-    options, model, _ = doctor.lay_out(start(*options))
+    options, model, _ = doctor.lay_out(*start(*options))
     train.main([*small.OPTIONS, "--iterations", "2", "--save-every", "1", "--validate-every", "1", "--name", "x"])
     sizes = {path.name: path.stat().st_size for path in Path("runs/x").glob("*.pt")}
     need = 2 * sizes["last.pt"] + sizes["previous.pt"] + sizes["best.pt"]  # a third one, for a moment
@@ -248,7 +250,7 @@ def tell_memory(monkeypatch, path: Path, free: float) -> None:
 ])
 def test_memory_of_a_cpu_against_what_is_computed(place, monkeypatch, free, options, state, needs):
     tell_memory(monkeypatch, place / "meminfo", free * GB)
-    options, model, _ = doctor.lay_out(start("--size", "large", *options.split()))
+    options, model, _ = doctor.lay_out(*start("--size", "large", *options.split()))
     found = doctor.memory(options, model)
     assert found.state == state and found.text.startswith(f"{free}.0 GB free, ") and re.search(needs, found.text)
 
@@ -258,7 +260,7 @@ def test_processes_of_one_machine_share_its_memory_and_where_it_is_unknown_it_is
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert doctor.free_memory(train.parse(["--data", "toy"])) == pytest.approx(4)
     monkeypatch.setattr(doctor, "MEMORY", place / "absent")
-    options, model, _ = doctor.lay_out(start("--data", "toy"))
+    options, model, _ = doctor.lay_out(*start("--data", "toy"))
     assert doctor.memory(options, model)[:1] == ("note",)
 
 
@@ -291,7 +293,7 @@ def test_gpus_and_their_memory_are_named(gpu, capsys, monkeypatch):
     found = lines(text)
     assert status == 0 and found["device"] == [
         ("ok", "cuda:0 NVIDIA RTX 4090, 24.0 GB; cuda:1 NVIDIA RTX 4090, 24.0 GB")]
-    assert "the start measures how many fit at once" in found["layout"][0][1]
+    assert "1 device(s) x as many images as the start finds to fit" in found["layout"][0][1]
     assert re.match("20.0 GB free, 9.1 GB needed .*, about 11.6 GB with the activations of 1 im", found["memory"][0][1])
     (state, text), = found["operator"]
     assert state == "note" and "several times slower" in text and "toolkit (nvcc)" in text
@@ -343,8 +345,8 @@ def test_commands_of_odd_names_can_be_pasted(place, capsys):
 def test_a_start_draws_the_toy_data_once_nothing_is_absent(place, monkeypatch):
     monkeypatch.setattr(doctor, "make_toy", draw := Mock())
     with pytest.raises(UserError, match="no multiple"):
-        doctor.check(start("--data", "toy", "--batch", "3"))
+        doctor.check(*start("--data", "toy", "--batch", "3"))
     draw.assert_not_called()
-    doctor.check(start("--data", "toy"))
+    doctor.check(*start("--data", "toy"))
     draw.assert_called_once_with()
     assert os.listdir(place) == []

@@ -1,8 +1,9 @@
 """Is everything here that a training needs? `python train.py --doctor [options]` tells, and every start looks first.
 
-What is absent is told at once, each thing with the command that gets it. Nothing is trained, built or written.
+What is absent is told at once, each thing with the command that gets it. Nothing is trained, built or written. `recipe`
+is a train.Recipe: its layout is taken where the options leave it open.
 
-Reading order: Finding, Start -> check (before a start), show (the page of --doctor) -> needs -> what it looks at.
+Reading order: Finding -> check (before a start), show (the page of --doctor) -> needs -> what it looks at.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -52,14 +53,6 @@ class Finding(NamedTuple):
     text: str  # one line; where something is to be mended, with the remedy
 
 
-class Start(NamedTuple):
-    """What is about to start, in so many processes; the recipe's layout is taken where the options leave it open."""
-    options: argparse.Namespace
-    usual_batch: int
-    usual_recompute: bool
-    world: int
-
-
 def look(thing: str, at: Callable[[], str | Finding]) -> Finding:
     """What `at()` found. A text is OK; a fault that it raises is ABSENT."""
     try:
@@ -69,12 +62,12 @@ def look(thing: str, at: Callable[[], str | Finding]) -> Finding:
     return found if isinstance(found, Finding) else Finding(OK, thing, found)
 
 
-def check(start: Start) -> None:
-    """Before a start: raises UserError for what is absent. Several things are a line each on stderr before.
+def check(options: argparse.Namespace, recipe: Any, world: int) -> None:
+    """Before a start in `world` processes: raises UserError for what is absent. Several things are a line each before.
 
     Draws the toy data if they are asked for and nothing is absent.
     """
-    faults = [found.text for found in needs(start, weights) if found.state == ABSENT]
+    faults = [found.text for found in needs(options, recipe, world, weights) if found.state == ABSENT]
     if len(faults) > 1:
         print(*(f"  - {fault}" for fault in faults), sep="\n", file=sys.stderr, flush=True)
         launcher = f"torchrun --nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}" if "RANK" in os.environ else "python"
@@ -82,19 +75,18 @@ def check(start: Start) -> None:
         raise UserError(f"{len(faults)} things keep this run from starting (above); `{command}` shows all it needs")
     if faults:
         raise UserError(faults[0])
-    if start.options.data == "toy":
+    if options.data == "toy":
         make_toy()
 
 
-def show(start: Start) -> int:
+def show(options: argparse.Namespace, recipe: Any, world: int) -> int:
     """Print the page of --doctor, process 0 alone; returns the exit status, 2 if the training could not start."""
     if int(os.environ.get("RANK", 0)):
         return 0
-    options = start.options
     found = [look("machine", machine), look("operator", partial(operator, options.device)),
-             *needs(start, weights_in_full)]
+             *needs(options, recipe, world, weights_in_full)]
     faults = [each.text for each in found if each.state == ABSENT]
-    print(f"{options.head} {options.size} on {options.data}, {start.world} process(es)\n")
+    print(f"{options.head} {options.size} on {options.data}, {world} process(es)\n")
     print(*(textwrap.fill(f"{each.state:<8}{each.thing:<10}{each.text}", 116, subsequent_indent=" " * 18,
                           break_long_words=False, break_on_hyphens=False) for each in found), sep="\n")
     commands = dict.fromkeys(command for fault in faults for command in re.findall(COMMAND, fault))
@@ -104,16 +96,16 @@ def show(start: Start) -> int:
     return 2 if faults else 0
 
 
-def needs(start: Start, weights: Callable[[argparse.Namespace], str]) -> Iterator[Finding]:
+def needs(options: argparse.Namespace, recipe: Any, world: int,
+          weights: Callable[[argparse.Namespace], str]) -> Iterator[Finding]:
     """What a run needs, in the order in which it is mended; `weights(options)` looks at the weights it starts from."""
-    options = start.options
     device = look("device", partial(devices, options.device))
     yield device
     yield look("weights", partial(weights, options))
     yield from data_sets(options.data)
     yield look("run", partial(folder, options))
     try:
-        options, model, text = lay_out(start)
+        options, model, text = lay_out(options, recipe, world)
     except UserError as error:
         yield Finding(ABSENT, "layout", str(error))
         return  # the rest is computed from the model
@@ -249,13 +241,14 @@ def nearest(path: Path) -> Path:
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
-def lay_out(start: Start) -> tuple[argparse.Namespace, Segmenter, str]:
+def lay_out(options: argparse.Namespace, recipe: Any, world: int) -> tuple[argparse.Namespace, Segmenter, str]:
     """The options with their layout, the model without values, the layout as text. UserError for contradictions.
 
     A GPU's layout is measured when the model is there: here it gets the one that needs the least memory.
     """
-    options = argparse.Namespace(**vars(start.options) | {"earlier_batch": None})
-    share_batch(options.global_batch, start.world, options.batch or 1)
+    measured = options.batch is None and on_gpu(options.device)
+    options = argparse.Namespace(**vars(options) | {"earlier_batch": None})
+    share_batch(options.global_batch, world, options.batch or 1)
     changes = {} if options.window is None else {"window": options.window}
     try:
         with torch.device("meta"):
@@ -264,13 +257,11 @@ def lay_out(start: Start) -> tuple[argparse.Namespace, Segmenter, str]:
     except ValueError as error:
         raise UserError(f"--head {options.head} --size {options.size}: {error}") from None
     model.backbone.requires_grad_(not options.freeze_backbone)
-    least = 1 if on_gpu(options.device) else start.usual_batch
-    often = choose_layout(options, least, start.usual_recompute, model,
-                          run.Process(0, start.world, torch.device("cpu")))
-    text = f"{options.global_batch} = {start.world} device(s) x {options.batch} images x {often} accumulated"
-    if on_gpu(options.device) and start.options.batch is None:
-        text = f"{options.global_batch} on {start.world} device(s); the start measures how many fit at once"
-    return options, model, f"global batch {text}"
+    often = choose_layout(options, 1 if measured else recipe.batch, recipe.checkpoint_activations, model,
+                          run.Process(0, world, torch.device("cpu")))
+    text = f"global batch {options.global_batch} = {world} device(s) x "
+    text += "as many images as the start finds to fit" if measured else f"{options.batch} images x {often} accumulated"
+    return options, model, text
 
 
 def disk(options: argparse.Namespace, model: Segmenter) -> Finding:

@@ -505,10 +505,11 @@ def training_loader(dataset: SegmentationDataset, window: int, *, seed: int, pos
     """
     loader = DataLoader(_Crops(dataset, window, seed), sampler=positions, batch_size=None, num_workers=workers,
                         worker_init_fn=start_worker, pin_memory=torch.cuda.is_available())
-    # Python 3.14's fork server inherits this; were it killed with the group, its workers would be, too.
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if workers:  # Python 3.14's fork server inherits this; were it killed with the group, its workers would be, too
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     batches = iter(loader)
-    signal.signal(signal.SIGTERM, before)
+    if workers:
+        signal.signal(signal.SIGTERM, before)
     for batch in batches:
         if isinstance(batch, UserError):
             raise batch

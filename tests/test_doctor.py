@@ -149,6 +149,7 @@ def test_a_run_that_goes_on_needs_its_checkpoint_instead_of_weights(place, capsy
     status, text = page(capsys, "--resume", "my run")
     found = lines(text)
     assert status == 0 and found["run"] == [("ok", "runs/my run")]
+    assert found["layout"] == [("ok", "global batch 4 = 1 device(s) x 2 images x 2 accumulated")]  # as it was
     assert found["weights"][0][1].startswith("runs/my run/last.pt: own checkpoint, 2.")
     assert "sha256 " + common.sha256(Path("runs/my run/last.pt"))[:12] in found["weights"][0][1]
     status, text = page(capsys, "--data", "data", "--size", "tiny", "--name", "my run")
@@ -340,6 +341,11 @@ def test_commands_of_odd_names_can_be_pasted(place, capsys):
     command, = block(text)
     assert status == 2 and shlex.split(command) == [
         "python", "data.py", "prepare-context", "--voc", str(tree), "--json", str(tree / "trainval_merged.json")]
+
+
+def test_a_fault_of_the_system_names_the_file(place):
+    found = doctor.look("data", lambda: Path("absent\nfile").read_text())
+    assert found == ("ABSENT", "data", "absent?file: No such file or directory")
 
 
 def test_a_start_draws_the_toy_data_once_nothing_is_absent(place, monkeypatch):

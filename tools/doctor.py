@@ -57,8 +57,10 @@ def look(thing: str, at: Callable[[], str | Finding]) -> Finding:
     """What `at()` found. A text is OK; a fault that it raises is ABSENT."""
     try:
         found = at()
-    except (UserError, OSError) as error:
-        return Finding(ABSENT, thing, common.printable(str(error)))
+    except UserError as error:
+        found = Finding(ABSENT, thing, str(error))
+    except OSError as error:
+        found = Finding(ABSENT, thing, common.printable(f"{error.filename}: {common.reason(error)}"))
     return found if isinstance(found, Finding) else Finding(OK, thing, found)
 
 
@@ -246,8 +248,8 @@ def lay_out(options: argparse.Namespace, recipe: Any, world: int) -> tuple[argpa
 
     A GPU's layout is measured when the model is there: here it gets the one that needs the least memory.
     """
-    measured = options.batch is None and on_gpu(options.device)
-    options = argparse.Namespace(**vars(options) | {"earlier_batch": None})
+    measured = options.batch is None and not vars(options).get("earlier_batch") and on_gpu(options.device)
+    options = argparse.Namespace(**vars(options))  # a copy, which the layout is written into
     share_batch(options.global_batch, world, options.batch or 1)
     changes = {} if options.window is None else {"window": options.window}
     try:
@@ -258,7 +260,7 @@ def lay_out(options: argparse.Namespace, recipe: Any, world: int) -> tuple[argpa
         raise UserError(f"--head {options.head} --size {options.size}: {error}") from None
     model.backbone.requires_grad_(not options.freeze_backbone)
     often = choose_layout(options, 1 if measured else recipe.batch, recipe.checkpoint_activations, model,
-                          run.Process(0, world, torch.device("cpu")))
+                          run.Process(1, world, torch.device("cpu")))  # process 0 prints
     text = f"global batch {options.global_batch} = {world} device(s) x "
     text += "as many images as the start finds to fit" if measured else f"{options.batch} images x {often} accumulated"
     return options, model, text
@@ -288,7 +290,7 @@ def memory(options: argparse.Namespace, model: Segmenter) -> Finding:
         need = one + (sixteen - one) * (options.batch - 1) / 15
         text += (f", about {need:,.1f} GB with the activations of {options.batch} image(s)"
                  f"{' computed twice' * options.checkpoint_activations} (computed for a GPU)")
-    text = f"{f'{free:,.1f} GB free' if free else 'free memory unknown'}, {text}"
+    text = f"{'free memory unknown' if free is None else f'{free:,.1f} GB free'}, {text}"
     if free is not None and free < surely:
         return Finding(ABSENT, "memory", f"{text}: use a smaller --size, or a device with more memory")
     if free is None or free < need:

@@ -6,6 +6,7 @@
     torchrun --nproc_per_node=8 train.py --head upernet --size large      on eight: the same run, sooner
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...   on two nodes
     torchrun --max-restarts=3 train.py --resume                           go on with the newest run after a stop
+    python train.py --doctor --size large                                 tell what a run needs and what is absent
 
 Reading order: Recipe -> parameter_groups, lr_factor -> train, which ends in the loop -> what the loop calls -> what
 the preparation calls -> the command line. Processes, folders, checkpoint files and logs are in run.py.
@@ -356,7 +357,8 @@ def parser() -> common.Parser:
     add("--head", choices=["mask2former", "upernet"], default="mask2former", help="default: mask2former")
     add("--size", choices=["tiny", "base", "large"], help="default: tiny for toy data, else large")
     add("--data", default=str(CONTEXT), metavar="DIR", help=f"plain folder, VOC2010 tree or 'toy'; default: {CONTEXT}")
-    add("--pretrained", metavar="FILE", help="BEiT or ViT-Adapter weights, or 'none'; default: BEiT's in pretrained/")
+    add("--pretrained", metavar="FILE",
+        help="BEiT or ViT-Adapter weights, a released model's name, or 'none'; default: BEiT's in pretrained/")
     add("--window", **number, help="side of crops and sliding window in pixels; default: the size's")
     add("--freeze-backbone", action="store_true", help="train adapter and head only")
     add = p.add_argument_group("how (other defaults: the recipe's, which head and size choose)").add_argument

@@ -31,7 +31,7 @@ import run
 import train
 from model import BASE, LARGE, Segmenter
 from tools import doctor
-from weights import load_model, rename_official
+from weights import LoadReport, load_model, rename_official
 
 
 @pytest.fixture
@@ -280,6 +280,12 @@ def test_config_json_tells_the_weights_and_the_data_of_a_run(place, capsys):
         "note: train split: 7 images, 3 classes, list X, but 8 images, 3 classes, list X when the run began",
         "note: val split: 3 images, 3 classes, list X, but 3 images, 3 classes, list X when the run began"]
     assert json.loads(Path("runs/second/config.json").read_text())["weights"]["sha256"] == sha256  # of its start
+
+
+def test_one_process_of_several_reads_the_weights_for_their_checksum(monkeypatch):
+    monkeypatch.setattr(common, "sha256", None)
+    weights, process = LoadReport("gigabytes.pth", "beit"), run.Process(1, 2, torch.device("cpu"))
+    assert train.start_log(None, process, None, None, weights, None, None, 0) is None
 
 
 def test_a_run_from_before_these_facts_were_noted_goes_on_silently(place, capsys):

@@ -220,9 +220,9 @@ def test_room_for_checkpoints_is_that_of_the_files_that_a_run_writes(place, monk
     small.write_data(place / "data")
     monkeypatch.setattr(train, "build_model", small.small_model)
     monkeypatch.setattr(doctor, "build_model", lambda *_, **__: small.small_model("mask2former", "tiny", 3))
-    options = (*small.OPTIONS, "--iterations", "2", "--save-every", "1", "--validate-every", "1", "--name", "x")
+    options = (*small.OPTIONS, "--iterations", "3", "--save-every", "1", "--validate-every", "1", "--name", "x")
+    train.main(options)
     options, model, _ = doctor.lay_out(*start(*options))
-    train.main([*small.OPTIONS, "--iterations", "2", "--save-every", "1", "--validate-every", "1", "--name", "x"])
     sizes = {path.name: path.stat().st_size for path in Path("runs/x").glob("*.pt")}
     need = 2 * sizes["last.pt"] + sizes["previous.pt"] + sizes["best.pt"]  # a third one, for a moment
     free = SimpleNamespace(free=need)
@@ -231,7 +231,9 @@ def test_room_for_checkpoints_is_that_of_the_files_that_a_run_writes(place, monk
     free.free = 0.8 * need  # names and the like are not counted: a fifth of so small a model
     found = doctor.disk(options, model)
     assert found.state == "ABSENT" and "make room, or make runs a link" in found.text
-    options.resume = "runs/x"  # what is there already need not be written
+    options.save_every = 3  # the last checkpoint is the only one
+    assert doctor.disk(options, model).state == "ok"
+    options.save_every, options.resume = 1, "runs/x"  # what is there already need not be written
     free.free = sizes["last.pt"]
     assert doctor.disk(options, model).state == "ok"
 

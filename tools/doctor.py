@@ -7,6 +7,7 @@ Reading order: Finding -> check (before a start), show (the page of --doctor) ->
 """
 
 import argparse
+import math
 import os
 import platform
 import re
@@ -270,7 +271,7 @@ def disk(options: argparse.Namespace, model: Segmenter) -> Finding:
     """Room for the run's checkpoints. Most is needed while last.pt is written beside the old one and previous.pt."""
     best = sum(tensor.nbytes for tensor in model.state_dict().values())
     last = best + sum(2 * p.nbytes for p in model.parameters() if p.requires_grad)  # AdamW's moments
-    need = 3 * last + best
+    need = min(3, math.ceil(options.iterations / options.save_every)) * last + best
     place = Path(options.resume) if options.resume else run.RUNS
     have = sum(path.stat().st_size for path in place.glob("*.pt")) if options.resume else 0
     free = shutil.disk_usage(nearest(place)).free

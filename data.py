@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import signal
 import unicodedata
 from collections import Counter, defaultdict, namedtuple
@@ -65,8 +66,8 @@ class SegmentationDataset:
             raise UserError(f"{split_file} names '{repeated[0]}' more than once: leave one of its lines")
         files = list_files(labels, (".png",))
         label_files = [only(files[composed(name)], f"{name}.png", labels, split_file) for name in self.names]
-        self.image_paths, self.label_paths = ([folder / file for file in found] for folder, found in
-                                              ((images, image_files), (labels, label_files)))
+        self.image_paths, self.label_paths = ([images / file for file in image_files],
+                                              [labels / file for file in label_files])
 
     def __len__(self) -> int:
         return len(self.names)
@@ -127,18 +128,12 @@ def open_dataset(root: str | Path, split: str) -> SegmentationDataset:
     root = Path(root)
     if (root / "dataset.json").is_file():
         return SegmentationDataset(root, split, read_info(root / "dataset.json"), PLAIN_FOLDER)
-    if (root / PASCAL_CONTEXT.labels).is_dir():
+    splits = (root / PASCAL_CONTEXT.splits).glob("*.txt")
+    if (root / PASCAL_CONTEXT.labels).is_dir() and any(splits):  # prepare-context writes the splits last
         return SegmentationDataset(root, split, context_info(), PASCAL_CONTEXT)
-    if (root / PASCAL_CONTEXT.images).is_dir():
-        raise UserError(f"{root} holds VOC images but no Pascal Context labels: run `python data.py fetch context`, "
-                        f"then `python data.py prepare-context --voc {root} "
-                        "--json data/VOCdevkit/VOC2010/trainval_merged.json`")
-    if root.is_dir():
-        raise UserError(f"{root} is no plain folder (no dataset.json) and no VOC2010 tree (no JPEGImages/): "
-                        "make one of your images and labels, see `python data.py from-folders --help`")
-    raise UserError(f"no data at {root}: for Pascal Context run `python data.py fetch voc2010 context`, then "
-                    "`python data.py prepare-context`, which make data/VOCdevkit/VOC2010; for a first try without "
-                    "downloads use `--data toy`")
+    from tools.context import why_no_data
+
+    raise UserError(why_no_data(root))
 
 
 def context_info() -> DatasetInfo:
@@ -510,23 +505,26 @@ def spread(dataset: SegmentationDataset, number: int) -> list[int]:
     return torch.linspace(0, len(dataset) - 1, number, dtype=torch.float64).long().unique().tolist()
 
 
-def preflight(root: str, split: str, sample: int = 32) -> Tensor:
-    """How many pixels of the sampled label images have each label value, (256,).
+def count_labels(dataset: SegmentationDataset, sample: int = 32) -> Tensor:
+    """How many pixels of some label images, evenly chosen, have each label value, (256,)."""
+    return sum(torch.bincount(torch.from_numpy(dataset.labels(i).ravel()).long(), minlength=256)
+               for i in spread(dataset, sample))
+
+
+def preflight(dataset: SegmentationDataset, sample: int = 32) -> None:
+    """Look at some images and their labels, evenly chosen.
 
     Raises UserError for what would train for hours towards an mIoU near 0: a broken file, labels of no or one class.
     """
-    dataset = open_dataset(root, split)
-    chosen = spread(dataset, sample)
-    for i in chosen:
+    for i in spread(dataset, sample):
         dataset.image(i)  # a file cut off in the middle has a sound header: only reading it tells
-    pixels = sum(torch.bincount(torch.from_numpy(dataset.labels(i).ravel()).long(), minlength=256) for i in chosen)
-    classes = dataset.info.classes
-    present = [name for name, count in zip(classes, pixels.tolist(), strict=False) if count]
-    if len(present) > 1 or present and len(classes) == 1:
-        return pixels
-    fault = f"nothing but '{present[0]}' in them" if present else "every pixel is ignored"
-    raise UserError(f"{dataset.root} ({split}), {len(chosen)} label images: {fault}; are labels class indices from 0 "
-                    f"to {len(classes) - 1}? `python data.py check {dataset.root}` tells more")
+    classes, pixels = dataset.info.classes, count_labels(dataset, sample).tolist()
+    present = [name for name, count in zip(classes, pixels, strict=False) if count]
+    if len(present) < min(2, len(classes)):
+        fault = f"nothing but '{present[0]}' in them" if present else "every pixel is ignored"
+        raise UserError(f"{dataset.root} ({dataset.split}), labels of {min(sample, len(dataset))} images: {fault}; are "
+                        f"they class indices from 0 to {len(classes) - 1}? `python data.py check "
+                        f"{shlex.quote(str(dataset.root))}` tells more")
 
 
 if __name__ == "__main__":

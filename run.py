@@ -188,11 +188,28 @@ def environment(device: torch.device, world: int) -> dict:
     """Everything else on which a result may depend, beside the options: code, versions, hardware."""
     return {
         "command": sys.argv, "commit": git("rev-parse HEAD"), "uncommitted": bool(git("status --porcelain")),
-        "python": platform.python_version(), **{name: version(name) for name in PACKAGES}, "cuda": torch.version.cuda,
+        "python": platform.python_version(), **{name: version(name) for name in PACKAGES},
+        "torch": torch.__version__, "cuda": torch.version.cuda,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type,
         "deformable_attention": active_path(device.type),
         "devices": world, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
     }
+
+
+def changes(before: dict, now: dict) -> list[str]:
+    """What now is not as it was when a run began, by its config.json; that of an old run tells less."""
+    old, new = identity(before), identity(now)
+    return [f"{name}: {new[name]}, but {old[name]} when the run began"
+            for name in old if name in new and new[name] != old[name]]
+
+
+def identity(config: dict) -> dict[str, str]:
+    """Data, weights and versions of a run, as texts, from its config.json."""
+    environment, weights = config.get("environment", {}), config.get("weights")
+    found = {f"{split} split": "{images} images, {classes} classes, list {sha256:.8}".format(**fingerprint)
+             for split, fingerprint in config.get("data_fingerprint", {}).items()}
+    found |= {"pre-trained weights": f"sha256 {weights['sha256'][:8]}"} if weights else {}
+    return found | {name: environment[name] for name in ("commit", "python", *PACKAGES, "cuda") if name in environment}
 
 
 def git(command: str) -> str | None:

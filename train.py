@@ -6,6 +6,7 @@
     torchrun --nproc_per_node=8 train.py --head upernet --size large      on eight: the same run, sooner
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...   on two nodes
     torchrun --max-restarts=3 train.py --resume                           go on with the newest run after a stop
+    python train.py --doctor --size large                                 tell what a run needs and what is absent
 
 Reading order: Recipe -> parameter_groups, lr_factor -> train, which ends in the loop -> what the loop calls -> what
 the preparation calls -> the command line. Processes, folders, checkpoint files and logs are in run.py.
@@ -42,17 +43,18 @@ import data
 import fast
 import run
 from common import UserError
-from data import Batch, SegmentationDataset, normalize, open_dataset, positions, preflight, spread, training_loader
+from data import Batch, SegmentationDataset, count_labels, normalize, open_dataset, positions, spread, training_loader
 from evaluate import evaluate, metrics, predictions
 from heads import Normalizers, classes_present, loss_normalizers
-from layout import AMP, choose_layout, share_batch
+from layout import AMP, choose_layout
 from model import ModelConfig, Segmenter, build_model
 from msda_cuda.build import cache
 from run import Process
 from sync_batchnorm import convert_sync_batchnorm
-from tools import draw
+from tools import doctor, draw
+from tools.checkpoints import find_pretrained
 from tools.tables import in_percent, table
-from weights import load_weights
+from weights import LoadReport, load_weights
 
 LOG_EVERY = 50  # iterations; more often where a run would give fewer than 20 reports
 PICTURES = 4  # validation images that TensorBoard shows
@@ -129,20 +131,16 @@ def lr_factor(iteration: int, iterations: int, warmup: int = 1500) -> float:
 def train(options: argparse.Namespace, process: Process) -> None:
     """One run, from its options to its last checkpoint: the preparation, then the loop."""
     device, recipe = process.device, RECIPES[options.head, options.size]
-    share_batch(options.global_batch, process.world, options.batch or 1)  # a fault is told before all work
-    pixels, _ = run.on_first(process, lambda: [preflight(options.data, split) for split in ("train", "val")])
+    run.on_first(process, lambda: doctor.check(options, recipe, process.world))
     training, validation = (open_dataset(options.data, split) for split in ("train", "val"))
     folder, state, progress = run.open_run(options, process)
-    model = make_model(options, state, training.info.classes, process)
+    model, weights = make_model(options, state, training.info.classes, process)
     accumulation = choose_layout(options, recipe.batch, recipe.checkpoint_activations, model, process)
-    if options.compile:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache() / "inductor"))  # else in /tmp, gone with the job
-        model.compile()  # at its first call, as it is then: with the batch norm of data_parallel
     optimizer = AdamW(parameter_groups(model, options.lr, options.weight_decay, options.layer_decay), fused=True)
     amp, scaler = AMP[options.amp], torch.amp.GradScaler(device.type, enabled=options.amp == "fp16")
     stream = start_stream(options, training, model.config.window, progress.iteration, process)
-    log = start_log(options, process, folder, model, training, pixels, progress.iteration)
-    parallel = data_parallel(model, process)
+    log = start_log(options, process, folder, model, weights, training, validation, progress.iteration)
+    parallel = data_parallel(model, process, options.compile)
     run.restore(state, optimizer, scaler, options.seed, process)
     del state  # gigabytes of host memory
     save = partial(run.save, process=process, model=model, info=training.info, progress=progress)
@@ -180,7 +178,6 @@ def train(options: argparse.Namespace, process: Process) -> None:
         optimizer.zero_grad()
         progress.iteration += 1
         watch.lap("optimizer")
-
         if log and log.count(progress.iteration, losses):
             log.report(progress.iteration, watch.seconds(), lr, norm, scaler.get_scale())
         if progress.iteration % options.save_every == 0 and progress.iteration < options.iterations:
@@ -217,8 +214,11 @@ def set_rates(optimizer: torch.optim.Optimizer, options: argparse.Namespace, ite
     return options.lr * factor
 
 
-def data_parallel(model: Segmenter, process: Process) -> nn.Module:
+def data_parallel(model: Segmenter, process: Process, compiled: bool = False) -> nn.Module:
     """The module that the loop calls: the model; with several processes it averages gradients and batch statistics."""
+    if compiled:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache() / "inductor"))  # else in /tmp, gone with the job
+        model.compile()  # at its first call, as it is then: with batch norm over all processes
     if process.world == 1:
         return model
     warnings.filterwarnings("ignore", "Grad strides do not match")  # of depth-wise convolutions, which are small
@@ -274,42 +274,25 @@ def draw_predictions(model: Segmenter, dataset: SegmentationDataset, device: tor
 
 
 # ------------------------------------------------------------------------------------------ what the preparation calls
-def make_model(options: argparse.Namespace, state: dict, classes: Sequence[str], process: Process) -> Segmenter:
-    """The model on its device, from a checkpoint or new with pre-trained weights. Raises UserError."""
+def make_model(options: argparse.Namespace, state: dict, classes: Sequence[str],
+               process: Process) -> tuple[Segmenter, LoadReport | None]:
+    """The model on its device, from a checkpoint or new, and the report of loaded weights. Raises UserError."""
     common.allow_tf32(options.tf32)
     torch.manual_seed(options.seed)  # the same starting values on all devices
+    report = None
     if state:
         if state["classes"] != list(classes):
             raise UserError(f"--data {options.data} has other classes than the run: go on with the data of its start")
         model = Segmenter(ModelConfig(**state["config"]))
         model.load_state_dict(state["model"])
     else:
-        pretrained = find_pretrained(options.pretrained, options.size)
-        try:
-            changes = {} if options.window is None else {"window": options.window}
-            model = build_model(options.head, options.size, len(classes), **changes)
-        except ValueError as error:
-            raise UserError(f"--head {options.head} --size {options.size} --data {options.data}: {error}") from None
-        if pretrained:
+        changes = {} if options.window is None else {"window": options.window}
+        model = build_model(options.head, options.size, len(classes), **changes)
+        if pretrained := find_pretrained(options.pretrained, options.size):
             with contextlib.redirect_stdout(None) if process.rank else contextlib.nullcontext():
-                load_weights(model, pretrained)
+                report = load_weights(model, pretrained)
     model.backbone.requires_grad_(not options.freeze_backbone)
-    return model.to(process.device).train()
-
-
-def find_pretrained(name: str | None, size: str) -> Path | None:
-    """The file of pre-trained BEiT weights, None to start from scratch. Raises UserError if it is absent."""
-    if name == "none" or name is None and size == "tiny":
-        return None
-    timm = f"beit_{size}_patch16_224.in22k_ft_in22k"
-    usual = [f"pretrained/beit_{size}_patch16_224_pt22k_ft22k.pth", f"pretrained/{timm}.safetensors"]
-    for path in [name] if name else usual:
-        if Path(path).is_file():
-            return Path(path)
-    if name:
-        raise UserError(f"--pretrained {name}: no such file; 'none' starts from random weights")
-    raise UserError(f"no pre-trained BEiT weights at {' or '.join(usual)}: put there https://huggingface.co/timm/{timm}/"
-                    f"resolve/main/model.safetensors as {usual[1]}, or use --pretrained FILE|none or --size tiny")
+    return model.to(process.device).train(), report
 
 
 def start_stream(options: argparse.Namespace, dataset: SegmentationDataset, window: int, iteration: int,
@@ -322,28 +305,39 @@ def start_stream(options: argparse.Namespace, dataset: SegmentationDataset, wind
     return itertools.chain([next(stream) for _ in range(max(1, options.workers))], stream)
 
 
-def start_log(options: argparse.Namespace, process: Process, folder: Path, model: Segmenter,
-              dataset: SegmentationDataset, pixels: Tensor, iteration: int) -> run.Log | None:
+def start_log(options: argparse.Namespace, process: Process, folder: Path, model: Segmenter, weights: LoadReport | None,
+              training: SegmentationDataset, validation: SegmentationDataset, iteration: int) -> run.Log | None:
     """On process 0: make the folder, write config.json, say what is about to run. The other processes have no log."""
     if process.rank:
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    info, images = dataset.info, options.global_batch // process.world
-    facts = run.environment(process.device, process.world)
+    info, images = training.info, options.global_batch // process.world
+    facts = {"environment": run.environment(process.device, process.world),
+             "data_fingerprint": {"train": training.fingerprint(), "val": validation.fingerprint()},
+             "weights": weights and {"path": weights.path, "sha256": common.sha256(Path(weights.path)),
+                                     "kind": weights.kind}}
     old = run.read_config(folder) if (folder / "config.json").exists() else {}
-    new = old or vars(options) | {"name": folder.name, "model": asdict(model.config), "classes": info.classes,
-                                  "environment": facts}
+    new = old or vars(options) | {"name": folder.name, "model": asdict(model.config), "classes": info.classes, **facts}
     new = new | {"batch": options.batch, "checkpoint_activations": options.checkpoint_activations}  # of this start
     if new != old:
         common.write_whole(folder / "config.json", lambda file: file.write(json.dumps(new, indent=1).encode()))
-    epochs = options.iterations * options.global_batch / len(dataset)
+    epochs = options.iterations * options.global_batch / len(training)
     log = run.Log(folder, iteration, options.iterations, LOG_EVERY, epochs, process.device, images)
     log.say(f"{folder}: {options.head} {options.size}, {sum(p.numel() for p in model.parameters()):,} parameters, "
-            f"window {model.config.window}, {len(dataset):,} images of {len(info.classes)} classes")
+            f"window {model.config.window}, {len(training):,} images of {len(info.classes)} classes")
     log.say(f"global batch {options.global_batch} = {process.world} device(s) x {options.batch} images x "
             f"{images // options.batch} accumulated{', activations computed twice' * options.checkpoint_activations}; "
             f"iterations {iteration} to {options.iterations}")
-    log.write(iteration, "start", facts)
+    for change in run.changes(new, facts):
+        log.say(f"note: {change}")
+    log.write(iteration, "start", facts["environment"])
+    show_data(log, training, iteration)
+    return log
+
+
+def show_data(log: run.Log, dataset: SegmentationDataset, iteration: int) -> None:
+    """Log each class's share of the labels, and the first image with its labels."""
+    info, pixels = dataset.info, count_labels(dataset)
     shares = (pixels / pixels.sum()).tolist()
     shares = dict(zip(info.classes, shares, strict=False)) | {"ignored": shares[255]}
     log.write(iteration, "labels", shares)
@@ -352,7 +346,6 @@ def start_log(options: argparse.Namespace, process: Process, folder: Path, model
     picture, labels = dataset.image(0), dataset.labels(0)
     picture = draw.with_legend(draw.overlay(picture, labels, info.palette), labels, info.classes, info.palette)
     log.picture(iteration, "7 data/the first image and its labels", picture)
-    return log
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -366,7 +359,8 @@ def parser() -> common.Parser:
     add("--size", choices=["tiny", "base", "large"], help="default: tiny for toy data, else large")
     add("--data", default=str(data.CONTEXT), metavar="DIR",
         help="plain folder, VOC2010 tree or 'toy'; default: %(default)s")
-    add("--pretrained", metavar="FILE", help="BEiT or ViT-Adapter weights, or 'none'; default: BEiT's in pretrained/")
+    add("--pretrained", metavar="FILE",
+        help="BEiT or ViT-Adapter weights, a released model's name, or 'none'; default: BEiT's in pretrained/")
     add("--window", **number, help="side of crops and sliding window in pixels; default: the size's")
     add("--freeze-backbone", action="store_true", help="train adapter and head only")
     add = p.add_argument_group("how (other defaults: the recipe's, which head and size choose)").add_argument
@@ -388,6 +382,8 @@ def parser() -> common.Parser:
     add("--compile", action="store_true", help="torch.compile the model: minutes at the first start, then faster")
     add = p.add_argument_group("the run").add_argument
     add("--name", help="of the folder in runs/; default: HEAD-SIZE-DATA")
+    add("--doctor", action="store_true", default=argparse.SUPPRESS,
+        help="tell what this run needs, what of it is absent and how to get it; start nothing")
     add("--resume", nargs="?", const="", metavar="RUN", help="go on with this run and its options; no RUN: the newest")
     return p
 
@@ -425,7 +421,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         options = parse(arguments)
-        process = run.join_processes(options.device)
+        recipe = RECIPES[options.head, options.size]
+        if "doctor" in options:
+            sys.exit(doctor.show(options, recipe, int(os.environ.get("WORLD_SIZE", 1))))
+        try:
+            process = run.join_processes(options.device)
+        except UserError:  # the device's: told with all else that is absent, unless there are other processes
+            if "RANK" not in os.environ:
+                doctor.check(options, recipe, world=1)
+            raise
         if options.resume is None and run.restarted(process) and (folder := run.newest_run_of(sys.argv)):
             options = parse([*arguments, "--resume", str(folder)])
         train(options, process)

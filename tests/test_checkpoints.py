@@ -193,3 +193,33 @@ def test_data_and_versions_that_differ_from_the_runs_are_a_line_each(tmp_path):
          ["trained with torch 0.9.1+cu130, scipy 0.5, evaluated with torch 1.0, scipy 1.0"]),
     ]:
         assert checkpoints.differences(config, dataset, versions) == lines
+
+
+@pytest.mark.parametrize(("name", "size", "file", "found"), [
+    ("none", "large", None, None), (None, "tiny", None, None),
+    (None, "base", "pretrained/beit_base_patch16_224_pt22k_ft22k.pth", ""),
+    (None, "large", "pretrained/beit_large_patch16_224.in22k_ft_in22k.safetensors", ""),
+    ("my file.pth", "large", "my file.pth", ""), ("my file.pth", "tiny", "my file.pth", ""),
+    (None, "large", None, "`python data.py fetch beit:large`"),
+    ("mask2former-base", "base", None, "`python data.py fetch checkpoint:mask2former-base`"),
+    ("mask2former-bse", "base", None, "no such file, and no released model: those are mask2former-base, upernet-large"),
+    ("pretrained", "base", "pretrained/x", "no such file"),  # a folder
+])
+def test_pre_trained_weights_are_found(tmp_path, monkeypatch, name, size, file, found):
+    monkeypatch.chdir(tmp_path)
+    if file:
+        Path(file).parent.mkdir(exist_ok=True)
+        Path(file).touch()
+    if found:
+        with pytest.raises(UserError, match=found):
+            checkpoints.find_pretrained(name, size)
+    else:
+        assert checkpoints.find_pretrained(name, size) == (None if found is None else Path(file))
+
+
+def test_a_released_model_is_found_by_its_name_where_it_is_fetched_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = fetch.sources()["checkpoint:mask2former-base"].path
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert checkpoints.find_pretrained("mask2former-base", "base") == path

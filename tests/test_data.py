@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -348,16 +349,36 @@ def test_decompression_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
         data.open_dataset(write_plain(tmp_path / "d"), "val").image(0)
 
 
-@pytest.mark.parametrize(("folder", "message"), [
-    (None, "no data at .*data.py fetch voc2010 context.*data.py prepare-context`, .*--data toy"),
-    ("", "no plain folder .*and no VOC2010 tree.*from-folders"),
-    ("JPEGImages", "no Pascal Context labels: .*fetch context.*prepare-context --voc .*/d --json "),
+VOC, PREPARE = "data/VOCdevkit/VOC2010", "python data.py prepare-context"
+
+
+@pytest.mark.parametrize(("root", "made", "fault", "commands"), [
+    ("nowhere", [], "no data at nowhere, which is no folder: mend the name", ["python data.py from-folders --help"]),
+    ("d e", ["d e/"], "no data at d e, which has no dataset.json", ["python data.py from-folders --help"]),
+    (VOC, [], f"no data at {VOC}: .*--data toy", ["python data.py fetch voc2010 context", PREPARE]),
+    (VOC, [f"{VOC}/trainval_merged.json"], "no data at", ["python data.py fetch voc2010", PREPARE]),
+    (VOC, [f"{VOC}/JPEGImages/"], "VOC images but no Pascal Context labels", ["python data.py fetch context", PREPARE]),
+    (VOC, [f"{VOC}/JPEGImages/", f"{VOC}/trainval_merged.json", f"{VOC}/SegmentationClassContext/"],  # cut short
+     "VOC images but no", [PREPARE]),
+    ("my VOC", ["my VOC/JPEGImages/"], "VOC images",
+     ["python data.py fetch context", f"{PREPARE} --voc 'my VOC' --json {VOC}/trainval_merged.json"]),
+    ("v", ["v/JPEGImages/", "v/trainval_merged.json"], "VOC images", [f"{PREPARE} --voc v"]),
 ])
-def test_a_root_without_data_says_how_to_get_them(tmp_path: Path, folder: str | None, message: str) -> None:
-    if folder is not None:
-        (tmp_path / "d" / folder).mkdir(parents=True)
-    with pytest.raises(UserError, match=message):
-        data.open_dataset(tmp_path / "d", "train")
+def test_a_root_without_data_says_what_is_still_to_be_done(tmp_path, monkeypatch, root, made, fault, commands) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in made:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).mkdir() if name.endswith("/") else Path(name).touch()
+    with pytest.raises(UserError, match=fault) as raised:
+        data.open_dataset(root, "train")
+    assert re.findall("`(python [^`]*)`", str(raised.value)) == commands
+
+
+def test_pixels_of_some_label_images_are_counted(tmp_path: Path) -> None:
+    dataset = data.open_dataset(write_plain(tmp_path / "d"), "train")
+    pixels = np.stack([dataset.labels(i) for i in range(3)])
+    assert data.count_labels(dataset).tolist() == np.bincount(pixels.ravel(), minlength=256).tolist()
+    assert data.count_labels(dataset, sample=1).tolist() == np.bincount(pixels[0].ravel(), minlength=256).tolist()
 
 
 @pytest.mark.skipif(not CAMVID.is_dir(), reason=f"no CamVid at {CAMVID}; set VITSEG_CAMVID")

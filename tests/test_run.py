@@ -255,6 +255,26 @@ def test_runs_are_found_by_name_age_and_command_line(tmp_path, monkeypatch):
         run.read_config(run.find_run("a"))
 
 
+def test_what_differs_from_a_runs_start_is_said():
+    environment = {"commit": "a1", "torch": "2.6.0", "python": "3.11.7", "cuda": None, "device": "cpu"}
+    environment |= dict.fromkeys(set(run.PACKAGES) - {"torch"}, "1.0")
+    split = {"images": 4998, "classes": 59, "sha256": "0123456789"}
+    before = {"environment": environment, "data_fingerprint": {"train": split, "val": split},
+              "weights": {"path": "a.pth", "sha256": "1234", "kind": "beit"}}
+    assert run.changes(before, before) == [] and run.changes(before, before | {"weights": None}) == []
+    assert run.changes({}, before) == [] and run.changes({"environment": {}, "weights": None}, before) == []  # old runs
+    now = {"environment": environment | {"commit": "b2", "torch": "2.14.1", "device": "cuda"},
+           "data_fingerprint": {"train": split | {"images": 4996}, "val": split | {"sha256": "abcdefghij"}},
+           "weights": {"path": "b.pth", "sha256": "5678", "kind": "beit"}}
+    assert run.changes(before, now) == [
+        "train split: 4996 images, 59 classes, list 01234567, but 4998 images, 59 classes, list 01234567 when the run "
+        "began",
+        "val split: 4998 images, 59 classes, list abcdefgh, but 4998 images, 59 classes, list 01234567 when the run "
+        "began",
+        "pre-trained weights: sha256 5678, but sha256 1234 when the run began",
+        "commit: b2, but a1 when the run began", "torch: 2.14.1, but 2.6.0 when the run began"]
+
+
 def test_damaged_lines_of_a_log_are_dropped(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"iteration": 1}\nga\xffrbage\n{"iteration": 2}\n{"itera')

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -23,17 +24,22 @@ from small import log
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._pytree import tree_flatten
 
+import common
+import data
 import layout
 import run
 import train
 from model import BASE, LARGE, Segmenter
-from weights import load_model, rename_official
+from tools import doctor
+from weights import LoadReport, load_model, rename_official
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """An empty folder to work in, with a small data set; train.py with a small model."""
+    """An empty folder to work in, with a small data set; train.py with a small model, for which there is room."""
     monkeypatch.chdir(tmp_path)
+    for name in ("disk", "memory"):
+        monkeypatch.setattr(doctor, name, lambda *_: "enough")
     for name, value in small.REPLACED.items():
         monkeypatch.setattr(train, name, value)
     small.write_data(tmp_path / "data")
@@ -188,7 +194,7 @@ def test_preflight_reads_pictures_to_their_end_and_stops_on_labels_that_teach_no
         path = Path("data/images/00.png")
         path.write_bytes(path.read_bytes()[:-400])
     else:
-        for path in Path("data/labels").glob("*.png"):
+        for path in sorted(Path("data/labels").glob("*.png"))[:8]:  # of the training split
             Image.fromarray(np.resize(np.array(values, np.uint8), (48, 64))).save(path)
     assert message in fault(capsys)
     assert not Path("runs").exists()
@@ -254,6 +260,43 @@ def test_config_json_starts_the_same_run(place):
     train.main(["--resume", "copy"])
     first, copy = load("runs/first/last.pt"), load("runs/copy/last.pt")
     assert first["iteration"] == copy["iteration"] == 2 and same(first, copy)
+
+
+def test_config_json_tells_the_weights_and_the_data_of_a_run(place, capsys):
+    start("--iterations", "1", "--name", "first")
+    start("--iterations", "1", "--name", "second", "--pretrained", "runs/first/last.pt")
+    first, second = (json.loads(Path(f"runs/{name}/config.json").read_text()) for name in ("first", "second"))
+    sha256 = common.sha256(Path("runs/first/last.pt"))
+    assert first["weights"] is None and "doctor" not in first
+    assert second["weights"] == {"path": "runs/first/last.pt", "sha256": sha256, "kind": "ours"}
+    assert first["data_fingerprint"] == {
+        split: data.open_dataset("data", split).fingerprint() for split in ("train", "val")}
+    capsys.readouterr()
+    Path("data/train.txt").write_text("\n".join(f"{i:02d}" for i in range(7)))
+    Path("data/val.txt").write_text("08\n09\n07")
+    train.main(["--resume", "second", "--iterations", "2"])
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert [re.sub("list [0-9a-f]{8}", "list X", note) for note in notes] == [
+        "note: train split: 7 images, 3 classes, list X, but 8 images, 3 classes, list X when the run began",
+        "note: val split: 3 images, 3 classes, list X, but 3 images, 3 classes, list X when the run began"]
+    assert json.loads(Path("runs/second/config.json").read_text())["weights"]["sha256"] == sha256  # of its start
+
+
+def test_one_process_of_several_reads_the_weights_for_their_checksum(monkeypatch):
+    monkeypatch.setattr(common, "sha256", None)
+    weights, process = LoadReport("gigabytes.pth", "beit"), run.Process(1, 2, torch.device("cpu"))
+    assert train.start_log(None, process, None, None, weights, None, None, 0) is None
+
+
+def test_a_run_from_before_these_facts_were_noted_goes_on_silently(place, capsys):
+    start("--iterations", "1", "--name", "old")
+    config = json.loads(Path("runs/old/config.json").read_text())
+    for key in ("weights", "data_fingerprint", "environment"):
+        del config[key]
+    Path("runs/old/config.json").write_text(json.dumps(config))
+    Path("data/train.txt").write_text("00\n01")
+    train.main(["--resume", "old", "--iterations", "2"])
+    assert "note: " not in capsys.readouterr().out and load("runs/old/last.pt")["iteration"] == 2
 
 
 @pytest.mark.parametrize(("amp", "cuts"), [("off", [0, 1, 3]), ("fp16", [2])])

@@ -1,7 +1,7 @@
 """Checkpoints by name and by run: where they are, what was published of them, how their training differs from here.
 
-Reading order: add_checkpoint_options, find_checkpoint -> released_source, fetch_checkpoint; published_score ->
-comparison; run_config -> differences.
+Reading order: add_checkpoint_options, find_checkpoint, find_pretrained -> released_source, fetch_checkpoint;
+published_score -> comparison; run_config -> differences.
 """
 
 import argparse
@@ -82,6 +82,28 @@ def fetch_checkpoint(source: fetch.Source, yes: bool) -> None:
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             raise UserError(absent)
     fetch.fetch([source.name])
+
+
+def find_pretrained(name: str | None, size: str) -> Path | None:
+    """The file that a training starts from: `name`, a released model's, or by default BEiT's; None: random weights.
+
+    Raises UserError if the file is absent.
+    """
+    if name == "none" or name is None and size == "tiny":
+        return None
+    if name is None:
+        original, timm = (fetch.sources()[f"{kind}:{size}"] for kind in ("beit-original", "beit"))
+        usual, command = [original.path, timm.path], timm.command
+        fault = f"no pre-trained BEiT weights at {original.path} or {timm.path}"
+    elif Path(name).is_file():
+        return Path(name)
+    else:
+        released = released_source(name)
+        usual, command, fault = [released.path], released.command, f"--pretrained {name}: {released.path} is absent"
+    for path in usual:
+        if path.is_file():
+            return path
+    raise UserError(f"{fault}: `{command}` gets it; --pretrained FILE|none or --size tiny does without")
 
 
 def published_score(config: ModelConfig, dataset: SegmentationDataset, multi_scale: bool) -> float | None:

@@ -1,11 +1,12 @@
 """Pascal Context: the label images and split lists of VOC2010, from trainval_merged.json or from LabelMap files.
 
-Reading order: prepare_context -> read_annotations, labels_from_json -> decode_runs; labels_from_mat.
+Reading order: prepare_context, why_no_data -> read_annotations, labels_from_json -> decode_runs; labels_from_mat.
 
 Shapes: H, W height and width.
 """
 
 import json
+import shlex
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,6 +19,7 @@ import data
 import pictures
 from common import UserError, in_parallel, reason
 from data import CONTEXT_CLASSES, PASCAL_CONTEXT
+from tools.fetch import sources
 
 EXPECTED_COUNTS = {"json": {"train": 4996, "val": 5104}, "mat": {"train": 4998, "val": 5105}}
 
@@ -81,6 +83,24 @@ def _write_context_labels(voc: Path, make_labels: Callable[[Annotated], np.ndarr
     pictures.check_size(voc / PASCAL_CONTEXT.images / f"{image.name}.jpg", "its label map", labels.shape)
     pictures.save_labels(labels, path, np.vstack([[[0, 0, 0]], data.context_info().palette]))
     return False
+
+
+def why_no_data(root: Path) -> str:
+    """Why there is no data set at `root`, and how to get one: for Pascal Context the commands, in their order."""
+    archive, merged = (sources()[name] for name in ("voc2010", "context"))
+    usual, has_images = merged.path.parent, (root / PASCAL_CONTEXT.images).is_dir()
+    if not has_images and root != usual:
+        fault = "which has no dataset.json and no JPEGImages/" if root.is_dir() else "which is no folder"
+        return (f"no data at {root}, {fault}: mend the name, or make a data set of your images and labels "
+                f"(`python data.py from-folders --help`), or draw one (`--data toy`); Pascal Context goes to {usual}")
+    json_file = next((file for file in (root / merged.path.name, merged.path) if file.is_file()), None)
+    wanted = [archive.name] * (not has_images) + [merged.name] * (json_file is None)
+    commands = [["fetch", *wanted]] if wanted else []
+    commands += [["prepare-context", *(["--voc", str(root)] if root != usual else []),
+                  *(["--json", str(merged.path)] if (json_file or merged.path).parent != root else [])]]
+    fault = f"{root} has VOC images but no Pascal Context labels" if has_images else f"no data at {root}"
+    steps = ", then ".join(f"`{shlex.join(['python', 'data.py', *command])}`" for command in commands)
+    return f"{fault}: {steps}; for a first try `--data toy`"
 
 
 def context_ids() -> dict[int, int]:

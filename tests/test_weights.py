@@ -1,6 +1,5 @@
-"""Formats -> what fits and what does not -> position tables -> hostile files -> the command -> the released models."""
+"""Formats -> what fits and what does not -> position tables -> hostile files -> the released models."""
 
-import hashlib
 import io
 import json
 import os
@@ -9,8 +8,6 @@ import random
 import re
 import resource
 import struct
-import subprocess
-import sys
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -25,20 +22,16 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import GOLDEN, ROOT, fill, golden_config, load_golden, noise, official_state
-from PIL import Image
-from torch.export.passes import move_to_device_pass
+from conftest import GOLDEN, fill, golden_config, load_golden, noise, official_state
 
-import data
-import evaluate
 import fast
-import msda_cuda
 import weights
 from adapter import resize
 from common import UserError
 from heads import semantic_scores
 from model import ModelConfig, Segmenter, build_model
-from pictures import default_palette, read_image
+from pictures import default_palette
+from tools import convert
 from weights import FORMAT, infer_config, load_model, load_weights, rename_official, resize_position_table
 
 HEADS = ["mask2former", "upernet"]
@@ -384,7 +377,7 @@ def test_files_that_are_no_checkpoints(tmp_path, content, legacy):
         pytest.skip(f"PyTorch cannot write that: {error}")
     assert outcome(path) is None
     assert outcome(path, Segmenter(SMALL)) is None
-    assert command(path) in (0, 2)  # any exception would get through
+    assert convert.main([str(path)]) in (0, 2)  # any exception would get through
 
 
 @pytest.mark.parametrize("config", [
@@ -451,157 +444,6 @@ def test_pickle_bombs(tmp_path, place, call):
     with pytest.raises(UserError, match=None if "pickle" in place else f"refused: it would run {call} "):
         load_weights(Segmenter(SMALL), path)
     assert not marker.exists()
-
-
-def command(*arguments) -> int:
-    """`python weights.py ARGUMENTS` in this process; its exit status."""
-    return weights.main([*map(str, arguments)])
-
-
-def test_command_tells_what_a_file_is(tmp_path, capsys):
-    own = write(tmp_path / "own.pt", OWN)
-    assert command(own) == 0
-    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert lines["sha256"] == hashlib.sha256(own.read_bytes()).hexdigest()
-    assert lines["format"] == "own checkpoint" and lines["fits"] == "mask2former, custom size, window 64"
-    assert lines["classes"] == "3 class 0, class 1, class 2" and lines["iteration"] == "12"
-    assert command(write(tmp_path / "beit.pth", {"model": beit()})) == 0
-    printed = capsys.readouterr().out
-    assert "BEiT pre-training" in printed and "a backbone of width 32 and depth 4" in printed
-
-
-def test_command_converts(tmp_path, capsys):
-    """The released format to ours: the same tensors, configuration and classes; nothing else is left in the folder."""
-    source = write(tmp_path / "x.pth", released("mask2former"))
-    out = write(tmp_path / "out.pt", b"an older file")
-    assert command(source, "--to", out) == 0
-    printed = capsys.readouterr().out
-    assert "released ViT-Adapter checkpoint" in printed and f"written     {out}" in printed
-    model, info = load_model(out)
-    assert_same(model.state_dict(), rename_official(official_state("mask2former")))
-    assert info["classes"] == list("abcdefg") and info["iteration"] == 40000
-    content = torch.load(out, weights_only=True)
-    assert content["format"] == FORMAT and ModelConfig(**content["config"]) == model.config
-    assert sorted(os.listdir(tmp_path)) == ["out.pt", "x.pth"]
-
-
-@pytest.mark.parametrize(("source", "option", "out", "message"), [
-    ("absent.pth", "--to", "out.pt", "no such file"),
-    ("folder.pt2", "--to", "out.pt", "no such file"),
-    ("damaged.pth", "--to", "out.pt", "truncated, damaged, or no checkpoint"),
-    ("two.zip", "--to", "out.pt", "a zip archive with 2 checkpoints in it; unpack it and name one"),
-    ("beit.pth", "--to", "out.pt", "no segmentation head; give it to train.py --pretrained"),
-    ("x.pth", "--to", "out.pt/out.pt", "cannot be used as a folder"),
-    ("x.pth", "--to", "folder.pt2", "is a folder"),
-    ("x.pth", "--export", "model.onnx", "name it *.pt2"),
-    ("x.pth", "--export", "out.pt/a.pt2", "cannot be used as a folder"),
-    ("x.pth", "--export", "folder.pt2", "is a folder"),
-])
-def test_command_refuses_in_one_line(tmp_path, capsys, monkeypatch, source, option, out, message):
-    """Status 2 and one line, before the work begins; an older file at the destination is untouched."""
-    whole = write(tmp_path / "x.pth", released("upernet")).read_bytes()
-    write(tmp_path / "damaged.pth", whole[:-9])
-    write(tmp_path / "beit.pth", {"model": beit()})
-    write(tmp_path / "out.pt", b"an older file")
-    (tmp_path / "folder.pt2").mkdir()
-    with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive:
-        archive.writestr("a.pth", b"1")
-        archive.writestr("b.pth", b"2")
-    before = sorted(os.listdir(tmp_path))
-    monkeypatch.setattr(weights, "export", lambda *_: pytest.fail("the work began"))
-    assert command(tmp_path / source, option, tmp_path / out) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
-    assert (tmp_path / "out.pt").read_bytes() == b"an older file" and sorted(os.listdir(tmp_path)) == before
-
-
-# Another program, README.md's: it finds PyTorch, Pillow and NumPy, and nothing of ours.
-(README,) = re.findall(r"```python\n(import json.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-READER = README + """
-import sys
-assert not {"model", "msda_cuda", "weights"} & sys.modules.keys() and not hasattr(torch.ops.msda, "forward")
-np.save("labels.npy", labels)
-images = torch.load("images.pt")
-scores = [score(images[:number]) for number in (1, 2, 3)]
-assert not scores[0].requires_grad
-torch.save(scores, "scores.pt")
-for wrong in images.float() / 255, images[..., :32], images[0]:  # a size or a type that it would misunderstand
-    try:
-        score(wrong)
-    except (RuntimeError, AssertionError):
-        continue
-    raise SystemExit("it took a wrong input")
-print(json.dumps(about))
-"""
-
-
-class OneLayer(torch.nn.Module):
-    """The least that `export` can write: a configuration, and a layer with the operator."""
-
-    def __init__(self):
-        super().__init__()
-        self.config = SMALL
-        self.embed, self.layer = torch.nn.Conv2d(3, 16, 16, stride=16), msda_cuda.MSDeformAttn(16, 2, 1, 4)
-
-    def forward(self, images):
-        tokens = self.embed(images).flatten(2).mT  # (B, 16, 4, 4) -> (B, 4 * 4, 16)
-        tokens = self.layer(tokens, msda_cuda.reference_points([(4, 4)], tokens), tokens, [(4, 4)])
-        return resize(tokens.mT[:, :3].unflatten(2, (4, 4)), (64, 64))  # (B, 3, 64, 64): three classes
-
-
-@pytest.mark.parametrize("name", ["one layer", *(pytest.param(head, marks=pytest.mark.slow) for head in HEADS)])
-def test_export(tmp_path, capsys, monkeypatch, name):
-    """Without our code README.md's lines give our labels of a photograph; and our scores of any number of crops."""
-    out = tmp_path / "folder" / "model.pt2"
-    if name == "one layer":
-        torch.manual_seed(0)
-        out.parent.mkdir()
-        model = OneLayer().eval()
-        weights.export(model, out, {"iteration": 12})
-        palette = default_palette(3).tolist()
-    else:
-        source = write(tmp_path / "x.pt", own_checkpoint(replace(SMALL, head=name)))
-        assert command(source, "--export", out) == 0 and f"exported    {out}" in capsys.readouterr().out
-        model, palette = load_model(source)[0], [[i, 0, 9] for i in range(3)]
-    assert os.listdir(out.parent) == ["model.pt2"]
-    images = (noise("image", 3, 3, 64, 64) * 60 + 128).clamp(0, 255).to(torch.uint8)
-    torch.save(images, out.parent / "images.pt")
-    with Image.open(ROOT / "docs" / "demo.jpg") as demo:
-        demo.crop((30, 40, 230, 190)).save(out.parent / "photo.jpg", quality=95)
-    done = subprocess.run([sys.executable, "-I", "-c", READER], cwd=out.parent, capture_output=True,
-                          env={**os.environ, "MSDA": "native"}, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    about = json.loads(done.stdout)
-    assert {key: about[key] for key in ("format", "classes", "palette", "window", "iteration", "mean", "std")} == {
-        "format": "vit-adapter-seg/program/1", "classes": ["class 0", "class 1", "class 2"], "palette": palette,
-        "window": 64, "iteration": 12, "mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375]}
-    found = torch.load(out.parent / "scores.pt")
-    photo = read_image(out.parent / "photo.jpg")
-    with torch.no_grad():
-        chosen = model(data.normalize(images))
-        (labels,) = evaluate.predictions(model, [photo])
-        monkeypatch.setattr(msda_cuda.module, "ms_deform_attn", msda_cuda.ms_deform_attn_torch)
-        reference = [model(data.normalize(images[:number])) for number in (1, 2, 3)]
-    assert all(map(torch.equal, found, reference))
-    torch.testing.assert_close(found[2], chosen, rtol=0, atol=1e-5 * chosen.abs().max().item())
-    theirs, coloured = np.load(out.parent / "labels.npy"), read_image(out.parent / "coloured.png")
-    assert theirs.shape == (150, 200) and (theirs == labels.numpy()).mean() > 0.9999
-    np.testing.assert_array_equal(coloured, np.uint8(palette)[theirs])
-    program = move_to_device_pass(torch.export.load(out), "meta")  # stands for a GPU: nothing may stay on the CPU
-    assert {str(node.kwargs["device"]) for node in program.graph.nodes if "device" in node.kwargs} == {"meta"}
-    assert program.module()(images.to("meta")).device.type == "meta"
-
-
-def test_command_line_from_a_shell(tmp_path):
-    """No traceback and no warning of PyTorch's, only the line; and no operator is built for it."""
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    bomb = write(tmp_path / "x.pth", pickle.dumps(Bomb(tmp_path / "marker", "exec"), protocol=4))
-    done = subprocess.run([sys.executable, ROOT / "weights.py", bomb], capture_output=True, text=True, check=False,
-                          env={**os.environ, "TORCH_EXTENSIONS_DIR": str(cache)})
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith(f"error: {bomb}: cannot be read (UnpicklingError): truncated")
-    assert not (tmp_path / "marker").exists() and not list(cache.iterdir())
 
 
 @pytest.mark.slow

@@ -9,9 +9,12 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import small
 import torch
 from conftest import ROOT, noise, official_state
 from PIL import Image
@@ -22,10 +25,12 @@ import data
 import evaluate
 import msda_cuda
 from adapter import resize
-from model import ModelConfig
+from model import ModelConfig, Segmenter
 from pictures import default_palette, read_image
+from predict import Predictor
+from renaming import rename_official
 from tools import convert
-from weights import FORMAT, load_model, rename_official
+from weights import FORMAT, load_model, load_weights
 
 
 def command(*arguments) -> int:
@@ -60,6 +65,66 @@ def test_command_converts(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["out.pt", "x.pth"]
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_safetensors_are_the_same_model(tmp_path, capsys, head):
+    """There and back: the same bytes of every tensor, the same configuration, classes, palette and scores."""
+    content = own_checkpoint(replace(SMALL, head=head, drop_path=0.25))
+    content |= {"classes": ["ä\n", '"quoted"', "  "], "iteration": 2**53 + 1}
+    source = write(tmp_path / "best of 3.pt", content)
+    middle, back = tmp_path / "new folder" / "model.safetensors", tmp_path / "back.pt"
+    assert command(source, "--to", middle) == 0 and command(middle, "--to", back) == 0
+    printed = capsys.readouterr().out
+    assert f"written     {middle}\n" in printed
+    assert f"\nmade from   best of 3.pt sha256:{hashlib.sha256(source.read_bytes()).hexdigest()}\n" in printed
+    models, infos = zip(*(load_model(path) for path in (source, middle, back)), strict=True)
+    assert infos[0] == infos[1] == infos[2] and infos[0]["palette"] == content["palette"]
+    assert models[0].config == models[1].config == models[2].config == ModelConfig(**content["config"])
+    images = noise("image", 1, 3, 64, 64).float()
+    with torch.no_grad():
+        scores = [model(images) for model in models]
+    assert torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2])
+    theirs, again = safetensors.torch.load_file(middle), torch.load(back, weights_only=True)["model"]
+    assert theirs.keys() == again.keys() == content["model"].keys()
+    for name, tensor in content["model"].items():
+        assert tensor.dtype == theirs[name].dtype == again[name].dtype and tensor.shape == theirs[name].shape
+        assert tensor.numpy().tobytes() == theirs[name].numpy().tobytes() == again[name].numpy().tobytes()
+    assert middle.stat().st_mode == back.stat().st_mode  # not for this user alone
+    assert command(middle, "--to", middle) == 0  # in its own place
+    assert_same(load_model(middle)[0].state_dict(), content["model"])
+    assert os.listdir(middle.parent) == [middle.name]
+
+
+def test_all_that_takes_a_checkpoint_takes_safetensors(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    source = write(Path("x.pt"), own_checkpoint(SMALL) | {"classes": small.CLASSES})
+    out = Path("x.safetensors")
+    assert command(source, "--to", out) == 0
+    picture = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+    predictors = [Predictor(path, "cpu") for path in (source, out)]
+    assert predictors[1].classes == small.CLASSES
+    np.testing.assert_array_equal(*(predictor.probabilities(picture) for predictor in predictors))
+    small.write_data(Path("data"), 4, 2)
+    tables = []
+    for path in (source, out):
+        assert evaluate.main(["--checkpoint", str(path), "--data", "data", "--device", "cpu"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        tables.append([line for line in lines if line.split()[:1] in [[name] for name in small.CLASSES]])
+    assert len(tables[0]) == 3 and tables[0] == tables[1]
+    report = load_weights(Segmenter(replace(SMALL, num_classes=5, window=96)), out)
+    assert report.kind == "ours" and len(report.resized) == 4 and len(report.reinitialised) == 2
+
+
+def test_tensors_that_share_memory_or_lie_otherwise(tmp_path):
+    """Safetensors have neither views nor strides: each tensor is written for itself."""
+    content = own_checkpoint(SMALL)
+    state = content["model"]
+    state["head.query_embed"] = state["head.query_feat"]
+    state["head.class_embed.weight"] = state["head.class_embed.weight"].t().contiguous().t()
+    out = tmp_path / "x.safetensors"
+    assert command(write(tmp_path / "x.pt", content), "--to", out) == 0
+    assert_same(load_model(out)[0].state_dict(), state)
+
+
 @pytest.mark.parametrize(("source", "option", "out", "message"), [
     ("absent.pth", "--to", "out.pt", "no such file"),
     ("folder.pt2", "--to", "out.pt", "no such file"),
@@ -67,7 +132,8 @@ def test_command_converts(tmp_path, capsys):
     ("two.zip", "--to", "out.pt", "a zip archive with 2 checkpoints in it; unpack it and name one"),
     ("beit.pth", "--to", "out.pt", "no segmentation head; give it to train.py --pretrained"),
     ("x.pth", "--to", "out.pt/out.pt", "cannot be used as a folder"),
-    ("x.pth", "--to", "folder.pt2", "is a folder"),
+    ("x.pth", "--to", "folder.pt", "is a folder"),
+    *(("x.pth", "--to", out, "name it *.pt or *.safetensors") for out in ("out", "out.pth", "x.PT", "folder.pt2")),
     ("x.pth", "--export", "model.onnx", "name it *.pt2"),
     ("x.pth", "--export", "out.pt/a.pt2", "cannot be used as a folder"),
     ("x.pth", "--export", "folder.pt2", "is a folder"),
@@ -79,11 +145,13 @@ def test_command_refuses_in_one_line(tmp_path, capsys, monkeypatch, source, opti
     write(tmp_path / "beit.pth", {"model": beit()})
     write(tmp_path / "out.pt", b"an older file")
     (tmp_path / "folder.pt2").mkdir()
+    (tmp_path / "folder.pt").mkdir()
     with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive:
         archive.writestr("a.pth", b"1")
         archive.writestr("b.pth", b"2")
     before = sorted(os.listdir(tmp_path))
-    monkeypatch.setattr(convert, "export", lambda *_: pytest.fail("the work began"))
+    for work in ("export", "write_safetensors"):
+        monkeypatch.setattr(convert, work, lambda *_: pytest.fail("the work began"))
     assert command(tmp_path / source, option, tmp_path / out) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1

@@ -27,7 +27,8 @@ import layout
 import run
 import train
 from model import BASE, LARGE, Segmenter
-from weights import load_model, rename_official
+from renaming import rename_official
+from weights import load_model
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ Reading order: read_file (bytes to values, no code is run) -> read_weights (whic
 renaming.py) -> infer_config -> resize_position_table -> load_weights (into a model) -> load_model (a model from a
 file). The command `python weights.py` is in tools/convert.py.
 """
+import argparse
 import contextlib
 import io
 import json
@@ -31,10 +32,12 @@ from renaming import KINDS, POSITION_TABLE, join_attention, our_names
 
 FORMAT = "vit-adapter-seg/1"
 
-# mmcv's metadata may hold NumPy scalars and arrays: allowed by the names under which NumPy 1 and 2 pickle them.
-NUMPY = [(np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-NUMPY += [(np.zeros(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
-NUMPY += [np.ndarray, np.dtype, *(type(np.dtype(code)) for code in ("f8", "f4", "i8", "i4", "u1", "?"))]
+# What a pickle may hold beside tensors and plain values, for it runs no code: the options of training scripts, and
+# the NumPy scalars and arrays of mmcv's metadata, by the names under which NumPy 1 and 2 pickle them.
+HARMLESS = [argparse.Namespace, np.ndarray, np.dtype]
+HARMLESS += [type(np.dtype(code)) for code in ("f8", "f4", "i8", "i4", "u1", "?")]
+HARMLESS += [(np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+HARMLESS += [(np.zeros(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
 
 
 def read_file(path: str | Path, mapped: bool = False, checksums: bool = True) -> Any:
@@ -88,7 +91,7 @@ def read_zip(file: BinaryIO, mapped: bool, checksums: bool) -> Any:
 def read_pickle(file: BinaryIO, mapped: bool = False) -> Any:
     """PyTorch's formats, zip and older, with `weights_only`: an unpickler that knows tensors and plain values only."""
     file.seek(0)
-    with torch.serialization.safe_globals(NUMPY), warnings.catch_warnings(action="ignore"):
+    with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings(action="ignore"):
         return torch.load(file.name if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
 
 

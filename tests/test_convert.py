@@ -75,7 +75,7 @@ def test_safetensors_are_the_same_model(tmp_path, capsys, head):
     assert command(source, "--to", middle) == 0 and command(middle, "--to", back) == 0
     printed = capsys.readouterr().out
     assert f"written     {middle}\n" in printed
-    assert f"\nmade from   best of 3.pt sha256:{hashlib.sha256(source.read_bytes()).hexdigest()}\n" in printed
+    assert f"\nmade from   sha256:{hashlib.sha256(source.read_bytes()).hexdigest()} best of 3.pt\n" in printed
     models, infos = zip(*(load_model(path) for path in (source, middle, back)), strict=True)
     assert infos[0] == infos[1] == infos[2] and infos[0]["palette"] == content["palette"]
     assert models[0].config == models[1].config == models[2].config == ModelConfig(**content["config"])

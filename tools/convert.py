@@ -105,7 +105,7 @@ def convert(options: argparse.Namespace) -> None:
     if not (options.to or options.export):
         return
     model, known = make_model(weights)
-    about = {"config": asdict(model.config), **known, "source": f"{options.file.name} sha256:{checksum}"}
+    about = {"config": asdict(model.config), **known, "source": f"sha256:{checksum} {options.file.name}"}
     if options.to:
         common.check_file(options.to, "--to")
         state, content = model.state_dict(), {"format": FORMAT, **about}

@@ -18,6 +18,7 @@ SIGNS = {  # how a name in each starts, behind any prefix; the last two are of t
     "released": r"backbone\.interactions\.0\.", "ours": r"adapter\.interactions\.0\.", "beit":
     r"blocks\.0\.attn\.qkv\.|encoder\.layer\.0\.attention\.attention\.query\.|layers\.0\.attention\.q_proj\."}
 WRAPPER = r"(?:(?:module|_orig_mod)\.)"  # what DataParallel and torch.compile call the module that they wrap
+AVERAGE = re.compile(r"(?<![a-z])ema(?![a-z])")
 
 
 def our_names(names: Collection[str]) -> tuple[str | None, dict[str, str], list[str]]:
@@ -30,12 +31,12 @@ def our_names(names: Collection[str]) -> tuple[str | None, dict[str, str], list[
         matches = [re.match(rf"((?:[^.]+\.)*?)(?:{sign})", name) for name in names]
         if prefixes := {match[1] for match in matches if match}:
             # A state dict may hold a model and its average (EMA): the model is taken.
-            prefix = min(prefixes, key=lambda prefix: ("ema" in prefix, len(prefix), prefix))
-            start = "backbone." if kind == "beit" else ""
-            theirs = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-            ours = {start + re.sub(rf"(?<![^.]){WRAPPER}", "", rest): name for name, rest in theirs.items()}
-            wrappers = {wrapper: 0 for rest in theirs.values() for wrapper in re.findall(rf"(?<![^.]){WRAPPER}", rest)}
-            return kind, ours if kind == "ours" else rename_official(ours), [*[prefix] * bool(prefix), *wrappers]
+            prefix = min(prefixes, key=lambda prefix: (bool(AVERAGE.search(prefix)), len(prefix), prefix))
+            start, wrapper = "backbone." if kind == "beit" else "", re.compile(rf"(?<![^.]){WRAPPER}")
+            rests = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+            ours = {start + wrapper.sub("", rest): name for name, rest in rests.items()}
+            removed = dict.fromkeys([prefix, *(part for rest in rests.values() for part in wrapper.findall(rest))])
+            return kind, ours if kind == "ours" else rename_official(ours), list(filter(None, removed))
     return None, {}, []
 
 

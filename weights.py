@@ -80,8 +80,8 @@ def read_zip(file: BinaryIO, mapped: bool, checksums: bool) -> Any:
         if any(member.endswith("/data.pkl") for member in members):
             if checksums and archive.testzip():  # PyTorch itself does not compare them
                 raise zipfile.BadZipFile
-            plain = all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
-            return read_pickle(file, mapped and plain)  # PyTorch writes it so; somebody may have packed it anew
+            stored = all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
+            return read_pickle(file, mapped and stored)  # so PyTorch writes it; somebody may have packed it anew
         inner = [member for member in members if member.endswith((".pth", ".pt", ".tar", ".bin"))]
         if len(inner) != 1:
             raise UserError(f"a zip archive with {len(inner)} checkpoints in it; unpack it and name one")

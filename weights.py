@@ -1,8 +1,8 @@
 """Weights from files: released ViT-Adapter checkpoints, BEiT pre-training, our own; read safely, renamed, resized.
 
-Reading order: read_file (bytes to values, no code is run) -> read_weights (which of the three is it?) -> RENAMES
-(official names to ours) -> infer_config -> resize_position_table -> load_weights (into a model) -> load_model (a model
-from a file) -> export (a program that runs without this code). `python weights.py --help` lists what the command does.
+Reading order: read_file (bytes to values, no code is run) -> read_weights (which kind is it? names become ours, see
+renaming.py) -> infer_config -> resize_position_table -> load_weights (into a model) -> load_model (a model from a
+file). The command `python weights.py` is in tools/convert.py.
 """
 import argparse
 import contextlib
@@ -13,40 +13,38 @@ import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import reduce
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
-from unittest.mock import patch
 
 import numpy as np
-import safetensors.torch
 import torch
+from safetensors import safe_open
 from scipy.interpolate import RectBivariateSpline
 from torch import Tensor
 
 import common
 import data
-import msda_cuda
 from common import UserError
 from model import PATCH, SIZES, ModelConfig, Segmenter, relative_position_index
 from pictures import default_palette
+from renaming import KINDS, POSITION_TABLE, join_attention, our_names
 
-FORMAT, PROGRAM = "vit-adapter-seg/1", "vit-adapter-seg/program/1"
-POSITION_TABLE = "relative_position_bias_table"
+FORMAT = "vit-adapter-seg/1"
 
-# mmcv's metadata may hold NumPy scalars and arrays: allowed by the names under which NumPy 1 and 2 pickle them.
-NUMPY = [(np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-NUMPY += [(np.zeros(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
-NUMPY += [np.ndarray, np.dtype, *(type(np.dtype(code)) for code in ("f8", "f4", "i8", "i4", "u1", "?"))]
+# What a pickle may hold beside tensors and plain values, for it runs no code: the options of training scripts, and
+# the NumPy scalars and arrays of mmcv's metadata, by the names under which NumPy 1 and 2 pickle them.
+HARMLESS = [argparse.Namespace, np.ndarray, np.dtype]
+HARMLESS += [type(np.dtype(code)) for code in ("f8", "f4", "i8", "i4", "u1", "?")]
+HARMLESS += [(np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+HARMLESS += [(np.zeros(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
 
 
 def read_file(path: str | Path, mapped: bool = False, checksums: bool = True) -> Any:
     """The values in a weights file; its first bytes tell its format. No code in the file is ever run.
 
-    `mapped` leaves the tensors of PyTorch's own format in the file until they are used: the file must not be changed in
-    place meanwhile. `checksums` are compared over the whole of it. Both are for checkpoints that many processes read.
+    `mapped` leaves the tensors in the file until they are used: the file must not be changed in place meanwhile.
+    `checksums` are compared over the whole of it. Both are for checkpoints that many processes read.
     Raises UserError: absent, truncated, damaged, or a pickle that needs more than tensors and plain values.
     """
     if not Path(path).is_file():
@@ -55,7 +53,7 @@ def read_file(path: str | Path, mapped: bool = False, checksums: bool = True) ->
         with open(path, "rb") as file:
             start = file.read(9)
             if start[8:] == b"{":  # safetensors: 8 bytes of length, then a JSON header
-                return safetensors.torch.load(start + file.read())
+                return read_safetensors(path, mapped)
             return read_zip(file, mapped, checksums) if start.startswith(b"PK") else read_pickle(file)
     except Exception as error:  # damage shows itself as BadZipFile, EOFError, KeyError, MemoryError, UnicodeError ...
         reason = f"cannot be read ({type(error).__name__}): truncated, damaged, or no checkpoint? Download it again"
@@ -66,6 +64,15 @@ def read_file(path: str | Path, mapped: bool = False, checksums: bool = True) ->
         raise UserError(f"{path}: {reason}") from None
 
 
+def read_safetensors(path: str | Path, mapped: bool) -> dict[str, Any]:
+    """The named tensors; from a file of ours what a .pt holds, for its header says the rest in JSON."""
+    with safe_open(path, "pt") as file:  # maps the file
+        tensors, header = {name: file.get_tensor(name) for name in list(file.keys())}, file.metadata() or {}
+        tensors = tensors if mapped else {name: tensor.clone() for name, tensor in tensors.items()}
+    is_ours = header.get("format") == FORMAT
+    return {**json.loads(header["about"]), "format": FORMAT, "model": tensors} if is_ours else tensors
+
+
 def read_zip(file: BinaryIO, mapped: bool, checksums: bool) -> Any:
     """PyTorch's own format is a zip archive; so is a checkpoint that someone zipped."""
     with zipfile.ZipFile(file) as archive:
@@ -73,7 +80,8 @@ def read_zip(file: BinaryIO, mapped: bool, checksums: bool) -> Any:
         if any(member.endswith("/data.pkl") for member in members):
             if checksums and archive.testzip():  # PyTorch itself does not compare them
                 raise zipfile.BadZipFile
-            return read_pickle(file, mapped)
+            stored = all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
+            return read_pickle(file, mapped and stored)  # so PyTorch writes it; somebody may have packed it anew
         inner = [member for member in members if member.endswith((".pth", ".pt", ".tar", ".bin"))]
         if len(inner) != 1:
             raise UserError(f"a zip archive with {len(inner)} checkpoints in it; unpack it and name one")
@@ -83,12 +91,11 @@ def read_zip(file: BinaryIO, mapped: bool, checksums: bool) -> Any:
 def read_pickle(file: BinaryIO, mapped: bool = False) -> Any:
     """PyTorch's formats, zip and older, with `weights_only`: an unpickler that knows tensors and plain values only."""
     file.seek(0)
-    with torch.serialization.safe_globals(NUMPY), warnings.catch_warnings(action="ignore"):
+    with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings(action="ignore"):
         return torch.load(file.name if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
 
 
-KINDS = {"released": "released ViT-Adapter checkpoint", "beit": "BEiT pre-training", "ours": "own checkpoint"}
-SIGNS = {"released": "decode_head.", "beit": "blocks.0.attn.qkv.", "ours": "adapter."}  # the start of a name in each
+RAW, AVERAGED = ("state_dict", "model", "module"), ("state_dict_ema", "model_ema", "ema")  # weights under these keys
 NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64)
 
 
@@ -97,36 +104,44 @@ class Weights(NamedTuple):
 
     path: str
     kind: str  # a key of KINDS
+    notes: list[str]  # how the tensors were found
     state: dict[str, Tensor]
-    dropped: list[str]  # official names that no model needs
+    dropped: list[str]  # the file's names that no model needs
     info: dict[Any, Any]  # our or mmcv's metadata, unchecked
 
 
-def read_weights(path: str | Path) -> Weights:
+def read_weights(path: str | Path, mapped: bool = False) -> Weights:
     """Read a file, find its kind by the names in it, and give its tensors our names; raises UserError."""
-    content = state = read_file(path)
-    if isinstance(content, dict):  # mmcv's {meta, state_dict}, BEiT's and our {"model": ...} and similar
-        keys = ("state_dict", "model", "module")
-        state = next((content[key] for key in keys if isinstance(content.get(key), dict)), content)
+    content = read_file(path, mapped)
+    state, notes = unpack(content)
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a dictionary of named tensors")
-    state = {key.removeprefix("module."): value for key, value in state.items()}  # the prefix of DataParallel
-    kind = next((kind for kind, sign in SIGNS.items() if any(key.startswith(sign) for key in state)), None)
+    kind, names, prefixes = our_names(state)
     if kind is None:
         raise UserError(f"{path}: no ViT-Adapter, BEiT or own checkpoint: it holds {listing(list(state)) or 'nothing'}")
-    dropped = [] if kind == "ours" else not_needed(state)
-    if wrong := [key for key, value in state.items() if key not in dropped and not is_plain(value)]:
+    if wrong := [name for name in names.values() if not is_plain(state[name])]:
         raise UserError(f"{path}: {listing(wrong)} should be dense tensors of float or int64 numbers")
-    state = {key: value.detach() for key, value in state.items() if key not in dropped}
-    if kind == "beit":
-        shared = state.pop("rel_pos_bias." + POSITION_TABLE, None)
-        if shared is not None:  # one position table for all blocks: each of ours gets it
-            blocks = [key.removesuffix("qkv.weight") for key in state if key.endswith("qkv.weight")]
-            state |= {block + POSITION_TABLE: shared for block in blocks}
-        state = {"backbone." + key: value for key, value in state.items()}
-    state = state if kind == "ours" else rename_official(state)
-    info = content if content.get("format") == FORMAT else content.get("meta")
-    return Weights(str(path), kind, state, dropped, info if isinstance(info, dict) else {})
+    if "backbone.pos_embed" in names:
+        raise UserError(f"{path}: a BEiT with position embeddings, and the backbone has relative positions alone")
+    if prefixes:
+        notes.append(f"prefix {listing(prefixes)} removed")
+    used, info = set(names.values()), content if content.get("format") == FORMAT else content.get("meta")
+    dropped = [name for name in state if name not in used]
+    state = join_attention({ours: state[name].detach() for ours, name in names.items()})
+    return Weights(str(path), kind, notes, state, dropped, info if isinstance(info, dict) else {})
+
+
+def unpack(content: Any) -> tuple[Any, list[str]]:
+    """What {"model": ...} and similar hold, and a note where that is a choice between weights and their average."""
+    notes = []
+    for _ in range(4):  # levels: a damaged file's dictionary may hold itself
+        found = isinstance(content, dict) and [key for key in RAW + AVERAGED if isinstance(content.get(key), dict)]
+        if not found:
+            break
+        if found[-1] in AVERAGED:
+            notes.append(f'"{found[0]}" taken' + f', not "{found[-1]}"' * (len(found) > 1))
+        content = content[found[0]]
+    return content, notes
 
 
 def is_plain(value: Any) -> bool:
@@ -136,48 +151,22 @@ def is_plain(value: Any) -> bool:
             and value.untyped_storage().nbytes() >= value.numel() * value.element_size())
 
 
-def not_needed(state: dict[str, Any]) -> list[str]:
-    """Official names that no model has a place for, by design."""
-    pattern = r"(.*\.)?relative_position_index|mask_token|(norm|fc_norm|head|lm_head)\..*"  # computed; BEiT's own tasks
-    if "decode_head.query_feat.weight" in state:  # Mask2Former inherits, saves and never uses a per-pixel classifier
-        pattern += r"|decode_head\.conv_seg\..*"
-    return [name for name in state if re.fullmatch(pattern, name)]
-
-
-# Official name -> ours; every pattern is applied, in this order.
-RENAMES: list[tuple[str, str | Callable[[re.Match], str]]] = [
-    (r"^backbone\.spm\.", "adapter.spatial_prior."), (r"^backbone\.(level_embed|interactions|up)", r"adapter.\1"),
-    (r"^backbone\.norm([1-4])\.", lambda m: f"adapter.norms.{int(m[1]) - 1}."),
-    (r"\.extractor\.", ".extractors.0."), (r"\.extra_extractors\.(\d)\.", lambda m: f".extractors.{int(m[1]) + 1}."),
-    (r"\.dwconv\.dwconv\.", ".dwconv."), (r"\.patch_embed\.proj\.", ".patch_embed."),
-    # mmcv's transformer layers
-    (r"\.ffns\.0\.layers\.0\.0\.", ".ffn.0."), (r"\.ffns\.0\.layers\.1\.", ".ffn.2."),
-    (r"(layers\.\d+)\.norms\.(\d)\.", lambda m: f"{m[1]}.norm{int(m[2]) + 1}."),
-    (r"\.encoder\.layers\.(\d+)\.attentions\.0\.", r".encoder.layers.\1.attention."),
-    (r"\.(encoder|transformer_decoder)\.", "."), (r"\.attentions\.0\.attn\.", ".cross_attention."),
-    (r"\.attentions\.1\.attn\.", ".self_attention."), (r"\.in_proj_", ".in_proj."), (r"\.post_norm\.", ".norm."),
-    # heads
-    (r"^decode_head\.", "head."), (r"^auxiliary_head\.convs\.0\.", "auxiliary_head.conv."),
-    (r"\.pixel_decoder\.(lateral|output)_convs\.0\.", r".pixel_decoder.\1."),
-    (r"\.input_convs\.", ".inputs."), (r"\.lateral_convs\.", ".laterals."), (r"\.fpn_convs\.", ".outputs."),
-    (r"\.fpn_bottleneck\.", ".fuse."), (r"\.psp_modules\.(\d)\.1\.", r".pools.\1."), (r"\.conv_seg\.", ".classifier."),
-    (r"\.cls_embed\.", ".class_embed."), (r"\.mask_feature\.", ".mask_features."),
-    (r"\.level_encoding\.", ".level_embed."), (r"\.(query_feat|query_embed|level_embed)\.weight$", r".\1"),
-    (r"(head\..*)\.conv\.(weight|bias)$", r"\1.0.\2"), (r"(head\..*)\.(bn|gn)\.", r"\1.1."),  # mmcv's ConvModule
-]
-
-
-def rename_official(state: dict[str, Any]) -> dict[str, Any]:
-    """Official names to ours, whatever the values; names that no model needs are left out."""
-    dropped = not_needed(state)
-    return {reduce(lambda text, rename: re.sub(*rename, text), RENAMES, name): value
-            for name, value in state.items() if name not in dropped}
-
-
 def size_of(config: ModelConfig) -> str:
     """The named size whose backbone a configuration has, or "custom"; the head does not matter."""
     sizes = {(size.embed_dim, size.depth, size.num_heads): name for name, size in SIZES.items()}
     return sizes.get((config.embed_dim, config.depth, config.num_heads), "custom")
+
+
+def count(state: dict[str, Tensor], layers: str) -> int:
+    """How many numbered layers of that name there are."""
+    return len({match[1] for name in state if (match := re.match(re.escape(layers) + r"\.(\d+)\.", name))})
+
+
+def backbone_of(state: dict[str, Tensor]) -> dict[str, int]:
+    """The fields of ModelConfig that a backbone's shapes tell (our names); raises KeyError, ValueError and others."""
+    table = state["backbone.blocks.0.attn." + POSITION_TABLE]
+    return {"window": window_of(table) * PATCH, "embed_dim": len(state["backbone.patch_embed.weight"]),
+            "depth": count(state, "backbone.blocks"), "num_heads": table.shape[1]}
 
 
 def infer_config(state: dict[str, Tensor], base: ModelConfig | None = None) -> ModelConfig:
@@ -186,13 +175,8 @@ def infer_config(state: dict[str, Tensor], base: ModelConfig | None = None) -> M
     Fields that shapes do not tell are those of `base`, else those of the size. Raises KeyError, ValueError and others
     where tensors are missing or make no sense.
     """
-    def count(layers: str) -> int:
-        return len({m[1] for name in state if (m := re.match(re.escape(layers) + r"\.(\d+)\.", name))})
-
     points = 3 * 4  # of each head of deformable attention: levels x points of a level
-    table = state["backbone.blocks.0.attn." + POSITION_TABLE]
-    fields = {"window": window_of(table) * PATCH, "embed_dim": len(state["backbone.patch_embed.weight"]),
-              "depth": count("backbone.blocks"), "num_heads": table.shape[1],
+    fields = {**backbone_of(state),
               "deform_heads": len(state["adapter.interactions.0.injector.attn.attention_weights.weight"]) // points,
               "spm_channels": len(state["adapter.spatial_prior.stem.0.weight"])}
     if "head.fuse.0.weight" in state:
@@ -204,8 +188,8 @@ def infer_config(state: dict[str, Tensor], base: ModelConfig | None = None) -> M
         fields |= {"head": "mask2former", "num_classes": len(state["head.class_embed.weight"]) - 1,
                    "num_queries": len(queries), "head_channels": queries.shape[1],
                    "mask_heads": len(state[encoder + ".0.attention.attention_weights.weight"]) // points,
-                   "encoder_layers": count(encoder), "encoder_ffn": len(state[encoder + ".0.ffn.0.weight"]),
-                   "decoder_layers": count(decoder), "decoder_ffn": len(state[decoder + ".0.ffn.0.weight"])}
+                   "encoder_layers": count(state, encoder), "encoder_ffn": len(state[encoder + ".0.ffn.0.weight"]),
+                   "decoder_layers": count(state, decoder), "decoder_ffn": len(state[decoder + ".0.ffn.0.weight"])}
     config = replace(base or ModelConfig(), **fields)
     return config if base else replace(SIZES.get(size_of(config), config), **fields)
 
@@ -256,6 +240,7 @@ class LoadReport:
 
     path: str
     kind: str  # a key of KINDS
+    notes: list[str] = field(default_factory=list)  # how the tensors were found in the file
     missing: list[str] = field(default_factory=list)  # the model needs them, the file lacks them
     unexpected: list[str] = field(default_factory=list)  # the file holds them, the model has no place
     resized: list[str] = field(default_factory=list)  # position tables fitted to the window
@@ -263,8 +248,8 @@ class LoadReport:
     dropped: list[str] = field(default_factory=list)  # in the file, needed by no model
 
     def __str__(self) -> str:
-        lines = [f"{self.path}: {KINDS[self.kind]}"]
-        for title, names in list(vars(self).items())[2:]:
+        lines = [", ".join([f"{self.path}: {KINDS[self.kind]}", *self.notes])]
+        for title, names in list(vars(self).items())[3:]:
             if names or title in ("missing", "unexpected"):
                 lines.append(f"  {title:14}{len(names):4}  {listing(names)}".rstrip())
         return "\n".join(lines)
@@ -283,7 +268,7 @@ def load_weights(model: Segmenter, path: str | Path) -> LoadReport:
     everything beside the backbone, keep their starting values. Raises UserError: an unusable file; tensors missing,
     unexpected or of another shape. The model is then unchanged.
     """
-    report = load_into(model, read_weights(path))
+    report = load_into(model, read_weights(path, mapped=True))  # it copies them
     print(report)
     return report
 
@@ -292,7 +277,7 @@ def load_into(model: Segmenter, weights: Weights) -> LoadReport:
     """`load_weights` for a file that is read already."""
     target, state, mismatched = model.state_dict(), {}, []
     unexpected = [name for name in weights.state if name not in target]
-    report = LoadReport(weights.path, weights.kind, unexpected=unexpected, dropped=weights.dropped)
+    report = LoadReport(weights.path, weights.kind, weights.notes, unexpected=unexpected, dropped=weights.dropped)
     for name, like in target.items():
         tensor = weights.state.get(name)
         if tensor is None:
@@ -314,11 +299,22 @@ def load_into(model: Segmenter, weights: Weights) -> LoadReport:
     problems = {"missing": report.missing, "unexpected": report.unexpected, "of another shape": mismatched}
     if any(problems.values()):
         text = "; ".join(f"{len(names)} {problem}: {listing(names)}" for problem, names in problems.items() if names)
-        raise UserError(f"{weights.path} does not fit this {model.config.head} of {size_of(model.config)} size; {text} "
-                        f"(`python weights.py {weights.path}` tells what it is)")
+        text = other_options(weights, model.config) or f"{text} (`python weights.py {weights.path}` tells what it is)"
+        raise UserError(f"{weights.path} does not fit this {model.config.head} of {size_of(model.config)} size; {text}")
     # A model without memory, on the meta device, takes the file's tensors themselves; any other one copies them.
     model.load_state_dict(state, strict=False, assign=model.backbone.cls_token.is_meta)
     return report
+
+
+def other_options(weights: Weights, config: ModelConfig) -> str:
+    """Which head or size of train.py the weights are for, if not those of the configuration; else ""."""
+    with contextlib.suppress(Exception):  # the tensors may be of nothing that is known here
+        is_beit = weights.kind == "beit"
+        theirs = replace(config, **backbone_of(weights.state)) if is_beit else infer_config(weights.state)
+        names = {"head": (theirs.head, config.head), "size": (size_of(theirs), size_of(config))}
+        options = [f"--{name} {its}" for name, (its, ours) in names.items() if its not in (ours, "custom")]
+        return f"it fits {' '.join(options)}" if options else ""
+    return ""
 
 
 def load_model(path: str | Path) -> tuple[Segmenter, dict[str, Any]]:
@@ -377,82 +373,7 @@ def names_and_colors(known: dict[str, Any], num_classes: int) -> tuple[list[str]
     return [f"class {k}" for k in range(num_classes)], default_palette(num_classes)
 
 
-class Normalize(torch.nn.Module):
-    """`data.normalize` as a layer."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return data.normalize(images)
-
-
-def export(model: Segmenter, path: Path, about: dict[str, Any]) -> None:
-    """Write a model in eval mode, on the CPU, as a program that PyTorch of about this version runs without this code.
-
-    uint8 RGB (B, 3, window, window), any B -> scores (B, K, window, window). README.md has the lines that run it on a
-    photograph; what they need is added to `about`, which the checkpoint says of itself, as about.json. The path ends in
-    .pt2; the model is not for training any more. Raises UserError if the file cannot be written.
-    """
-    window = model.config.window
-    classes, palette = names_and_colors(about, model.config.num_classes)
-    about = {**about, "format": PROGRAM, "torch": torch.__version__, "classes": classes, "palette": palette.tolist(),
-             "images": "uint8 RGB: the program subtracts mean and divides by std", "mean": data.MEAN, "std": data.STD,
-             "window": window, "stride": window * 2 // 3, "short_side": data.base_size(window)}  # of the test
-    images = torch.zeros(2, 3, window, window, dtype=torch.uint8)
-    whole = torch.nn.Sequential(Normalize(), model.requires_grad_(False))
-    # The compiled operator is no part of PyTorch: the program holds its PyTorch text, whatever MSDA says.
-    with patch.object(msda_cuda.module, "ms_deform_attn", msda_cuda.ms_deform_attn_torch), torch.no_grad():
-        program = torch.export.export(whole, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    files = {"about.json": json.dumps(about)}
-    common.write_whole(path, lambda file: torch.export.save(program, file, extra_files=files))
-
-
-def describe(path: Path) -> str:
-    """What a file is, in a few lines; raises UserError."""
-    weights = read_weights(path)
-    tensors = weights.state.values()
-    rows = {"file": path, "sha256": common.sha256(path), "format": KINDS[weights.kind],
-            "numbers": f"{sum(tensor.numel() for tensor in tensors):,} in {len(tensors)} tensors"}
-    if weights.kind == "beit":
-        qkv = [tensor for name, tensor in weights.state.items() if "qkv." in name]
-        rows["fits"] = f"a backbone of width {math.isqrt(qkv[0].numel() // 3)} and depth {len(qkv)}"
-    else:
-        config = empty_model(weights).config
-        known = facts(weights.info, config.num_classes)
-        rows["fits"] = f"{config.head}, {size_of(config)} size, window {config.window}"
-        rows["classes"] = f"{config.num_classes} {listing(known.get('classes', []), 8)}"
-        rows["iteration"] = known.get("iteration")
-    rows["not needed"] = listing(weights.dropped)
-    return "\n".join(f"{title:12}{value}" for title, value in rows.items() if value)
-
-
-def run(options: argparse.Namespace) -> None:
-    """Describe the file, then write it in the formats that the command line asks for."""
-    if options.export and options.export.suffix != ".pt2":
-        raise UserError(f"--export {options.export}: it writes a program of torch.export; name it *.pt2")
-    print(describe(options.file))
-    if not (options.to or options.export):
-        return
-    model, known = load_model(options.file)
-    about = {"config": asdict(model.config), **known}
-    if options.to:
-        common.check_file(options.to, "--to")
-        content = {"format": FORMAT, "model": model.state_dict(), **about}
-        common.write_whole(options.to, lambda file: torch.save(content, file))
-        print(f"{'written':12}{options.to}")
-    if options.export:
-        common.check_file(options.export, "--export")
-        export(model, options.export, about)
-        print(f"{'exported':12}{options.export}")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    parser = common.Parser(description="Tell what a weights file is; convert it to this project's format; export it.")
-    parser.add_argument("file", type=Path, help="released (.pth, .zip), BEiT (.pth, .safetensors) or our own (.pt)")
-    parser.add_argument("--to", type=Path, metavar="OUT.pt", help="write it in our format, with its configuration")
-    parser.add_argument("--export", type=Path, metavar="OUT.pt2", help="write a program that needs PyTorch alone")
-    options = parser.parse_args(arguments)
-    return common.run(lambda: run(options))
-
-
 if __name__ == "__main__":
+    from tools.convert import main
+
     sys.exit(main())

@@ -19,8 +19,8 @@ GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(ROOT))
 
 from model import ModelConfig, Segmenter  # noqa: E402
+from renaming import rename_official  # noqa: E402
 from tools import prepare  # noqa: E402
-from weights import rename_official  # noqa: E402
 
 spec = importlib.util.spec_from_file_location("fill", GOLDEN / "fill.py")
 fill = importlib.util.module_from_spec(spec)

@@ -118,7 +118,7 @@ def test_jobs_reach_workers_that_share_no_memory_with_this_process(monkeypatch, 
     assert "8 train images, 3 val images" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", ["evaluate", "predict", "tools.report", "weights", "tools.prepare"])
+@pytest.mark.parametrize("script", ["evaluate", "predict", "tools.report", "tools.convert", "tools.prepare"])
 def test_every_command_line_complains_in_one_line(capsys, script):
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(script).main(["--bogus"])

@@ -9,7 +9,7 @@ from conftest import GOLDEN, OFFICIAL, golden_config, load_golden, mask_logits, 
 
 import fast
 from model import SIZES, ModelConfig, Segmenter, build_model, relative_position_index
-from weights import rename_official
+from renaming import rename_official
 
 pytestmark = pytest.mark.usefixtures("modes_for_narrow_models")
 HEADS = ["mask2former", "upernet"]

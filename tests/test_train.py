@@ -30,8 +30,9 @@ import layout
 import run
 import train
 from model import BASE, LARGE, Segmenter
+from renaming import rename_official
 from tools import doctor
-from weights import LoadReport, load_model, rename_official
+from weights import LoadReport, load_model
 
 
 @pytest.fixture

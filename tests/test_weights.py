@@ -1,6 +1,6 @@
-"""Formats -> what fits and what does not -> position tables -> hostile files -> the command -> the released models."""
+"""Formats -> what fits and what does not -> position tables -> hostile files -> the released models."""
 
-import hashlib
+import argparse
 import io
 import json
 import os
@@ -9,8 +9,7 @@ import random
 import re
 import resource
 import struct
-import subprocess
-import sys
+import tempfile
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -23,23 +22,24 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.torch
+import small
 import timm
 import torch
-from conftest import GOLDEN, ROOT, fill, golden_config, load_golden, noise, official_state
-from PIL import Image
-from torch.export.passes import move_to_device_pass
+from conftest import GOLDEN, fill, golden_config, load_golden, noise, official_state
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-import data
-import evaluate
 import fast
-import msda_cuda
+import train
 import weights
 from adapter import resize
 from common import UserError
 from heads import semantic_scores
-from model import ModelConfig, Segmenter, build_model
-from pictures import default_palette, read_image
-from weights import FORMAT, infer_config, load_model, load_weights, rename_official, resize_position_table
+from model import SIZES, TINY, ModelConfig, Segmenter, build_model
+from pictures import default_palette
+from renaming import rename_official
+from tools import convert
+from weights import FORMAT, infer_config, load_model, load_weights, resize_position_table
 
 HEADS = ["mask2former", "upernet"]
 TABLE = "backbone.blocks.0.attn.relative_position_bias_table"
@@ -68,6 +68,13 @@ def own_checkpoint(config: ModelConfig) -> dict:
 
 def released(head: str) -> dict:
     return {"meta": META, "state_dict": OrderedDict(official_state(head))}
+
+
+def own_safetensors(content: dict) -> bytes:
+    """The bytes that `python weights.py FILE --to OUT.safetensors` writes."""
+    buffer, about = io.BytesIO(), {name: content[name] for name in ("config", "classes", "palette", "iteration")}
+    convert.write_safetensors(buffer, content["model"], about)
+    return buffer.getvalue()
 
 
 def to_bytes(content, legacy: bool = False) -> bytes:
@@ -255,11 +262,10 @@ def test_other_window_and_other_classes(tmp_path, head, capsys):
     ("head.class_embed.weight", torch.zeros(6, 31), r"head\.class_embed\.weight float32 \(6, 31\) should be"),
     *((TABLE, torch.zeros(shape), rf"attn\.\w+ float32 {re.escape(str(shape))} should be float32 \(52, 2\)")
       for shape in ((53, 2), (732, 4), ())),
-    ("the other head", None, r"this mask2former of custom size.* missing: head.query_feat, .* unexpected: "),
 ])
 def test_tensors_that_do_not_fit(tmp_path, name, value, message):
     """Each misfit is an error of one line that names it and leaves the model alone."""
-    state = own_checkpoint(replace(SMALL, head="upernet") if name == "the other head" else SMALL)["model"]
+    state = own_checkpoint(SMALL)["model"]
     state.pop(name, None)
     if value is not None:
         state[name] = value
@@ -269,6 +275,47 @@ def test_tensors_that_do_not_fit(tmp_path, name, value, message):
     with pytest.raises(UserError, match=message):  # "." matches no line break
         load_weights(model, write(tmp_path / "x.pt", state))
     assert_same(model.state_dict(), before)
+
+
+@pytest.mark.parametrize(("source", "head", "size", "message"), [
+    (lambda: released("upernet"), "mask2former", "tiny", "mask2former of tiny size; it fits --head upernet$"),
+    (lambda: OWN, "upernet", "tiny", "upernet of tiny size; it fits --head mask2former$"),
+    (lambda: Segmenter(replace(SIZES["tiny"], head="upernet")).state_dict(), "mask2former", "base",
+     "mask2former of base size; it fits --head upernet --size tiny$"),
+    (lambda: {f"backbone.{name}": tensor for name, tensor in Segmenter(TINY).backbone.state_dict().items()},
+     "upernet", "base", "upernet of base size; it fits --size tiny$"),
+])
+def test_another_head_or_size_is_named(tmp_path, source, head, size, message):
+    """It would leave most of a file unused: what fits is said instead of all the names that differ."""
+    with torch.device("meta"):
+        model = build_model(head, size)
+    with pytest.raises(UserError, match=message):
+        load_weights(model, write(tmp_path / "x.pt", source()))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_fine_tuning_from_a_released_model(tmp_path, monkeypatch, capsys, head):
+    """train.py takes one for other classes and another window; the report says what is new and what was fitted."""
+    def build(head: str, size: str, num_classes: int, **changes) -> Segmenter:
+        return Segmenter(replace(golden_config(head), num_classes=num_classes, **changes))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "build_model", build)
+    small.write_data(Path("data"), 4, 1)
+    write(Path("it's 40000.pth"), {**released(head), "optimizer": {}})
+    options = ["--head", head, "--pretrained", "it's 40000.pth", "--window", "64", "--iterations", "1"]
+    train.main([*small.OPTIONS, *options])
+    told = capsys.readouterr().out.partition("runs/")[0]
+    first = ["it's 40000.pth: released ViT-Adapter checkpoint", "  missing          0", "  unexpected       0"]
+    assert told.splitlines()[:3] == first
+    layers = {"mask2former": "head.class_embed.weight, head.class_embed.bias\n", "upernet": "head.classifier.weight, "
+              "head.classifier.bias, auxiliary_head.classifier.weight, auxiliary_head.classifier.bias\n"}[head]
+    assert f"resized          {golden_config(head).depth}  backbone.blocks.0" in told and layers in told
+    model, info = load_model(next(Path("runs").glob("*/best.pt")))
+    assert model.config == replace(golden_config(head), num_classes=3, window=64) and info["classes"] == small.CLASSES
+    for name, theirs in rename_official(official_state(head)).items():
+        if name.startswith("backbone.") and not name.endswith("bias_table"):  # after one step of AdamW at 1e-3
+            torch.testing.assert_close(model.state_dict()[name], theirs.float(), rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("window", [6, 30])
@@ -317,8 +364,9 @@ SAMPLES = {
     "zipped legacy": lambda: zipped("x.pth", to_bytes(OWN, legacy=True)),
     "zipped zip": lambda: zipped("x.pth", to_bytes(OWN)),
     "safetensors": lambda: safetensors.torch.save(beit()),
+    "own safetensors": lambda: own_safetensors(OWN),
 }
-SILENT = ("legacy", "safetensors")  # they hold no checksums: a flipped bit of a weight is another weight
+SILENT = ("legacy", "safetensors", "own safetensors")  # without checksums: a flipped bit of a weight is another weight
 
 
 @pytest.mark.parametrize("share", [4, pytest.param(1, marks=pytest.mark.slow)])  # one place of so many
@@ -384,7 +432,101 @@ def test_files_that_are_no_checkpoints(tmp_path, content, legacy):
         pytest.skip(f"PyTorch cannot write that: {error}")
     assert outcome(path) is None
     assert outcome(path, Segmenter(SMALL)) is None
-    assert command(path) in (0, 2)  # any exception would get through
+    assert convert.main([str(path)]) in (0, 2)  # any exception would get through
+
+
+def framed(header: dict | bytes, length: int | None = None) -> bytes:
+    """A safetensors file of this header, an untrue length of it, and 64 bytes of data."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + bytes(64)
+
+
+ENTRY = {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}
+
+
+@pytest.mark.parametrize("content", [
+    *(framed({"cls_token": ENTRY}, length) for length in (0, 1, 9, 1000, 2**31, 2**40, 2**63, 2**64 - 1)),
+    *(framed({"cls_token": ENTRY | change}) for change in (
+        {"data_offsets": [-64, 0]}, {"data_offsets": [64, 0]}, {"data_offsets": [0, 2**70]}, {"data_offsets": [0.5, 1]},
+        {"data_offsets": [0, 32]}, {"data_offsets": None}, {"data_offsets": []}, {"dtype": "F33"}, {"dtype": 3},
+        {"dtype": "F64"}, {"dtype": "C64"}, {"dtype": "F8_E8M0"}, {"dtype": "F4"}, {"shape": [-16]}, {"shape": [2**63]},
+        {"shape": [2**40, 2**40, 2**40]}, {"shape": "16"}, {"shape": [float("nan")]}, {"shape": [float("inf")]})),
+    framed({"a": ENTRY, "b": ENTRY}), framed({"a": ENTRY, "b": ENTRY | {"data_offsets": [32, 96]}}),  # they overlap
+    framed(b'{"a": %s, "a": %s}' % (2 * (json.dumps(ENTRY).encode(),))), framed(b"{" * 10_000), framed(b'{"a": NaN}'),
+    framed(b'{"\xff": 1}'), framed(b'{"a": {"b": ' * 30_000), framed({"__metadata__": {"format": 3}, "a": ENTRY}),
+    *(framed({"__metadata__": {"format": FORMAT, **about}, "adapter.interactions.0.x": ENTRY}) for about in (
+        {}, *({"about": text} for text in (
+            "", "NaN", "3", "null", "[]", '"text"', "{", "[" * 100_000, '{"config": NaN}', '{"config": []}',
+            '{"config": {"window": NaN}}', '{"config": {"window": 1e999}}', '{"model": {}, "format": 3}',
+            '{"state_dict": {"a": 1}}')))),
+])
+def test_damaged_headers_of_safetensors(tmp_path, content):
+    path = write(tmp_path / "x.safetensors", content)
+    assert outcome(path) is None
+    assert outcome(path, Segmenter(SMALL)) is None
+    assert convert.main([str(path)]) == 2  # any exception would get through
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.text(max_size=20) | st.recursive(st.none() | st.floats() | st.text(max_size=5), lambda inner: st.lists(
+    inner, max_size=3) | st.dictionaries(st.sampled_from(["config", "classes", "palette", "iteration", "window", "a"]),
+                                         inner, max_size=4), max_leaves=8))
+def test_any_metadata_of_safetensors(about):
+    """The model with sound facts, or one line."""
+    header = {"format": FORMAT, "about": about if isinstance(about, str) else json.dumps(about)}
+    state = {name: tensor.clone() for name, tensor in OWN["model"].items()}
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder) / "x.safetensors", safetensors.torch.save(state, header))
+        try:
+            model, info = load_model(path)
+        except UserError as error:
+            assert str(error).isprintable() and len(str(error)) < 1000
+        else:
+            assert_same(model.state_dict(), OWN["model"])
+            assert info.keys() <= {"classes", "palette", "iteration"}
+
+
+def test_a_dictionary_that_holds_itself(tmp_path):
+    content = {}
+    content["model"] = content
+    assert outcome(write(tmp_path / "x.pt", content)) is None
+
+
+def test_options_of_argparse_in_a_file_are_plain_values(tmp_path):
+    """Training scripts save them beside the weights, timm's too; no class of another kind comes with them."""
+    arguments = argparse.Namespace(lr=1e-3, model="beit", betas=[0.9, 0.98])
+    path = write(tmp_path / "x.pth", {"model": OWN["model"], "args": arguments})
+    assert weights.read_file(path)["args"] == arguments
+    assert_same(load_model(path)[0].state_dict(), OWN["model"])
+    arguments.out = Path("folder")
+    with pytest.raises(UserError, match="it would run pathlib"):
+        weights.read_file(write(tmp_path / "y.pth", {"model": OWN["model"], "args": arguments}))
+
+
+def test_an_archive_that_was_packed_anew(tmp_path):
+    """PyTorch's mapping of a file takes compressed bytes for numbers: such an archive is read, not mapped."""
+    path = tmp_path / "x.pt"
+    whole = zipfile.ZipFile(io.BytesIO(to_bytes(OWN)))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for member in whole.namelist():
+            packed.writestr(member, whole.read(member))
+    assert_same(weights.read_file(path, mapped=True)["model"], OWN["model"])
+
+
+@pytest.mark.parametrize("kind", ["zip", "own safetensors"])
+def test_a_mapped_file_is_read_when_its_numbers_are_used(tmp_path, kind):
+    """Otherwise tensors have memory of their own, as those of a model have: then the file may change."""
+    path, name = write(tmp_path / "x", SAMPLES[kind]()), "backbone.cls_token"
+    mapped, own = (weights.read_file(path, mapped=mapped)["model"][name] for mapped in (True, False))
+    model, copy = load_model(path)[0], Segmenter(SMALL)
+    load_weights(copy, path)
+    place = path.read_bytes().index(own.numpy().tobytes())
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(torch.full_like(own, 3).numpy().tobytes())
+    for tensor in (own, model.state_dict()[name], copy.state_dict()[name]):
+        assert torch.equal(tensor, OWN["model"][name])
+    assert (mapped == 3).all()
 
 
 @pytest.mark.parametrize("config", [
@@ -451,157 +593,6 @@ def test_pickle_bombs(tmp_path, place, call):
     with pytest.raises(UserError, match=None if "pickle" in place else f"refused: it would run {call} "):
         load_weights(Segmenter(SMALL), path)
     assert not marker.exists()
-
-
-def command(*arguments) -> int:
-    """`python weights.py ARGUMENTS` in this process; its exit status."""
-    return weights.main([*map(str, arguments)])
-
-
-def test_command_tells_what_a_file_is(tmp_path, capsys):
-    own = write(tmp_path / "own.pt", OWN)
-    assert command(own) == 0
-    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert lines["sha256"] == hashlib.sha256(own.read_bytes()).hexdigest()
-    assert lines["format"] == "own checkpoint" and lines["fits"] == "mask2former, custom size, window 64"
-    assert lines["classes"] == "3 class 0, class 1, class 2" and lines["iteration"] == "12"
-    assert command(write(tmp_path / "beit.pth", {"model": beit()})) == 0
-    printed = capsys.readouterr().out
-    assert "BEiT pre-training" in printed and "a backbone of width 32 and depth 4" in printed
-
-
-def test_command_converts(tmp_path, capsys):
-    """The released format to ours: the same tensors, configuration and classes; nothing else is left in the folder."""
-    source = write(tmp_path / "x.pth", released("mask2former"))
-    out = write(tmp_path / "out.pt", b"an older file")
-    assert command(source, "--to", out) == 0
-    printed = capsys.readouterr().out
-    assert "released ViT-Adapter checkpoint" in printed and f"written     {out}" in printed
-    model, info = load_model(out)
-    assert_same(model.state_dict(), rename_official(official_state("mask2former")))
-    assert info["classes"] == list("abcdefg") and info["iteration"] == 40000
-    content = torch.load(out, weights_only=True)
-    assert content["format"] == FORMAT and ModelConfig(**content["config"]) == model.config
-    assert sorted(os.listdir(tmp_path)) == ["out.pt", "x.pth"]
-
-
-@pytest.mark.parametrize(("source", "option", "out", "message"), [
-    ("absent.pth", "--to", "out.pt", "no such file"),
-    ("folder.pt2", "--to", "out.pt", "no such file"),
-    ("damaged.pth", "--to", "out.pt", "truncated, damaged, or no checkpoint"),
-    ("two.zip", "--to", "out.pt", "a zip archive with 2 checkpoints in it; unpack it and name one"),
-    ("beit.pth", "--to", "out.pt", "no segmentation head; give it to train.py --pretrained"),
-    ("x.pth", "--to", "out.pt/out.pt", "cannot be used as a folder"),
-    ("x.pth", "--to", "folder.pt2", "is a folder"),
-    ("x.pth", "--export", "model.onnx", "name it *.pt2"),
-    ("x.pth", "--export", "out.pt/a.pt2", "cannot be used as a folder"),
-    ("x.pth", "--export", "folder.pt2", "is a folder"),
-])
-def test_command_refuses_in_one_line(tmp_path, capsys, monkeypatch, source, option, out, message):
-    """Status 2 and one line, before the work begins; an older file at the destination is untouched."""
-    whole = write(tmp_path / "x.pth", released("upernet")).read_bytes()
-    write(tmp_path / "damaged.pth", whole[:-9])
-    write(tmp_path / "beit.pth", {"model": beit()})
-    write(tmp_path / "out.pt", b"an older file")
-    (tmp_path / "folder.pt2").mkdir()
-    with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive:
-        archive.writestr("a.pth", b"1")
-        archive.writestr("b.pth", b"2")
-    before = sorted(os.listdir(tmp_path))
-    monkeypatch.setattr(weights, "export", lambda *_: pytest.fail("the work began"))
-    assert command(tmp_path / source, option, tmp_path / out) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
-    assert (tmp_path / "out.pt").read_bytes() == b"an older file" and sorted(os.listdir(tmp_path)) == before
-
-
-# Another program, README.md's: it finds PyTorch, Pillow and NumPy, and nothing of ours.
-(README,) = re.findall(r"```python\n(import json.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-READER = README + """
-import sys
-assert not {"model", "msda_cuda", "weights"} & sys.modules.keys() and not hasattr(torch.ops.msda, "forward")
-np.save("labels.npy", labels)
-images = torch.load("images.pt")
-scores = [score(images[:number]) for number in (1, 2, 3)]
-assert not scores[0].requires_grad
-torch.save(scores, "scores.pt")
-for wrong in images.float() / 255, images[..., :32], images[0]:  # a size or a type that it would misunderstand
-    try:
-        score(wrong)
-    except (RuntimeError, AssertionError):
-        continue
-    raise SystemExit("it took a wrong input")
-print(json.dumps(about))
-"""
-
-
-class OneLayer(torch.nn.Module):
-    """The least that `export` can write: a configuration, and a layer with the operator."""
-
-    def __init__(self):
-        super().__init__()
-        self.config = SMALL
-        self.embed, self.layer = torch.nn.Conv2d(3, 16, 16, stride=16), msda_cuda.MSDeformAttn(16, 2, 1, 4)
-
-    def forward(self, images):
-        tokens = self.embed(images).flatten(2).mT  # (B, 16, 4, 4) -> (B, 4 * 4, 16)
-        tokens = self.layer(tokens, msda_cuda.reference_points([(4, 4)], tokens), tokens, [(4, 4)])
-        return resize(tokens.mT[:, :3].unflatten(2, (4, 4)), (64, 64))  # (B, 3, 64, 64): three classes
-
-
-@pytest.mark.parametrize("name", ["one layer", *(pytest.param(head, marks=pytest.mark.slow) for head in HEADS)])
-def test_export(tmp_path, capsys, monkeypatch, name):
-    """Without our code README.md's lines give our labels of a photograph; and our scores of any number of crops."""
-    out = tmp_path / "folder" / "model.pt2"
-    if name == "one layer":
-        torch.manual_seed(0)
-        out.parent.mkdir()
-        model = OneLayer().eval()
-        weights.export(model, out, {"iteration": 12})
-        palette = default_palette(3).tolist()
-    else:
-        source = write(tmp_path / "x.pt", own_checkpoint(replace(SMALL, head=name)))
-        assert command(source, "--export", out) == 0 and f"exported    {out}" in capsys.readouterr().out
-        model, palette = load_model(source)[0], [[i, 0, 9] for i in range(3)]
-    assert os.listdir(out.parent) == ["model.pt2"]
-    images = (noise("image", 3, 3, 64, 64) * 60 + 128).clamp(0, 255).to(torch.uint8)
-    torch.save(images, out.parent / "images.pt")
-    with Image.open(ROOT / "docs" / "demo.jpg") as demo:
-        demo.crop((30, 40, 230, 190)).save(out.parent / "photo.jpg", quality=95)
-    done = subprocess.run([sys.executable, "-I", "-c", READER], cwd=out.parent, capture_output=True,
-                          env={**os.environ, "MSDA": "native"}, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    about = json.loads(done.stdout)
-    assert {key: about[key] for key in ("format", "classes", "palette", "window", "iteration", "mean", "std")} == {
-        "format": "vit-adapter-seg/program/1", "classes": ["class 0", "class 1", "class 2"], "palette": palette,
-        "window": 64, "iteration": 12, "mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375]}
-    found = torch.load(out.parent / "scores.pt")
-    photo = read_image(out.parent / "photo.jpg")
-    with torch.no_grad():
-        chosen = model(data.normalize(images))
-        (labels,) = evaluate.predictions(model, [photo])
-        monkeypatch.setattr(msda_cuda.module, "ms_deform_attn", msda_cuda.ms_deform_attn_torch)
-        reference = [model(data.normalize(images[:number])) for number in (1, 2, 3)]
-    assert all(map(torch.equal, found, reference))
-    torch.testing.assert_close(found[2], chosen, rtol=0, atol=1e-5 * chosen.abs().max().item())
-    theirs, coloured = np.load(out.parent / "labels.npy"), read_image(out.parent / "coloured.png")
-    assert theirs.shape == (150, 200) and (theirs == labels.numpy()).mean() > 0.9999
-    np.testing.assert_array_equal(coloured, np.uint8(palette)[theirs])
-    program = move_to_device_pass(torch.export.load(out), "meta")  # stands for a GPU: nothing may stay on the CPU
-    assert {str(node.kwargs["device"]) for node in program.graph.nodes if "device" in node.kwargs} == {"meta"}
-    assert program.module()(images.to("meta")).device.type == "meta"
-
-
-def test_command_line_from_a_shell(tmp_path):
-    """No traceback and no warning of PyTorch's, only the line; and no operator is built for it."""
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    bomb = write(tmp_path / "x.pth", pickle.dumps(Bomb(tmp_path / "marker", "exec"), protocol=4))
-    done = subprocess.run([sys.executable, ROOT / "weights.py", bomb], capture_output=True, text=True, check=False,
-                          env={**os.environ, "TORCH_EXTENSIONS_DIR": str(cache)})
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith(f"error: {bomb}: cannot be read (UnpicklingError): truncated")
-    assert not (tmp_path / "marker").exists() and not list(cache.iterdir())
 
 
 @pytest.mark.slow

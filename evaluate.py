@@ -442,8 +442,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return common.run(lambda: evaluate_checkpoint(options))
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        run.leave_processes()
 
 
 if __name__ == "__main__":

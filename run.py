@@ -96,8 +96,8 @@ def fresh_store(store: dist.Store, rank: int, world: int) -> dist.Store:
 def leave_processes() -> None:
     """The end of `join_processes`, after the last exchange. Without other processes it does nothing."""
     if dist.is_initialized():
-        # Up to PyTorch 2.6 or later the group's end waits for gloo's threads with Python's lock held, and they may need
-        # that lock to free a last tensor. The group's backend of its own, let go last, ends without the lock.
+        # In PyTorch 2.6 (no more in 2.10) the end of a group waits for its threads with Python's lock held, and they may
+        # need the lock to free a last tensor. The gloo part of the group, let go last, ends without the lock.
         gloo = dist.group.WORLD._get_backend(torch.device("cpu"))
         dist.destroy_process_group()
         del gloo

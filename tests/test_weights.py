@@ -25,7 +25,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import GOLDEN, ROOT, fill, golden_config, load_golden, noise, official_state
+from conftest import GOLDEN, ROOT, fill, golden_config, load_golden, needs_torch, noise, official_state
 from PIL import Image
 from torch.export.passes import move_to_device_pass
 
@@ -549,6 +549,7 @@ class OneLayer(torch.nn.Module):
         return resize(tokens.mT[:, :3].unflatten(2, (4, 4)), (64, 64))  # (B, 3, 64, 64): three classes
 
 
+@needs_torch("2.10", "it exports no program of any number of images")
 @pytest.mark.parametrize("name", ["one layer", *(pytest.param(head, marks=pytest.mark.slow) for head in HEADS)])
 def test_export(tmp_path, capsys, monkeypatch, name):
     """Without our code README.md's lines give our labels of a photograph; and our scores of any number of crops."""
@@ -590,6 +591,13 @@ def test_export(tmp_path, capsys, monkeypatch, name):
     program = move_to_device_pass(torch.export.load(out), "meta")  # stands for a GPU: nothing may stay on the CPU
     assert {str(node.kwargs["device"]) for node in program.graph.nodes if "device" in node.kwargs} == {"meta"}
     assert program.module()(images.to("meta")).device.type == "meta"
+
+
+def test_an_older_torch_exports_nothing_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.9.1+cu126"))
+    with pytest.raises(UserError, match=r"PyTorch 2\.10 or newer, and this is 2\.9\.1\+cu126: update"):
+        weights.export(OneLayer().eval(), tmp_path / "x.pt2", {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_command_line_from_a_shell(tmp_path):

@@ -96,8 +96,8 @@ def fresh_store(store: dist.Store, rank: int, world: int) -> dist.Store:
 def leave_processes() -> None:
     """The end of `join_processes`, after the last exchange. Without other processes it does nothing."""
     if dist.is_initialized():
-        # In PyTorch 2.6 (no more in 2.10) the end of a group waits for its threads with Python's lock held, and they may
-        # need the lock to free a last tensor. The gloo part of the group, let go last, ends without the lock.
+        # In PyTorch 2.6 and 2.7 (no more in 2.10) a group that ends waits for its threads with Python's lock held, and
+        # they may need the lock to free a last tensor. Its gloo part, let go last, ends without the lock.
         gloo = dist.group.WORLD._get_backend(torch.device("cpu"))
         dist.destroy_process_group()
         del gloo

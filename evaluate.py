@@ -412,8 +412,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.redirect_stdout(sys.stderr if options.table else stdout):
             return common.run(lambda: evaluate_checkpoint(options, stdout))
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        run.leave_processes()
 
 
 if __name__ == "__main__":

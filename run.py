@@ -2,7 +2,8 @@
 
 A run is a folder: config.json, log.jsonl, TensorBoard events, last.pt, previous.pt, best.pt. Process 0 writes it.
 
-Reading order: join_processes -> open_run -> save, load_last, restore -> StopSignal, check_finite -> Stopwatch, Log.
+Reading order: join_processes, leave_processes -> open_run -> save, load_last, restore -> StopSignal, check_finite ->
+Stopwatch, Log.
 """
 
 import argparse
@@ -90,6 +91,16 @@ def fresh_store(store: dist.Store, rank: int, world: int) -> dist.Store:
                 store.set(f"welcome/{name}", prefix)
             time.sleep(0.05)
     return dist.PrefixStore(prefix, store)
+
+
+def leave_processes() -> None:
+    """The end of `join_processes`, after the last exchange. Without other processes it does nothing."""
+    if dist.is_initialized():
+        # In PyTorch 2.6 and 2.7 (no more in 2.10) a group that ends waits for its threads with Python's lock held, and
+        # they may need the lock to free a last tensor. Its gloo part, let go last, ends without the lock.
+        gloo = dist.group.WORLD._get_backend(torch.device("cpu"))
+        dist.destroy_process_group()
+        del gloo
 
 
 def gather(process: Process, value: T) -> list[T]:

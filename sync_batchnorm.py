@@ -32,9 +32,9 @@ def global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         variance *= (count - 1) / count
     elif count:
         variance, mean = torch.var_mean(x.to(dtype), _OVER, correction=0)
-    row = torch.cat([mean, variance, mean.new_full((1,), count)])[None]
-    rows = row.new_empty(dist.get_world_size(), row.shape[1])
-    dist.all_gather_single(rows, row)
+    rows = mean.new_zeros(dist.get_world_size(), 2 * len(mean) + 1)
+    rows[dist.get_rank()] = torch.cat([mean, variance, mean.new_full((1,), count)])
+    dist.all_reduce(rows)  # plus zeros: everybody's row. Gathering into one tensor has another name from 2.13 on
     means, variances, counts = rows.split([len(mean), len(mean), 1], 1)  # (P, C), (P, C), (P, 1)
     total = counts.sum()
     mean = (counts * means).sum(0) / total

@@ -222,9 +222,11 @@ def data_parallel(model: Segmenter, process: Process, compiled: bool = False) ->
     if process.world == 1:
         return model
     warnings.filterwarnings("ignore", "Grad strides do not match")  # of depth-wise convolutions, which are small
-    # Batch norm that sees all images keeps its buffers equal everywhere: they need not be sent.
-    return DistributedDataParallel(convert_sync_batchnorm(model), forward_sync_buffers=False,
-                                   gradient_as_bucket_view=True)
+    parallel = DistributedDataParallel(convert_sync_batchnorm(model), gradient_as_bucket_view=True)
+    # Batch norm that sees all images keeps its buffers equal everywhere: they need not be sent. (The argument of this
+    # name is deprecated from PyTorch 2.13 on, and the one that follows it is absent before.)
+    parallel.broadcast_buffers = False
+    return parallel
 
 
 def averaging(model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager:
@@ -440,8 +442,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                                  "--checkpoint-activations), or start anew with --amp bf16"))
     except KeyboardInterrupt:
         sys.exit(common.complain("interrupted; what was saved is whole, and --resume goes on from there", 130))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    run.leave_processes()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Shared by all tests: the golden tiny models, filled by the rule of `golden/fill.py`, and what makes numbers repeat.
 
-Reading order: noise, load_golden -> golden_config -> golden_model -> randomized -> seed, halton_points.
+Reading order: noise, load_golden -> golden_config -> golden_model -> randomized -> needs_torch -> seed, halton_points.
 """
 import importlib.util
 import json
@@ -100,6 +100,14 @@ def randomized(module: torch.nn.Module) -> torch.nn.Module:
             else:
                 torch.nn.init.normal_(tensor, std=tensor[0].numel() ** -0.5)
     return module.double().eval()
+
+
+def needs_torch(version: str, reason: str) -> pytest.MarkDecorator:
+    """Skips a test on an older PyTorch, and says why."""
+    return pytest.mark.skipif(torch.__version__ < version, reason=f"PyTorch older than {version}: {reason}")
+
+
+NO_FAKE_GPU = needs_torch("2.10", "a fake CUDA tensor asks for a GPU")
 
 
 @pytest.fixture

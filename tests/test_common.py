@@ -165,6 +165,6 @@ def test_a_gpu_that_cannot_be_used_is_told_instead_of_taking_the_cpu(monkeypatch
 
 
 def test_the_remedy_for_an_older_driver_names_the_versions_that_are_tested():
-    pins = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("torch")]
+    pins = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if line.startswith("torch")]
     assert len(pins) == 2 and all(f" {pin} " in common.OLDER_CUDA for pin in pins)
     assert common.OLDER_CUDA.partition("`")[2].partition("`")[0] in " ".join((ROOT / "README.md").read_text().split())

@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import small
 import torch
-from conftest import ROOT, noise, official_state
+from conftest import ROOT, needs_torch, noise, official_state
 from PIL import Image
 from test_weights import HEADS, OWN, SMALL, Bomb, assert_same, beit, own_checkpoint, released, write
 from torch.export.passes import move_to_device_pass
@@ -25,6 +25,7 @@ import data
 import evaluate
 import msda_cuda
 from adapter import resize
+from common import UserError
 from model import ModelConfig, Segmenter
 from pictures import default_palette, read_image
 from predict import Predictor
@@ -192,6 +193,14 @@ class OneLayer(torch.nn.Module):
         return resize(tokens.mT[:, :3].unflatten(2, (4, 4)), (64, 64))  # (B, 3, 64, 64): three classes
 
 
+def test_an_older_torch_exports_nothing_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.9.1+cu126"))
+    with pytest.raises(UserError, match=r"PyTorch 2\.10 or newer, and this is 2\.9\.1\+cu126: update"):
+        convert.export(OneLayer().eval(), tmp_path / "x.pt2", {})
+    assert not list(tmp_path.iterdir())
+
+
+@needs_torch("2.10", "it exports no program of any number of images")
 @pytest.mark.parametrize("name", ["one layer", *(pytest.param(head, marks=pytest.mark.slow) for head in HEADS)])
 def test_export(tmp_path, capsys, monkeypatch, name):
     """Without our code README.md's lines give our labels of a photograph; and our scores of any number of crops."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import NO_FAKE_GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -112,6 +113,7 @@ def test_normalisation_is_the_official_one_and_padding_is_zero_after_it() -> Non
     assert torch.equal(images[0], image[0])  # the input is left alone
 
 
+@NO_FAKE_GPU
 def test_normalisation_never_waits_for_the_device() -> None:
     with FakeTensorMode():  # a copy to the host raises here
         images = torch.empty(2, 3, 8, 8, dtype=torch.uint8, device="cuda")

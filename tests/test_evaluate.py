@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import OFFICIAL, ROOT, load_golden, noise, official_state
+from conftest import NO_FAKE_GPU, OFFICIAL, ROOT, load_golden, noise, official_state
 from PIL import Image
 from test_checkpoints import context_tree
 from test_predict import PALETTE, SMALL, photograph, save_checkpoint, status_of
@@ -319,6 +319,7 @@ class Copies(TorchDispatchMode):
         return result
 
 
+@NO_FAKE_GPU
 @pytest.mark.parametrize("strip", [evaluate.STRIP, 5 * 52 * 7])
 @pytest.mark.parametrize("multi_scale", [False, True])
 def test_on_a_gpu_the_host_waits_for_the_counts_at_the_end_alone(dataset, monkeypatch, multi_scale, strip):
@@ -342,6 +343,7 @@ def test_on_a_gpu_the_host_waits_for_the_counts_at_the_end_alone(dataset, monkey
     assert [counts.device.type for counts in reduced] == ["cpu"]  # for gloo
 
 
+@NO_FAKE_GPU
 @pytest.mark.filterwarnings("ignore")  # of CUDA and its operator, which need not be here
 @pytest.mark.parametrize("head", ["mask2former", "upernet"])
 def test_scores_of_a_segmenter_wait_for_nothing(head, monkeypatch):

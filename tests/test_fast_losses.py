@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import mask_logits
+from conftest import NO_FAKE_GPU, mask_logits
 from scipy.optimize import linear_sum_assignment
 from test_heads import CLASSES, EXACT, POINTS, QUERIES, plain_cost, random_labels, random_prediction, sampled
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -146,6 +146,7 @@ def test_matching_is_one_copy_to_the_host_and_one_back():
     assert [name for name in calls.names[copy + 1:] if name in ("cpu", "to", "cuda")] == ["to"]
 
 
+@NO_FAKE_GPU
 def test_nothing_but_matching_waits_for_the_device(monkeypatch):
     """All but `match` on fake CUDA tensors: these have no values, and do not mix with the host's, so that code which
     reads one raises."""

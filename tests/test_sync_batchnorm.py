@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from run import leave_processes
 from sync_batchnorm import convert_sync_batchnorm, global_moments
 
 CHANNELS = 5
@@ -29,7 +30,7 @@ def joined(rank: int, folder: Path, work: Callable, arguments: tuple) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.save(work(rank, *arguments), folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    leave_processes()
 
 
 def images(count: int) -> torch.Tensor:

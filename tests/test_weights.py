@@ -590,7 +590,7 @@ def test_pickle_bombs(tmp_path, place, call):
     marker.unlink()
     path = write(tmp_path / "x.pth", BOMBS[place](bomb))
     assert outcome(path) is None
-    with pytest.raises(UserError, match=None if "pickle" in place else f"refused: it would run {call} "):
+    with pytest.raises(UserError, match=None if "pickle" in place else rf"refused: it would run (builtins\.)?{call} "):
         load_weights(Segmenter(SMALL), path)
     assert not marker.exists()
 

@@ -59,8 +59,10 @@ def export(model: Segmenter, path: Path, about: dict[str, Any]) -> None:
 
     uint8 RGB (B, 3, window, window), any B -> scores (B, K, window, window). README.md has the lines that run it on a
     photograph; what they need is added to `about`, which the checkpoint says of itself, as about.json. The path ends in
-    .pt2; the model is not for training any more. Raises UserError if the file cannot be written.
+    .pt2; the model is not for training any more. Raises UserError if the file cannot be written or PyTorch is too old.
     """
+    if torch.__version__ < "2.10":  # 2.7 and older refuse a batch whose size may vary
+        raise UserError(f"{path}: a program needs PyTorch 2.10 or newer, and this is {torch.__version__}: update it")
     window = model.config.window
     classes, palette = names_and_colors(about, model.config.num_classes)
     about = {**about, "format": PROGRAM, "torch": torch.__version__, "classes": classes, "palette": palette.tolist(),

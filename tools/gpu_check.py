@@ -104,7 +104,7 @@ def share(name: str) -> None:
     process = run.join_processes(name)
     for head in HEADS:
         torch.save(tuple(one_step(head, process.device, fast_text=True, process=process)), f"{head}{process.rank}.pt")
-    torch.distributed.destroy_process_group()
+    run.leave_processes()
 
 
 def runs(device: torch.device) -> Found:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import OFFICIAL, needs_torch, noise, randomized
+from conftest import OFFICIAL, noise, randomized
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -91,16 +91,23 @@ def test_the_model_is_as_it_was_afterwards(golden_model, head):
     assert torch.get_rng_state().equal(random)
 
 
-@needs_torch("2.10", "bfloat16 turns the gradients of the tiny UperNet further")
 @both_heads
 def test_training_under_autocast(golden_model, halton_points, head):
-    """Losses in float32 near the plain ones, finite gradients in the direction of the plain ones."""
-    plain, quick = (step(golden_model(head).float().train(), enabled, amp=True)[:2] for enabled in (False, True))
+    """Losses in float32 near the plain ones, finite gradients in the direction of the plain ones.
+
+    Batch norm has its kept statistics here. Those of such a small batch make much of a little rounding: then gradients
+    of 16 bits, plain and fast alike, are at 0.8 to 0.98 of the exact direction, from version to version of PyTorch.
+    """
+    model = golden_model(head).float().train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    plain, quick = (step(model, enabled, amp=True)[:2] for enabled in (False, True))
     assert {loss.dtype for losses, _ in (plain, quick) for loss in losses.values()} == {torch.float32}
     assert quick[0]["loss"].item() == pytest.approx(plain[0]["loss"].item(), rel=0.02)
     gradients = [torch.cat([g.flatten() for g in grads.values()]) for _, grads in (plain, quick)]
     assert torch.isfinite(torch.stack(gradients)).all()
-    assert torch.cosine_similarity(*gradients, dim=0) > 0.95
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
 
 
 def test_a_compiled_model_is_left_to_the_compiler(golden_model, monkeypatch):

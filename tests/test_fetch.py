@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import re
 import shutil
 import stat
@@ -29,7 +30,7 @@ import data
 from common import UserError
 from tools import fetch, prepare
 
-FILE = os.urandom(300_000)
+FILE = random.Random(0).randbytes(300_000)  # the same in every process of the tests
 DIGEST = hashlib.sha256(FILE).hexdigest()
 
 

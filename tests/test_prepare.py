@@ -24,7 +24,7 @@ def test_a_wrong_command_is_one_line_and_status_2(arguments: str, capsys: pytest
 
 def test_data_py_hands_its_commands_over() -> None:
     done = subprocess.run([sys.executable, data.__file__, "check", "nowhere"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: no data at nowhere: ")
+    assert done.returncode == 2 and done.stderr.startswith("error: no data at nowhere, which is no folder")
 
 
 def test_toy_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -10,9 +10,7 @@ import re
 import runpy
 import subprocess
 import sys
-import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +179,32 @@ def test_gradcheck_and_no_second_derivative(native):
     (first,) = torch.autograd.grad(native(value, LEVELS, *others).square().sum(), value, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivatives"):
         first.sum().backward()
+
+
+def jvp(case, i):
+    return torch.func.jvp(lambda x: ms_deform_attn(*case[:i], x, *case[i + 1:]), (case[i],), (case[i],))
+
+
+def forward_ad(case, i):
+    with torch.autograd.forward_ad.dual_level():
+        return ms_deform_attn(*case[:i], torch.autograd.forward_ad.make_dual(case[i], case[i]), *case[i + 1:])
+
+
+@pytest.mark.parametrize("argument", [0, 2, 3])
+@pytest.mark.parametrize("differentiate", [jvp, forward_ad])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_no_forward_mode_derivative(native, differentiate, argument, gradient):
+    """PyTorch's default for an operator would be a silent zero."""
+    value, _, *others = operator_inputs(requires_grad=gradient)
+    with pytest.raises(NotImplementedError, match="forward-mode derivatives are not implemented"):
+        differentiate((value, LEVELS, *others), argument)
+
+
+@pytest.mark.parametrize("transform", [torch.func.hessian, lambda f: torch.func.grad(torch.func.grad(f))])
+def test_functional_derivatives_are_refused_where_they_would_be_wrong(native, transform):
+    value, _, *others = operator_inputs(requires_grad=False)
+    with pytest.raises(RuntimeError, match="setup_context|not implemented"):
+        transform(lambda x: native(x, LEVELS, *others).square().sum())(value)
 
 
 def test_compile_in_one_graph(native):
@@ -422,10 +446,8 @@ def test_a_failed_build_is_remembered_until_a_compiler_changes(write_compiler, f
         build.library()
     assert len(log.read_text().splitlines()) == 4
 
-    def load(name, sources, build_directory, **_):
-        (Path(build_directory) / f"{name}.so").touch()
-
-    first_use.setattr(cpp_extension, "load", load)
+    first_use.setattr(cpp_extension, "load", lambda name, *_, build_directory, **__:
+                      (Path(build_directory) / f"{name}.so").touch())
     with pytest.raises(build.BuildError, match="another reason"):
         build.library()
     path = build.library(ahead=True)
@@ -456,53 +478,6 @@ def test_processes_of_one_machine_try_once_and_warn_once(write_compiler, first_u
     assert outputs == ("torch\n", "torch\n") and len(log.read_text().splitlines()) == 1
     assert "".join(errors).count("Building deformable attention") == 1
     assert errors[0].count("it failed; `python msda_cuda/build.py` tries again") == 1 and "it failed" not in errors[1]
-
-
-@pytest.fixture
-def compiled(first_use):
-    """The libraries that were compiled, by a compile_library that takes a moment and compiles nothing."""
-    compiled = []
-
-    def compile_library(here, path, archs, ahead):
-        time.sleep(0.3)
-        compiled.append(path)
-        path.write_bytes(b"")
-
-    first_use.setattr(build, "compile_library", compile_library)
-    return compiled
-
-
-def test_simultaneous_first_uses_build_once(compiled):
-    with ThreadPoolExecutor(3) as pool:
-        paths = list(pool.map(lambda _: build.library(), range(3)))
-    assert len(compiled) == 1 and paths == compiled * 3
-
-
-def test_a_lock_that_is_never_freed_is_named(tmp_path):
-    path = tmp_path / "op.lock"
-    with build.lock(path, 1), pytest.raises(build.BuildError, match=f"has held {path} for 0 s"), build.lock(path, 0.3):
-        pass
-    with build.lock(path, 0.3):  # freed: taken at once, though the file is still there
-        assert path.exists()
-
-
-def test_read_only_cache_builds_elsewhere(compiled, tmp_path):
-    (tmp_path / "msda").write_text("a file where the folder should be: nobody can write below it")
-    path = build.library()
-    assert path.parent.parent == tmp_path / "temporary" and compiled == [path]
-    (tmp_path / "temporary").rename(tmp_path / "gone")
-    (tmp_path / "temporary").write_text("")
-    with pytest.raises(build.BuildError, match="no writable cache in .* set TORCH_EXTENSIONS_DIR"):
-        build.library()
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
-def test_code_of_other_users_is_not_loaded(compiled, tmp_path):
-    path = build.library()
-    os.chown(path, 12345, -1)
-    assert build.library() == path and compiled == [path, path]  # compiled anew in its place
-    os.chown(path.parent, 12345, -1)
-    assert build.library().parent.parent == tmp_path / "temporary"
 
 
 def test_ninja_of_an_environment_that_is_not_activated(tmp_path, monkeypatch):

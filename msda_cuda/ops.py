@@ -35,9 +35,10 @@ def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Te
     """Multi-scale deformable attention (Deformable DETR, equation 3).
 
     value (B, S, M, D), shapes [(h, w), ...] with S = sum of h * w, locations (B, Q, M, L, P, 2) as (x, y) with [0, 1]
-    spanning each map, weights (B, Q, M, L, P) -> (B, Q, M*D) in value's type. Points off a map read zeros. Sums,
-    locations and weights are float32, or float64 where value is. Raises ValueError where sizes do not fit, and
-    NotImplementedError for second derivatives and forward-mode derivatives of the operator.
+    spanning each map, weights (B, Q, M, L, P) -> (B, Q, M*D) in value's type. Points off a map read zeros, and
+    so do points at NaN or infinity in the operator (the text gives NaN). Sums, locations and weights are float32, or
+    float64 where value is. Raises ValueError where sizes do not fit, and NotImplementedError for second derivatives and
+    forward-mode derivatives.
     """
     (B, S, M, _), L = value.shape, len(shapes)
     if sum(h * w for h, w in shapes) != S:

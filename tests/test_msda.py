@@ -127,6 +127,24 @@ def test_lost_points_read_zeros_and_harm_nobody(native, bad):
     assert (got[2][..., 1, :] == 0).all() and (got[3][..., 1] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 6e4, -1e-7])
+@pytest.mark.parametrize("argument", [0, 2])
+def test_bad_values_and_weights_spread_as_in_the_reference(native, argument, bad, dtype):
+    case = random_case(MAPS, dtype=dtype)
+    case[argument][0, 1] = bad
+    for got, want in zip(run(native, MAPS, *case), run(ms_deform_attn_torch, MAPS, *case), strict=True):
+        finite = want.isfinite()
+        assert got.isfinite().equal(finite) and got.dtype == want.dtype
+        torch.testing.assert_close(got[finite], want[finite], rtol=2e-2, atol=6 if bad == 6e4 else 1e-4)
+
+
+@pytest.mark.parametrize("empty", ["B", "Q", "M", "D", "P"])
+def test_nothing_to_read_or_to_ask(native, empty):
+    case = random_case([(1, 1)], **{empty: 0})
+    assert_same(run(native, [(1, 1)], *case), reference([(1, 1)], *case), 0)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
 def test_types(native, dtype, tolerance):
     case = random_case(MAPS, dtype=dtype)

@@ -151,7 +151,8 @@ def compile_library(here: Plan, path: Path, archs: str, ahead: bool) -> None:
                     for runtime in sorted(here.cuda_home.glob("lib*/libcudart.so.*"))[:1]:
                         (Path(folder) / "libcudart.so").symlink_to(runtime)  # pip's toolkit lacks the linker's name
                 for variable in ("CXX", "CC"):
-                    if len(words := compiler(variable)) > 1:  # PyTorch takes them for the name of one program
+                    words, text = compiler(variable), os.environ.get(variable)
+                    if text and words != [text]:  # PyTorch takes it all for the name of one program
                         program = Path(folder) / variable
                         program.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
                         program.chmod(0o700)

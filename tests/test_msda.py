@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import warnings
@@ -519,6 +520,42 @@ def test_ninja_of_an_environment_that_is_not_activated(tmp_path, monkeypatch):
     build.compile_library(*arguments)
     assert (tmp_path / "op.so").exists() and paths == [f"{ninja.parent}{os.pathsep}{tmp_path}"]
     assert os.environ["PATH"] == str(tmp_path)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("'{}' c++ '-D X'", ["c++", "-D X"]), ("  '{}'  ", []), ("{}", []),  # a path with a blank may stand unquoted
+])
+@pytest.mark.parametrize("variable", ["CXX", "CC"])
+def test_a_compiler_of_several_words(first_use, tmp_path, variable, text, words):
+    """CXX="ccache c++": PyTorch gets one program, which calls the words with what PyTorch adds."""
+    wrapper, seen = tmp_path / "my tools" / "ccache", []
+    wrapper.parent.mkdir()
+    wrapper.write_text("#!/bin/sh\nprintf '%s|' \"$@\"\n")
+    wrapper.chmod(0o755)
+    first_use.setenv("CXX", "/bin/sh")
+    first_use.setenv(variable, text.format(wrapper))
+
+    def load(name, *_, build_directory, **__):
+        seen.append(subprocess.check_output([os.environ[variable], "a b", "$c"], text=True).split("|")[:-1])
+        (Path(build_directory) / f"{name}.so").touch()
+
+    first_use.setattr(cpp_extension, "load", load)
+    first_use.setattr(cpp_extension, "is_ninja_available", lambda: True)
+    assert build.library().exists() and seen == [[*words, "a b", "$c"]]
+    assert os.environ[variable] == text.format(wrapper)
+    tools = build.toolchain(None)
+    assert f"{wrapper}:{wrapper.stat().st_mtime_ns}" in tools
+    assert not words or os.path.realpath(shutil.which("c++") or "") in tools
+
+
+@pytest.mark.parametrize("text, message", [
+    ("'c++", r"CXX='c\+\+ cannot be read \(No closing quotation\); mend it or unset it"),
+    ("gone c++", r"no C\+\+ compiler \(gone\) was found; install g\+\+ or set CXX"), ("", r"no C\+\+ compiler \(\)"),
+])
+def test_a_compiler_that_cannot_be(first_use, text, message):
+    first_use.setenv("CXX", text)
+    with pytest.raises(build.BuildError, match=f"^{message}"):
+        build.library()
 
 
 def test_toolkit_of_pip(monkeypatch, tmp_path):

@@ -234,7 +234,8 @@ def test_a_lock_that_is_never_freed_is_named(tmp_path):
 def test_windows_has_no_user_numbers(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.delattr(os, "getuid")
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    for name in ("HOME", "TORCH_EXTENSIONS_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
     tmp_path.chmod(0o777)
     assert cache.cache() == tmp_path
     with pytest.raises(build.BuildError, match="not supported on Windows; MSDA=torch silences this"):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -387,6 +388,15 @@ def test_commands(native, first_use, capsys):
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(ROOT / "msda_cuda" / "build.py"), run_name="__main__")
     assert capsys.readouterr().err == "error: no C++ compiler (gone) was found; install g++ or set CXX\n"
+    for choice, fault in {"native": "MSDA=native, but there is no operator for cpu: no C++ compiler (gone)",
+                          "fast": "MSDA=fast is unknown; choose auto, native or torch"}.items():
+        first_use.setenv("MSDA", choice)
+        ops.native.cache_clear()
+        with pytest.raises(SystemExit, match="2"):
+            first_use.setattr(sys, "argv", ["msda_cuda"])
+            runpy.run_module("msda_cuda", run_name="__main__")
+        output = capsys.readouterr().err
+        assert output.startswith(f"error: {fault}") and output.count("\n") == 1
     first_use.undo()  # the operator that is built already
     first_use.setattr(sys, "argv", ["msda_cuda"])
     with pytest.raises(SystemExit, match="0"):
@@ -394,6 +404,14 @@ def test_commands(native, first_use, capsys):
     output = capsys.readouterr().out
     assert output.count("cpu: native") == 3 and output.count("passed") == 3
     assert f"CUDA toolkit: {build.find_cuda_home() or 'none'}\n" in output
+
+
+def test_interrupting_a_build_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["msda_cuda/build.py"])
+    monkeypatch.setattr(msda_cuda.cache, "private_folder", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit, match="130"):
+        runpy.run_path(str(ROOT / "msda_cuda" / "build.py"), run_name="__main__")
+    assert capsys.readouterr().err == "error: interrupted\n"
 
 
 FAILURES = {  # what a compiler writes -> the line that is shown

@@ -46,7 +46,7 @@ from evaluate import evaluate, in_percent, metrics, predictions, table
 from heads import Normalizers, classes_present, loss_normalizers
 from layout import AMP, choose_layout, share_batch
 from model import ModelConfig, Segmenter, build_model
-from msda_cuda.build import cache
+from msda_cuda.cache import cache
 from run import Process
 from sync_batchnorm import convert_sync_batchnorm
 from tools import draw

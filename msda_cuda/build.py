@@ -32,7 +32,7 @@ if __name__ == "__main__":  # python msda_cuda/build.py: what it imports lies on
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import common
-from msda_cuda.cache import BuildError, cache, extensions, is_whole, lock, private_folder, put, temporary  # noqa: F401
+from msda_cuda.cache import BuildError, extensions, is_whole, lock, private_folder, put, temporary
 
 SOURCES = Path(__file__).parent / "csrc"
 ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"

@@ -17,6 +17,7 @@ from common import UserError, sha256
 
 USER = getattr(os, "getuid", lambda: 0)()  # Windows has none
 
+
 class BuildError(UserError):
     """There is no native operator. The message names the cause and the remedy in one line."""
 
@@ -58,7 +59,7 @@ def check_private(path: Path) -> None:
         status, is_near = place.stat(), place in (path, path.parent)  # farther ones: containers show odd owners
         if is_near and status.st_uid not in (0, USER):
             raise PermissionError(0, "belongs to another user", str(place))
-        others = 0o022 if is_near and status.st_gid != status.st_uid else 0o002  # a user's own group has his number
+        others = 0o022 if is_near and status.st_gid != status.st_uid else 0o002  # a user's own group has its number
         if status.st_mode & others and not status.st_mode & stat.S_ISVTX:
             raise PermissionError(0, "others may write there (`chmod go-w` forbids it)", str(place))
 

@@ -4,6 +4,13 @@ Reading order: UserError -> run -> complain -> Parser; make_folder, check_file -
 choose_device.
 """
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036  at once: an older one trains to the end, then cannot read a checkpoint
+    print("error: Python {}.{} is too old for this code: make an environment of Python 3.11 or newer"
+          .format(*sys.version_info), file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import contextlib
 import hashlib
@@ -11,7 +18,6 @@ import math
 import os
 import re
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence

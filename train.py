@@ -48,7 +48,7 @@ from evaluate import evaluate, metrics, predictions
 from heads import Normalizers, classes_present, loss_normalizers
 from layout import AMP, choose_layout
 from model import ModelConfig, Segmenter, build_model
-from msda_cuda.build import cache
+from msda_cuda.cache import cache
 from run import Process
 from sync_batchnorm import convert_sync_batchnorm
 from tools import doctor, draw

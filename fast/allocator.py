@@ -1,6 +1,5 @@
 """What a process frees, kept for its next layer: a seventh off a training step on a CPU."""
 
-import ctypes
 from contextlib import suppress
 from functools import cache
 
@@ -14,6 +13,8 @@ def keep_freed_memory() -> None:
     for 1.8 GB).
     """
     trim_threshold, mmap_max = -1, -4  # mallopt(3)
-    with suppress(OSError, AttributeError):  # another system, another C library
+    with suppress(ImportError, OSError, AttributeError, TypeError):  # another system, another C library
+        import ctypes  # not every Python has it
+
         ctypes.CDLL(None).mallopt(mmap_max, 0)
         ctypes.CDLL(None).mallopt(trim_threshold, -1)

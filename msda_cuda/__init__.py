@@ -2,7 +2,7 @@
 
 Reading order: reference.py (the algorithm in 20 lines) -> module.py (the layer) -> ops.py (the choice between PyTorch
 text and operator) -> csrc/point.h (the arithmetic of one point) -> csrc/cpu.h -> csrc/kernels.cu -> csrc/msda.cpp
-(binding) -> build.py. `python -m msda_cuda` says which of the two is active here, and tests it.
+(binding) -> build.py -> cache.py. `python -m msda_cuda` says which of the two is active here, and tests it.
 """
 
 from .module import MSDeformAttn, reference_points

@@ -1,13 +1,14 @@
 """Build the C++/CUDA operator: at first use, or ahead of time with `python msda_cuda/build.py`.
 
-Reading order: plan -> library -> compile_library -> complaint -> toolchain -> lock -> main.
+Reading order: plan -> library -> compile_library -> complaint -> compiler -> toolchain -> main; cache.py.
 
-The library lies in PyTorch's extension cache (`TORCH_EXTENSIONS_DIR`, else ~/.cache/torch_extensions). Its name is made
-from the sources and PyTorch's version, so that every later process finds it there. A failed compilation leaves a note
-beside it: other processes read the reason and do not try again until a compiler changes. Environment:
+The library lies in PyTorch's extension cache (`TORCH_EXTENSIONS_DIR`, else ~/.cache/torch_extensions), its SHA-256
+beside it: one that was cut or changed is built again. Its name is made from the sources and PyTorch's version, so that
+every later process finds it there. A failed compilation leaves a note there: other processes read the reason and do not
+try again until a compiler changes. Environment:
   FORCE_CUDA=1            build the CUDA part though no GPU is visible
   TORCH_CUDA_ARCH_LIST    its architectures (default: those of the GPUs here; without one, 7.5 to 12.0+PTX)
-  CUDA_HOME, CXX          the CUDA toolkit and the host compiler
+  CUDA_HOME, CXX, CC      the CUDA toolkit, the host compiler and nvcc's, perhaps of several words: CXX="ccache g++"
 """
 
 import argparse
@@ -15,11 +16,11 @@ import contextlib
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -27,16 +28,18 @@ from unittest.mock import patch
 
 import torch
 
+if __name__ == "__main__":  # python msda_cuda/build.py: what it imports lies one folder above
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import common
+from msda_cuda.cache import BuildError, extensions, is_whole, lock, private_folder, put, temporary
+
 SOURCES = Path(__file__).parent / "csrc"
 ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 LOCK_SECONDS = 600.0
 # Sums of 32 products become a tree instead of a chain; NaN and infinity keep their meaning (no -ffast-math).
 COMPILE_FLAGS = ["-O3", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none: one thread there
-
-
-class BuildError(RuntimeError):
-    """There is no native operator. The message names the cause and the remedy in one line."""
 
 
 class Plan(NamedTuple):
@@ -91,12 +94,6 @@ def architectures(ahead: bool) -> str:
     return os.environ.get("TORCH_CUDA_ARCH_LIST") or default
 
 
-def cache() -> Path:
-    """Where compiled code lies for later processes: PyTorch's extension cache."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or home / "torch_extensions")
-
-
 def library(ahead: bool = False) -> Path:
     """The compiled library; if there is none yet, one process compiles it while others wait. Raises BuildError.
 
@@ -104,27 +101,25 @@ def library(ahead: bool = False) -> Path:
     """
     if sys.platform == "win32":
         raise BuildError("the native operator is not supported on Windows; MSDA=torch silences this")
-    folders = cache() / "msda", Path(tempfile.gettempdir()) / f"msda-{os.getuid()}"  # where the first is read-only
-    here, archs = plan(), architectures(ahead)
+    here, archs, refused = plan(), architectures(ahead), []
     name = here.name
     if here.cuda_home and not ahead:  # compiled for the GPUs here: a machine with others must not find this library
         name += "_" + re.sub(r"\W", "_", archs.replace(".", ""))
-
-    def is_usable(path: Path) -> bool:
-        return not ahead and path.exists() and path.stat().st_uid in (0, os.getuid())  # others are not trusted
-
-    for path in (folder / f"{stem}.so" for folder in folders for stem in (here.name, name)):
-        if is_usable(path):  # one compiled ahead of time comes first: it serves all GPUs
-            return path
-    for path in (folder / f"{name}.so" for folder in folders):
-        with contextlib.suppress(OSError):  # a folder that takes no file
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if path.parent.stat().st_uid == os.getuid():
-                with lock(path.with_suffix(".lock"), LOCK_SECONDS):
-                    if not is_usable(path):  # else another process compiled it meanwhile
-                        compile_library(here, path, archs, ahead)
+    for folder in (extensions() / "msda", temporary()):
+        try:
+            folder = private_folder(folder)
+            for path in (folder / f"{stem}.so" for stem in dict.fromkeys((here.name, name))):
+                if not ahead and is_whole(path):  # one compiled ahead of time comes first: it serves all GPUs
                     return path
-    raise BuildError(f"no writable cache in {' or '.join(map(str, folders))}; set TORCH_EXTENSIONS_DIR")
+            with lock(path.with_suffix(".lock"), LOCK_SECONDS):
+                if ahead or not is_whole(path):  # else another process compiled it meanwhile
+                    if refused:
+                        print(f"{refused[0]}; {folder} is taken instead", file=sys.stderr, flush=True)
+                    compile_library(here, path, archs, ahead)
+                return path
+        except OSError as error:  # a folder that takes no file, or that others may change
+            refused.append(f"{error.filename or folder}: {error.strerror or error}")
+    raise BuildError(f"no cache can be used ({'; '.join(refused)}); set TORCH_EXTENSIONS_DIR to a folder of your own")
 
 
 def compile_library(here: Plan, path: Path, archs: str, ahead: bool) -> None:
@@ -141,22 +136,33 @@ def compile_library(here: Plan, path: Path, archs: str, ahead: bool) -> None:
             if failed_with == tools:
                 raise BuildError(reason)
         cpp_extension = find_tools()
+        damaged = os.path.lexists(path) and not ahead
+        once = f"again, since {path} is damaged or without its SHA-256" if damaged else "once"
         parts = f"CPU and CUDA ({archs})" if here.cuda_home else f"CPU ({here.no_cuda})"
-        print(f"Building deformable attention, once: {parts}", file=sys.stderr, flush=True)
+        print(f"Building deformable attention, {once}: {parts}", file=sys.stderr, flush=True)
         sources, flags, start = ["msda.cpp"], [*COMPILE_FLAGS, *OPENMP], time.monotonic()
         try:
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            for killed in path.parent.glob(f"{path.stem}.draft*"):
+                shutil.rmtree(killed, ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix=f"{path.stem}.draft", dir=path.parent) as folder:
                 if here.cuda_home:
                     cpp_extension.CUDA_HOME = str(here.cuda_home)
                     sources, flags = [*sources, "kernels.cu"], [*flags, "-DMSDA_WITH_CUDA"]
                     for runtime in sorted(here.cuda_home.glob("lib*/libcudart.so.*"))[:1]:
                         (Path(folder) / "libcudart.so").symlink_to(runtime)  # pip's toolkit lacks the linker's name
+                for variable in ("CXX", "CC"):
+                    words, text = compiler(variable), os.environ.get(variable)
+                    if text and words != [text]:  # PyTorch takes it all for the name of one program
+                        program = Path(folder) / variable
+                        program.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+                        program.chmod(0o700)
+                        os.environ[variable] = str(program)
                 cpp_extension.load(
                     path.stem, [str(SOURCES / name) for name in sources], extra_cflags=flags,
-                    extra_ldflags=[*OPENMP, f"-L{folder}"], extra_cuda_cflags=["-O3", "--threads=2"],
+                    extra_ldflags=[*OPENMP, f"-L{shlex.quote(folder)}"], extra_cuda_cflags=["-O3", "--threads=2"],
                     build_directory=folder, is_python_module=False,
                 )
-                os.replace(Path(folder) / path.name, path)
+                put(Path(folder) / path.name, path)
         except Exception as error:
             reason = (f"compiling failed: {complaint(str(error) or repr(error))}; "
                       "`python msda_cuda/build.py` tries again and shows all of it")
@@ -179,9 +185,18 @@ def complaint(output: str) -> str:
     return lines[0].strip()
 
 
+def compiler(variable: str) -> list[str]:
+    """The words of CXX or CC: `ccache g++` is a program and its argument. Raises BuildError if they cannot be read."""
+    text = os.environ.get(variable, {"CXX": "c++", "CC": "gcc"}[variable])
+    try:
+        return [text] if shutil.which(text) else shlex.split(text)
+    except ValueError as error:
+        raise BuildError(f"{variable}={text} cannot be read ({error}); mend it or unset it") from error
+
+
 def toolchain(cuda_home: Path | None) -> str:
     """What a failed build may be mended by, with the time of its last change: compilers and the toolkit's headers."""
-    tools = [shutil.which(os.environ.get("CXX", "c++")), shutil.which(os.environ.get("CC", "gcc"))]
+    tools = [shutil.which(word) for word in (*compiler("CXX"), *compiler("CC"))]
     tools += [cuda_home / "bin" / "nvcc", cuda_home / "include"] if cuda_home else []
     return " ".join(f"{os.path.realpath(tool)}:{os.stat(tool).st_mtime_ns}" for tool in tools if tool)
 
@@ -192,44 +207,24 @@ def find_tools() -> ModuleType:
         from torch.utils import cpp_extension
     except ImportError as error:  # it needs setuptools, which a bare environment may lack
         raise BuildError(f"{error}; pip install setuptools") from error
-    compiler = cpp_extension.get_cxx_compiler()
-    if shutil.which(compiler) is None:
-        raise BuildError(f"no C++ compiler ({compiler}) was found; install g++ or set CXX")
+    program, *_ = compiler("CXX") or [""]
+    if shutil.which(program) is None:
+        raise BuildError(f"no C++ compiler ({program}) was found; install g++ or set CXX")
     if not cpp_extension.is_ninja_available():
         raise BuildError("ninja was not found; pip install ninja")
     return cpp_extension
 
 
-@contextlib.contextmanager
-def lock(path: Path, seconds: float) -> Iterator[None]:
-    """Hold an exclusive lock on a file: under torchrun the first rank compiles, the others wait.
-
-    The system drops the lock when its process ends. Raises BuildError if another process holds it for `seconds`.
-    """
-    import fcntl  # absent on Windows
-
-    deadline = time.monotonic() + seconds
-    with path.open("w") as file:
-        while time.monotonic() < deadline:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            time.sleep(0.2)
-        else:
-            raise BuildError(f"another process has held {path} for {seconds:.0f} s; end it or delete the file")
-        yield
-
-
 def main() -> None:
-    """Build ahead of time, for every machine that shares the cache; exit status 2 if that fails."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
+    """Build ahead of time, for every machine that shares the cache. Raises BuildError, after all of the output."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     try:
         library(ahead=True)
     except BuildError as error:
-        output = f"{error.__cause__}\n" if error.__cause__ else ""
-        parser.exit(2, f"{output}error: {error}\n")
+        if error.__cause__:
+            print(error.__cause__, file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(common.run(main))

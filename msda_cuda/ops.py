@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from common import UserError
 
@@ -34,8 +35,10 @@ def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Te
     """Multi-scale deformable attention (Deformable DETR, equation 3).
 
     value (B, S, M, D), shapes [(h, w), ...] with S = sum of h * w, locations (B, Q, M, L, P, 2) as (x, y) with [0, 1]
-    spanning each map, weights (B, Q, M, L, P) -> (B, Q, M*D) in value's type. Points off a map read zeros. Sums,
-    locations and weights are float32, or float64 where value is. Raises ValueError where sizes do not fit.
+    spanning each map, weights (B, Q, M, L, P) -> (B, Q, M*D) in value's type. Points off a map read zeros, and
+    so do points at NaN or infinity in the operator (the text gives NaN). Sums, locations and weights are float32, or
+    float64 where value is. Raises ValueError where sizes do not fit, and NotImplementedError for second derivatives and
+    forward-mode derivatives.
     """
     (B, S, M, _), L = value.shape, len(shapes)
     if sum(h * w for h, w in shapes) != S:
@@ -47,6 +50,8 @@ def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Te
     is_double_on_gpu = value.is_cuda and value.dtype == torch.float64  # for gradcheck alone: no kernel is made for it
     if is_double_on_gpu or active_path(value.device.type) == "torch":
         return ms_deform_attn_torch(value, shapes, locations, weights)
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in (value, locations, weights)):
+        raise NotImplementedError("ms_deform_attn: forward-mode derivatives are not implemented (nor grid_sample's)")
     precise = torch.promote_types(value.dtype, torch.float32)
     flat = [side for shape in shapes for side in shape]
     return torch.ops.msda.forward(value, flat, locations.to(precise), weights.to(precise))

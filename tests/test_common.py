@@ -3,6 +3,8 @@
 import importlib
 import multiprocessing
 import os
+import runpy
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -125,6 +127,27 @@ def test_every_command_line_complains_in_one_line(capsys, script):
     printed = capsys.readouterr()
     assert stop.value.code == 2 and not printed.out and printed.err.count("\n") == 1
     assert printed.err.startswith("error: ") and printed.err.endswith("--help lists the options)\n")
+
+
+COMMANDS = [path for folder in (ROOT, ROOT / "tools", ROOT / "msda_cuda") for path in sorted(folder.glob("*.py"))
+            if "if __name__ ==" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=[str(path.relative_to(ROOT)) for path in COMMANDS])
+def test_every_command_refuses_an_older_python_at_its_start(monkeypatch, capsys, path):
+    for name in {file.stem for file in ROOT.glob("*.py")} | {"tools", "msda_cuda", "fast"}:
+        for module in [module for module in sys.modules if module.partition(".")[0] == name]:
+            monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(sys, "version_info", (3, 10, 13, "final", 0))
+    monkeypatch.setattr(sys, "argv", [path.name])
+    with pytest.raises(SystemExit) as stop:
+        if path.parent == ROOT or path.name == "build.py":
+            runpy.run_path(str(path), run_name="__main__")
+        else:
+            runpy.run_module(".".join(path.relative_to(ROOT).with_suffix("").parts), run_name="__main__")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == ("error: Python 3.10 is too old for this code: "
+                                       "make an environment of Python 3.11 or newer\n")
 
 
 DRIVER = "NVRM version: NVIDIA UNIX {}x86_64  {}  Tue Jul 29 17:01:27 UTC 2025\nGCC version:  gcc version 12.2.0\n"

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -474,8 +475,14 @@ def test_keeping_freed_memory_is_asked_for_once_and_harmless_elsewhere(monkeypat
             self.append((option, value))
 
     for library, asked in ((Library(), [(-4, 0), (-1, -1)]), ([], [])):  # nothing is mapped, nothing is given back
-        monkeypatch.setattr(allocator.ctypes, "CDLL", lambda _, library=library: library)
+        monkeypatch.setattr("ctypes.CDLL", lambda _, library=library: library)
         allocator.keep_freed_memory.cache_clear()
         allocator.keep_freed_memory()
         allocator.keep_freed_memory()
         assert library == asked
+    for fault in (OSError, TypeError):  # Windows raises the latter: its C library has no empty name
+        monkeypatch.setattr("ctypes.CDLL", library := Mock(side_effect=fault))
+        allocator.keep_freed_memory.__wrapped__()
+        assert library.called
+    monkeypatch.setitem(sys.modules, "ctypes", None)  # a Python that was built without it
+    allocator.keep_freed_memory.__wrapped__()

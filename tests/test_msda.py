@@ -8,12 +8,12 @@ import itertools
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
-import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -129,6 +129,24 @@ def test_lost_points_read_zeros_and_harm_nobody(native, bad):
     assert (got[2][..., 1, :] == 0).all() and (got[3][..., 1] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 6e4, -1e-7])
+@pytest.mark.parametrize("argument", [0, 2])
+def test_bad_values_and_weights_spread_as_in_the_reference(native, argument, bad, dtype):
+    case = random_case(MAPS, dtype=dtype)
+    case[argument][0, 1] = bad
+    for got, want in zip(run(native, MAPS, *case), run(ms_deform_attn_torch, MAPS, *case), strict=True):
+        finite = want.isfinite()
+        assert got.isfinite().equal(finite) and got.dtype == want.dtype
+        torch.testing.assert_close(got[finite], want[finite], rtol=2e-2, atol=6 if bad == 6e4 else 1e-4)
+
+
+@pytest.mark.parametrize("empty", ["B", "Q", "M", "D", "P"])
+def test_nothing_to_read_or_to_ask(native, empty):
+    case = random_case([(1, 1)], **{empty: 0})
+    assert_same(run(native, [(1, 1)], *case), reference([(1, 1)], *case), 0)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
 def test_types(native, dtype, tolerance):
     case = random_case(MAPS, dtype=dtype)
@@ -181,6 +199,32 @@ def test_gradcheck_and_no_second_derivative(native):
     (first,) = torch.autograd.grad(native(value, LEVELS, *others).square().sum(), value, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivatives"):
         first.sum().backward()
+
+
+def jvp(case, i):
+    return torch.func.jvp(lambda x: ms_deform_attn(*case[:i], x, *case[i + 1:]), (case[i],), (case[i],))
+
+
+def forward_ad(case, i):
+    with torch.autograd.forward_ad.dual_level():
+        return ms_deform_attn(*case[:i], torch.autograd.forward_ad.make_dual(case[i], case[i]), *case[i + 1:])
+
+
+@pytest.mark.parametrize("argument", [0, 2, 3])
+@pytest.mark.parametrize("differentiate", [jvp, forward_ad])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_no_forward_mode_derivative(native, differentiate, argument, gradient):
+    """PyTorch's default for an operator would be a silent zero."""
+    value, _, *others = operator_inputs(requires_grad=gradient)
+    with pytest.raises(NotImplementedError, match="forward-mode derivatives are not implemented"):
+        differentiate((value, LEVELS, *others), argument)
+
+
+@pytest.mark.parametrize("transform", [torch.func.hessian, lambda f: torch.func.grad(torch.func.grad(f))])
+def test_functional_derivatives_are_refused_where_they_would_be_wrong(native, transform):
+    value, _, *others = operator_inputs(requires_grad=False)
+    with pytest.raises(RuntimeError, match="setup_context|not implemented"):
+        transform(lambda x: native(x, LEVELS, *others).square().sum())(value)
 
 
 def test_compile_in_one_graph(native):
@@ -344,6 +388,15 @@ def test_commands(native, first_use, capsys):
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(ROOT / "msda_cuda" / "build.py"), run_name="__main__")
     assert capsys.readouterr().err == "error: no C++ compiler (gone) was found; install g++ or set CXX\n"
+    for choice, fault in {"native": "MSDA=native, but there is no operator for cpu: no C++ compiler (gone)",
+                          "fast": "MSDA=fast is unknown; choose auto, native or torch"}.items():
+        first_use.setenv("MSDA", choice)
+        ops.native.cache_clear()
+        with pytest.raises(SystemExit, match="2"):
+            first_use.setattr(sys, "argv", ["msda_cuda"])
+            runpy.run_module("msda_cuda", run_name="__main__")
+        output = capsys.readouterr().err
+        assert output.startswith(f"error: {fault}") and output.count("\n") == 1
     first_use.undo()  # the operator that is built already
     first_use.setattr(sys, "argv", ["msda_cuda"])
     with pytest.raises(SystemExit, match="0"):
@@ -351,6 +404,14 @@ def test_commands(native, first_use, capsys):
     output = capsys.readouterr().out
     assert output.count("cpu: native") == 3 and output.count("passed") == 3
     assert f"CUDA toolkit: {build.find_cuda_home() or 'none'}\n" in output
+
+
+def test_interrupting_a_build_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["msda_cuda/build.py"])
+    monkeypatch.setattr(msda_cuda.cache, "private_folder", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit, match="130"):
+        runpy.run_path(str(ROOT / "msda_cuda" / "build.py"), run_name="__main__")
+    assert capsys.readouterr().err == "error: interrupted\n"
 
 
 FAILURES = {  # what a compiler writes -> the line that is shown
@@ -422,10 +483,8 @@ def test_a_failed_build_is_remembered_until_a_compiler_changes(write_compiler, f
         build.library()
     assert len(log.read_text().splitlines()) == 4
 
-    def load(name, sources, build_directory, **_):
-        (Path(build_directory) / f"{name}.so").touch()
-
-    first_use.setattr(cpp_extension, "load", load)
+    first_use.setattr(cpp_extension, "load", lambda name, *_, build_directory, **__:
+                      (Path(build_directory) / f"{name}.so").touch())
     with pytest.raises(build.BuildError, match="another reason"):
         build.library()
     path = build.library(ahead=True)
@@ -458,53 +517,6 @@ def test_processes_of_one_machine_try_once_and_warn_once(write_compiler, first_u
     assert errors[0].count("it failed; `python msda_cuda/build.py` tries again") == 1 and "it failed" not in errors[1]
 
 
-@pytest.fixture
-def compiled(first_use):
-    """The libraries that were compiled, by a compile_library that takes a moment and compiles nothing."""
-    compiled = []
-
-    def compile_library(here, path, archs, ahead):
-        time.sleep(0.3)
-        compiled.append(path)
-        path.write_bytes(b"")
-
-    first_use.setattr(build, "compile_library", compile_library)
-    return compiled
-
-
-def test_simultaneous_first_uses_build_once(compiled):
-    with ThreadPoolExecutor(3) as pool:
-        paths = list(pool.map(lambda _: build.library(), range(3)))
-    assert len(compiled) == 1 and paths == compiled * 3
-
-
-def test_a_lock_that_is_never_freed_is_named(tmp_path):
-    path = tmp_path / "op.lock"
-    with build.lock(path, 1), pytest.raises(build.BuildError, match=f"has held {path} for 0 s"), build.lock(path, 0.3):
-        pass
-    with build.lock(path, 0.3):  # freed: taken at once, though the file is still there
-        assert path.exists()
-
-
-def test_read_only_cache_builds_elsewhere(compiled, tmp_path):
-    (tmp_path / "msda").write_text("a file where the folder should be: nobody can write below it")
-    path = build.library()
-    assert path.parent.parent == tmp_path / "temporary" and compiled == [path]
-    (tmp_path / "temporary").rename(tmp_path / "gone")
-    (tmp_path / "temporary").write_text("")
-    with pytest.raises(build.BuildError, match="no writable cache in .* set TORCH_EXTENSIONS_DIR"):
-        build.library()
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
-def test_code_of_other_users_is_not_loaded(compiled, tmp_path):
-    path = build.library()
-    os.chown(path, 12345, -1)
-    assert build.library() == path and compiled == [path, path]  # compiled anew in its place
-    os.chown(path.parent, 12345, -1)
-    assert build.library().parent.parent == tmp_path / "temporary"
-
-
 def test_ninja_of_an_environment_that_is_not_activated(tmp_path, monkeypatch):
     """`.venv/bin/python msda_cuda/build.py`: ninja lies beside python, and PATH does not name that folder."""
     ninja, paths = tmp_path / "bin" / "ninja", []
@@ -526,6 +538,42 @@ def test_ninja_of_an_environment_that_is_not_activated(tmp_path, monkeypatch):
     build.compile_library(*arguments)
     assert (tmp_path / "op.so").exists() and paths == [f"{ninja.parent}{os.pathsep}{tmp_path}"]
     assert os.environ["PATH"] == str(tmp_path)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("'{}' c++ '-D X'", ["c++", "-D X"]), ("  '{}'  ", []), ("{}", []),  # a path with a blank may stand unquoted
+])
+@pytest.mark.parametrize("variable", ["CXX", "CC"])
+def test_a_compiler_of_several_words(first_use, tmp_path, variable, text, words):
+    """CXX="ccache c++": PyTorch gets one program, which calls the words with what PyTorch adds."""
+    wrapper, seen = tmp_path / "my tools" / "ccache", []
+    wrapper.parent.mkdir()
+    wrapper.write_text("#!/bin/sh\nprintf '%s|' \"$@\"\n")
+    wrapper.chmod(0o755)
+    first_use.setenv("CXX", "/bin/sh")
+    first_use.setenv(variable, text.format(wrapper))
+
+    def load(name, *_, build_directory, **__):
+        seen.append(subprocess.check_output([os.environ[variable], "a b", "$c"], text=True).split("|")[:-1])
+        (Path(build_directory) / f"{name}.so").touch()
+
+    first_use.setattr(cpp_extension, "load", load)
+    first_use.setattr(cpp_extension, "is_ninja_available", lambda: True)
+    assert build.library().exists() and seen == [[*words, "a b", "$c"]]
+    assert os.environ[variable] == text.format(wrapper)
+    tools = build.toolchain(None)
+    assert f"{wrapper}:{wrapper.stat().st_mtime_ns}" in tools
+    assert not words or os.path.realpath(shutil.which("c++") or "") in tools
+
+
+@pytest.mark.parametrize("text, message", [
+    ("'c++", r"CXX='c\+\+ cannot be read \(No closing quotation\); mend it or unset it"),
+    ("gone c++", r"no C\+\+ compiler \(gone\) was found; install g\+\+ or set CXX"), ("", r"no C\+\+ compiler \(\)"),
+])
+def test_a_compiler_that_cannot_be(first_use, text, message):
+    first_use.setenv("CXX", text)
+    with pytest.raises(build.BuildError, match=f"^{message}"):
+        build.library()
 
 
 def test_toolkit_of_pip(monkeypatch, tmp_path):

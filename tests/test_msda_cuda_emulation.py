@@ -7,6 +7,7 @@ import ctypes
 import itertools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,16 +23,16 @@ from msda_cuda import build
 EMULATION = ROOT / "tests" / "emulation"
 TORCH_HEADERS = Path(torch.__file__).parent / "include"
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-COMPILER = os.environ.get("CXX", "g++")
+COMPILER = shlex.split(os.environ.get("CXX", "g++"))  # perhaps `ccache g++`
 PIP_HOME = next((home for folder in sys.path for home in Path(folder, "nvidia").glob("cu*")
                  if (home / "bin" / "nvcc").exists()), None)
 needs_nvcc = pytest.mark.skipif(build.find_cuda_home() is None, reason="no CUDA toolkit (nvcc)")
 
 
 def compile_host(output, architecture, *flags):
-    if shutil.which(COMPILER) is None:
-        pytest.skip(f"no C++ compiler ({COMPILER})")
-    command = [COMPILER, "-std=c++17", "-Wall", "-Wno-unknown-pragmas", f"-I{EMULATION}", f"-I{TORCH_HEADERS}",
+    if shutil.which(COMPILER[0]) is None:
+        pytest.skip(f"no C++ compiler ({COMPILER[0]})")
+    command = [*COMPILER, "-std=c++17", "-Wall", "-Wno-unknown-pragmas", f"-I{EMULATION}", f"-I{TORCH_HEADERS}",
                f"-DEMULATED_ARCH={architecture}", str(EMULATION / "host.cpp"), "-o", str(output), *flags]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return output

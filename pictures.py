@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 import common
@@ -30,8 +30,11 @@ EXPECTED = ("a picture is a file name, the bytes of a file, a Pillow image, or a
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}  # by EXIF orientation: what makes a picture upright
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF")  # that are opened, in Pillow's words
+DAMAGE = (OSError, SyntaxError, ValueError, TypeError, EOFError, MemoryError, struct.error,
+          Image.DecompressionBombError)  # which Pillow raises for a damaged file
 PLAIN_ALPHA = {"La": "LA", "RGBa": "RGBA", "PA": "RGBA"}  # modes that Pillow converts to RGB by way of another
-LOSSY = {"JPEG", "MPO", "JPEG2000", "AVIF", "HEIF"}  # formats that change values, and lossy WebP beside them
+LOSSY = {"JPEG", "MPO"}  # formats that change values, and lossy WebP beside them
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -84,7 +87,7 @@ def lower_bytes(picture: Image.Image) -> np.ndarray | None:
         return None
     place = picture.fp.tell()
     picture.fp.seek(0)
-    again = Image.open(picture.fp)
+    again = Image.open(picture.fp, formats=FORMATS)
     order = kind[1] + {"B": "L", "L": "B", "N": "B"}[kind[2]]  # N is the machine's order, little-endian
     for i, (*place_of_tile, options) in enumerate(tiles := again.tile):
         make = getattr(tiles[i], "_make", tuple)  # a tile is a plain tuple in older versions of Pillow
@@ -100,16 +103,20 @@ def read_image(path: Path) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def open_picture(source: str | Path | bytes) -> Iterator[Image.Image]:
-    """The Pillow image of a file or of its bytes. Raises UserError if it, or later its pixels, cannot be read."""
+def open_picture(source: str | Path | bytes, name: str = "") -> Iterator[Image.Image]:
+    """The Pillow image of a file or of its bytes in one of FORMATS; the readers of others are less tried.
+
+    Raises UserError, with the name for bytes, if it, or later its pixels, cannot be read.
+    """
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as picture:
             yield picture
     except UserError:
         raise
-    except (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        name = "these bytes" if isinstance(source, bytes) else source
-        why = reason(error).partition(" <")[0]  # without "<_io.BytesIO object at ...>"
+    except DAMAGE as error:
+        unknown = f"cannot identify it as one of {', '.join(FORMATS)}"
+        why = unknown if isinstance(error, UnidentifiedImageError) else reason(error)
+        name = name or ("these bytes" if isinstance(source, bytes) else source)
         raise UserError(f"{name}: not a readable image ({why}): replace it or take it out") from None
 
 
@@ -123,7 +130,7 @@ def orientation(picture: Image.Image) -> int:
     """EXIF's orientation 1..8 of a picture that is not loaded yet; 1 where the tag or all of EXIF makes no sense."""
     try:
         value = picture.getexif().get(0x0112, 1)
-    except (OSError, SyntaxError, ValueError, TypeError, struct.error):
+    except DAMAGE:
         return 1
     return next((number for number in TURNS if value == number), 1)
 

@@ -140,7 +140,7 @@ def test_a_number_and_the_palette_of_several_colours(tmp_path: Path) -> None:
     ("id,name\n0,a, b\n", "line 2: '0,a, b' has not the columns of the header"),
     ("label,name,r,g,b\n0,sky,1,2,3\n", "line 2: '0' is no name of a class"),
     ("sky\na\0b\n", "line 2: .* is no name of a class"),
-    ('{"sky": [1, 2, 3], "sky": [4, 5, 6]}', "JSON .a key is there twice in sky, sky; write a list"),
+    ('{"sky": [1, 2, 3], "sky": [4, 5, 6]}', "JSON .ValueError: a key is there twice in sky, sky.: give --classes"),
     *((f"sky\n{line}\n", "line 2: .* cannot be understood") for line in (
         "road-128-64-128", "road @ 1 2 3", "\u8def\uff0c128\uff0c64", "; road", "% road", "--", "label: road")),
     ("0 70 130 180 sky\n", "line 1: .* cannot be understood"),

@@ -6,6 +6,8 @@ Shapes: H, W height and width.
 """
 
 import json
+import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,9 +18,10 @@ import numpy as np
 
 import data
 import pictures
-from common import UserError, in_parallel, reason
+from common import UserError, in_parallel, reading, reason
 from data import CONTEXT_CLASSES, PASCAL_CONTEXT
 
+LARGEST = 1 << 26  # pixels of an image: more are not read
 EXPECTED_COUNTS = {"json": {"train": 4996, "val": 5104}, "mat": {"train": 4998, "val": 5105}}
 
 
@@ -27,6 +30,9 @@ class Annotated(NamedTuple):
     name: str
     size: tuple[int, int] = (0, 0)
     annotations: Sequence[dict] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name}, its picture or its labels"
 
 
 def prepare_context(voc: Path, json_file: Path | None, mat_folder: Path | None, workers: int) -> None:
@@ -85,18 +91,18 @@ def read_annotations(path: Path) -> dict[str, list[Annotated]]:
     """
     annotations: dict[int, list[dict]] = defaultdict(list)
     splits: dict[str, list[Annotated]] = {"train": [], "val": []}
-    try:
-        content = json.loads(path.read_bytes())
+    with reading(f"{path} is no trainval_merged.json, or broken or cut off",
+                 "get it from the Pascal Context (detail) download"):
+        content = data.read_json(path)
         for annotation in content["annos_segmentation"]:
             used = {key: annotation.get(key) for key in ("id", "category_id", "segmentation")}
             annotations[annotation["image_id"]].append(used)
         for image in content["images"]:
             size = (int(image["height"]), int(image["width"]))
             entry = Annotated(Path(image["file_name"]).stem, size, annotations[image["image_id"]])
+            if min(size) < 1 or size[0] * size[1] > LARGEST:
+                raise ValueError(f"an image of {size}")
             splits.get(image["phase"], []).append(entry)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no trainval_merged.json, or broken or cut off ({reason(error)}): "
-                        "get it from the Pascal Context (detail) download") from None
     if not splits["train"] or not splits["val"]:
         raise UserError(f"{path} names no images for training or for validation: get the file again")
     return splits
@@ -106,16 +112,13 @@ def labels_from_json(path: Path, image: Annotated) -> np.ndarray:
     """Labels 0..59, uint8 (H, W): the image's annotations written one over the other in the order of the file."""
     ids, labels = context_ids(), np.zeros(image.size, np.uint8)
     for annotation in image.annotations:
-        try:
+        with reading(f"{path}, annotation {annotation['id']} of {image.name}", "get the file again"):
             category, code = annotation["category_id"], annotation["segmentation"]
             if category not in ids:
-                raise UserError(f"category_id {category} is none of the 59 classes")
+                raise ValueError(f"category_id {category} is none of the 59 classes")
             if tuple(code["size"]) != image.size:
-                raise UserError(f"a mask of size {code['size']} for an image of {image.size}")
+                raise ValueError(f"a mask of size {code['size']} for an image of {image.size}")
             labels[decode_runs(code["counts"], image.size)] = ids[category]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            where = f"{path}, annotation {annotation['id']} of {image.name}"
-            raise UserError(f"{where}: {reason(error)}: get the file again") from None
     return labels
 
 
@@ -123,12 +126,12 @@ def decode_runs(code: str, size: tuple[int, int]) -> np.ndarray:
     """COCO's compressed run-length code -> bool (H, W).
 
     A run is written in groups of 5 bits, low ones first, one to a character (from '0'); a sixth bit says that more
-    follow, the fifth of the last is the sign. From the fourth on, a run is the difference to the run before last. Runs
-    go down the columns and begin with one outside the mask. Raises UserError if they do not fill the mask.
+    follow, the fifth of the last is the sign. From the fourth on, a run is the difference to the run before last.
+    Raises ValueError if the runs do not fill the mask.
     """
     groups = [character - ord("0") for character in code.encode()]
     runs, run, shift = [], 0, 0
-    for group in groups:
+    for group in groups if max(groups, default=0) < 64 else ():
         run |= (group & 31) << shift
         shift += 5
         if not group & 32:  # the last group of the run
@@ -136,19 +139,35 @@ def decode_runs(code: str, size: tuple[int, int]) -> np.ndarray:
                 run -= 1 << shift
             runs.append(run + runs[-2] if len(runs) > 2 else run)
             run, shift = 0, 0
+        elif shift > 60:  # no run is so long
+            break
+    if shift or min(groups, default=-1) < 0:
+        raise ValueError(f"{code[:20]!r}... is no compressed run-length code")
+    return fill_runs(runs, size)
+
+
+def fill_runs(runs: list[int], size: tuple[int, int]) -> np.ndarray:
+    """Runs down the columns, the first one outside the mask -> bool (H, W). ValueError if they do not fill it."""
     height, width = size
-    if shift or min(groups + runs, default=-1) < 0 or max(groups) > 63 or sum(runs) != height * width:
-        raise UserError(f"{code[:20]!r}... is no compressed run-length code of {height} x {width} pixels")
+    if min(runs, default=-1) < 0 or sum(runs) != height * width:
+        raise ValueError(f"the runs do not fill {height} x {width} pixels")
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
 def labels_from_mat(folder: Path, image: Annotated) -> np.ndarray:
     """Labels 0..59, uint8 (H, W), from the LabelMap of 459 classes in NAME.mat."""
-    from scipy.io import loadmat
+    from scipy.io import loadmat, whosmat
 
     path, ids, table = folder / f"{image.name}.mat", context_ids(), np.zeros(460, np.uint8)
     table[list(ids)] = list(ids.values())
     try:
-        return table[np.asarray(loadmat(path)["LabelMap"]).astype(np.int64)]
-    except Exception as error:  # SciPy raises many kinds for a broken file
-        raise UserError(f"{path} holds no LabelMap ({reason(error)}): unpack trainval.tar.gz again") from None
+        shape, kind = {name: rest for name, *rest in whosmat(path)}["LabelMap"]
+        if len(shape) != 2 or not 0 < math.prod(shape) <= LARGEST or not re.fullmatch(r"u?int\d+|single|double", kind):
+            raise ValueError(f"it is {kind} of shape {shape}")
+        labels = loadmat(path, variable_names="LabelMap")["LabelMap"].astype(np.int64)
+        if labels.min() < 0:
+            raise ValueError(f"it holds {labels.min()}")
+        return table[labels]
+    except Exception as error:  # SciPy raises many kinds for a broken file, or crashes: `in_parallel` survives that
+        raise UserError(f"{path} holds no LabelMap ({type(error).__name__}: {reason(error)}): unpack trainval.tar.gz "
+                        "again") from None

@@ -8,6 +8,7 @@ Shapes: H, W height and width of a picture; K classes.
 
 import contextlib
 import io
+import os
 import re
 import struct
 import sys
@@ -31,6 +32,7 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: I
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}  # by EXIF orientation: what makes a picture upright
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF")  # that are opened, in Pillow's words
+LARGE, PIXELS_A_BYTE = 1 << 26, 2000  # more pixels than LARGE take a byte for so many; a blank 8-bit PNG has 1030
 DAMAGE = (OSError, SyntaxError, ValueError, TypeError, EOFError, MemoryError, struct.error,
           Image.DecompressionBombError)  # which Pillow raises for a damaged file
 PLAIN_ALPHA = {"La": "LA", "RGBa": "RGBA", "PA": "RGBA"}  # modes that Pillow converts to RGB by way of another
@@ -110,6 +112,9 @@ def open_picture(source: str | Path | bytes, name: str = "") -> Iterator[Image.I
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as picture:
+            size, (width, height) = len(source) if isinstance(source, bytes) else os.path.getsize(source), picture.size
+            if width * height > max(LARGE, PIXELS_A_BYTE * size):
+                raise Image.DecompressionBombError(f"{width}x{height} pixels in {size} bytes")
             yield picture
     except UserError:
         raise
@@ -246,7 +251,11 @@ def read_label_image(path: Path) -> LabelImage:
     if mode in ("RGB", "RGBA", "RGBX"):
         if ";16" in stored:  # Pillow would cut them to 8 bits
             raise UserError(f"{path} has 16-bit colours: save it with 8 bits a colour, as PNG")
-        return LabelImage(values[..., :3] @ np.int32([1 << 16, 1 << 8, 1]), True)
+        colours = values[..., 0].astype(np.int32)
+        for channel in (1, 2):  # in place: as one product this takes three times the memory
+            colours <<= 8
+            colours |= values[..., channel]
+        return LabelImage(colours, True)
     values = values[..., 0] if values.ndim == 3 else values
     if mode not in ("1", "L", "LA", "P", "PA", "F") and not mode.startswith("I") or mode == "F" and (values % 1).any():
         raise UserError(f"{path} has mode {mode}, not one whole number or colour a pixel: save it as PNG of indices")

@@ -20,6 +20,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -43,7 +44,7 @@ FORK = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
 Damage = Callable[[bytes, np.random.Generator], bytes]
 
 
-# -------------------------------------------------------------------------------------------------------- valid contents
+# ------------------------------------------------------------------------------------------------------- valid contents
 def saved(picture: Image.Image, kind: str, **options) -> bytes:
     """The bytes of a file of that kind."""
     file = io.BytesIO()
@@ -68,17 +69,19 @@ def image_files() -> list[bytes]:
     files += [saved(rgb.convert("P"), "BLP"), saved(gray.convert("F"), "SPIDER"), saved(gray.convert("1"), "XBM")]
     if features.check("webp"):
         files += [saved(rgb, "WEBP"), saved(rgb, "WEBP", lossless=True, exif=exif)]
-    return files + [saved(rgb, kind) for kind, has in (("AVIF", "avif"), ("JPEG2000", "jpg_2000")) if features.check(has)]
+    more = {"AVIF": "avif", "JPEG2000": "jpg_2000"}
+    return files + [saved(rgb, kind) for kind, feature in more.items() if features.check(feature)]
 
 
 def label_files() -> list[bytes]:
     """Label images of every lossless kind."""
     values = np.random.default_rng(0).integers(0, 3, (16, 24)).astype(np.uint8)
-    gray, palette = Image.fromarray(values), Image.fromarray(values)
+    gray, palette, deep = Image.fromarray(values), Image.fromarray(values), Image.fromarray(values.astype(np.uint16))
     palette.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
-    files = [saved(picture, kind) for picture in (gray, palette, gray.convert("RGB")) for kind in ("PNG", "BMP", "TIFF")]
-    files += [saved(gray, "GIF"), saved(gray.convert("1"), "PNG"), saved(Image.fromarray(values.astype(np.uint16)), "PNG"),
-              saved(gray.convert("F"), "TIFF"), saved(gray.convert("I"), "TIFF", compression="tiff_deflate")]
+    modes = gray, palette, gray.convert("RGB")
+    files = [saved(picture, kind) for picture in modes for kind in ("PNG", "BMP", "TIFF")]
+    files += [saved(gray, "GIF"), saved(gray.convert("1"), "PNG"), saved(deep, "PNG"), saved(gray.convert("F"), "TIFF"),
+              saved(gray.convert("I"), "TIFF", compression="tiff_deflate")]
     return files + [saved(gray.convert("RGB"), "WEBP", lossless=True)] * features.check("webp")
 
 
@@ -100,10 +103,12 @@ LABELME = {
     "shapes": [{"label": label, "points": points, "shape_type": kind, "mask": mask} for label, kind, points, mask in [
         ("car", "polygon", [[2, 3], [7, 3], [7, 9]], None), ("dog", "rectangle", [[1, 1], [4, 4]], None),
         ("car", "circle", [[6, 5], [6, 2]], None), ("dog", "mask", [[4, 2], [8, 5]], PIXELS)]]}
-INFO = {"classes": ["c0", "c1", "ü"], "palette": [[0, 0, 0], [128, 0, 0], [0, 128, 0]], "ignore_index": 255, "name": "x"}
+INFO = {"classes": ["c0", "c1", "ü"], "palette": [[0, 0, 0], [128, 0, 0], [0, 128, 0]], "ignore_index": 255,
+        "name": "x"}
 CLASS_LISTS = [
     b"sky\nroad\ncar\n", b"sky 70 130 180\nroad 128 64 128\nignore 0 0 0\n", b"0: sky\n1: road\n2: car\n",
-    b"id,name,color\n0,sky,#4682b4\n1,road,#804080\n", b"# label:color_rgb:parts:actions\nsky:70,130,180::\nroad:1,2,3::\n",
+    b"id,name,color\n0,sky,#4682b4\n1,road,#804080\n",
+    b"# label:color_rgb:parts:actions\nsky:70,130,180::\nroad:1,2,3::\n",
     b"name,r,g,b\nsky,70,130,180\nroad,128,64,128\n", "straße #ff0000\nhimmel #00f\n".encode("utf-16"),
     *as_json(["sky", "road"], {"0": "sky", "1": "road"}, {"sky": [70, 130, 180], "road": "#804080"},
              {"classes": ["sky", "road"], "palette": [[1, 2, 3], [4, 5, 6]]},
@@ -114,25 +119,27 @@ SPLITS = [b"a\nb\n", b"a.png\r\nb.png\r\n", "a\nsub/c\n".encode("utf-16")]
 def mat_files() -> list[bytes]:
     """LabelMap files, packed or not, of the formats 5 and 4."""
     labels, files = np.random.default_rng(0).integers(0, 460, (10, 12), np.uint16), []
-    for options in ({"do_compression": True}, {"do_compression": False}, {"format": "4"}):
-        for content in ({"LabelMap": labels}, {"names": np.array(["a", "bc"], object), "LabelMap": labels.astype(float)}):
-            file = io.BytesIO()
-            savemat(file, {"LabelMap": labels} if "format" in options else content, **options)
-            files.append(file.getvalue())
+    others = {"names": np.array(["a", "bc"], object), "more": {"deep": {"er": [1, "x"]}}}
+    for content, options in (({"LabelMap": labels}, {"do_compression": True}), ({"LabelMap": labels}, {"format": "4"}),
+                             (others | {"LabelMap": labels}, {}), ({"LabelMap": labels.astype(float)}, {})):
+        file = io.BytesIO()
+        savemat(file, content, **options)
+        files.append(file.getvalue())
     return files
 
 
 # -------------------------------------------------------------------------------------------------------------- damages
 ODD_BYTES = [b"\0", b"\xff", b"\0" * 8, b"\xff" * 4, b"\x80\0\0\0", b"\xff\xff\xff\x7f", b"\x7f\xff\xff\xff", b"\r\n",
              b"\xef\xbb\xbf", b"\xff\xfe", b"[" * 300]
-ODD_TEXTS = ["", " ", "\0", "a\nb", "\x1b[31mred", "..", "../../etc/passwd", "/etc/passwd", "C:\\x", "\ud800", "\u202e", "ı",
-             "x" * 300, "x" * 5000, "a/" * 3000, "-1", "1e999", "9" * 5000, "'\"<b>&amp;", "https://x/[", "#12345", "٣"]
-ODD_VALUES = [None, True, False, 0, -1, 1, 2.5, 255, 256, 1 << 31, 1 << 63, 10 ** 12, 10 ** 400, float("nan"), float("inf"),
-              1e308, [], {}, [[]], [None], {"a": 1}, [1] * 1000, "0", *ODD_TEXTS]
+ODD_TEXTS = ["", " ", "\0", "a\nb", "\x1b[31mred", "..", "../../etc/passwd", "/etc/passwd", "C:\\x", "\ud800", "\u202e",
+             "ı", "x" * 300, "x" * 5000, "a/" * 3000, " " * 2000 + "1" + " " * 2000 + "b", "-1", "1e999", "9" * 5000,
+             "'\"<b>&amp;", "https://x/[", "#12345", "٣"]
+ODD_VALUES = [None, True, False, 0, -1, 1, 2.5, 255, 256, 1 << 31, 1 << 63, 10 ** 12, 10 ** 400, float("nan"),
+              float("inf"), 1e308, [], {}, [[]], [None], {"a": 1}, [1] * 1000, "0", *ODD_TEXTS]
 
 
 def pick(rng: np.random.Generator, choices: Sequence) -> object:
-    return choices[int(rng.integers(len(choices)))]
+    return deepcopy(choices[int(rng.integers(len(choices)))])  # a case must not change those after it
 
 
 def damage_bytes(content: bytes, rng: np.random.Generator) -> bytes:
@@ -157,7 +164,7 @@ def damage_bytes(content: bytes, rng: np.random.Generator) -> bytes:
             result[at:at + len(odd) * int(rng.integers(2))] = odd
         elif kind == 5:
             number = int(pick(rng, [0, 1, 2, 255, 4096, 65535, 65536, 10 ** 6, (1 << 31) - 1, (1 << 32) - 1]))
-            form = pick(rng, "<I >I <H >H".split())
+            form = pick(rng, ["<I", ">I", "<H", ">H"])
             result[at:at + struct.calcsize(form)] = struct.pack(form, number % (1 << 8 * struct.calcsize(form)))
         else:
             del result[at:at + length]
@@ -201,8 +208,8 @@ def damage_text(content: bytes, rng: np.random.Generator) -> bytes:
     for _ in range(int(rng.integers(1, 4))):
         cuts = [i for i, c in enumerate(text) if c in "\n ,:.;\t"] + [0, len(text)]
         first, last = sorted([int(pick(rng, cuts)), int(pick(rng, cuts))])
-        middle = pick(rng, [*map(str, ODD_VALUES), text[first:last] * 2, "", "\n", ",", " 300 2 3", " 1 2", "\t", ":", "\r"])
-        text = text[:first] + str(middle) + text[last:]
+        middle = [*map(str, ODD_VALUES), text[first:last] * 2, "", "\n", ",", " 300 2 3", " 1 2", "\t", ":", "\r"]
+        text = text[:first] + pick(rng, middle) + text[last:]
     return damage_encoding(text * (1000 if rng.random() < 0.02 else 1), rng)
 
 
@@ -218,7 +225,7 @@ def damage_json(content: bytes, rng: np.random.Generator) -> bytes:
     """Values replaced by odd ones or by each other, taken out, repeated, renamed; keys twice; deep nesting."""
     root = [json.loads(content)]
     for _ in range(int(rng.integers(1, 4))):
-        container, key = pick(rng, places(root))
+        container, key = places(root)[int(rng.integers(len(places(root))))]
         kind = int(rng.integers(7))
         if kind < 3:
             container[key] = pick(rng, ODD_VALUES)
@@ -235,10 +242,10 @@ def damage_json(content: bytes, rng: np.random.Generator) -> bytes:
             break
     text = json.dumps(root[0], ensure_ascii=bool(rng.integers(2)))
     if rng.random() < 0.06:
-        text = text.replace("{", '{"name": 1, "id": {}, ', 1) if rng.random() < 0.5 else text[:-1] + ', "id": 5' + text[-1:]
+        text = text.replace("{", '{"name": 1, "id": {}, ', 1)
     if rng.random() < 0.06:
         depth = int(pick(rng, [50, 900, 100_000]))
-        text = text.replace(str(pick(rng, ["null", "0", '"a']) ), "[" * depth + "]" * depth, 1)
+        text = text.replace(pick(rng, ["null", "0", '"a"']), "[" * depth + "]" * depth, 1)
     return damage_encoding(text, rng)
 
 
@@ -304,6 +311,7 @@ class Reader(NamedTuple):
     samples: Callable[[], list[bytes]]  # valid contents
     damage: Damage
     read: Callable[[Path], object]
+    fast: int = 200  # cases in the ordinary suite
 
 
 READERS = {
@@ -313,15 +321,15 @@ READERS = {
     "dataset.json": Reader("dataset.json", as_json(INFO, {"classes": ["a", "b"]}), damage_json, data.read_info),
     "classes": Reader("list.txt", lambda: CLASS_LISTS, damage_text, lambda path: class_list.read_classes(str(path))),
     "split": Reader("train.txt", lambda: SPLITS, damage_text, read_split),
-    "coco": Reader("x.json", as_json(COCO), damage_json, lambda path: convert(annotations.from_coco, path, path)),
+    "coco": Reader("x.json", as_json(COCO), damage_json, lambda path: convert(annotations.from_coco, path, path), 60),
     "labelme": Reader("a.json", as_json(LABELME, LABELME | {"imagePath": "z.png", "imageData": PIXELS}), damage_json,
-                      lambda path: convert(annotations.from_labelme, path, None)),
+                      lambda path: convert(annotations.from_labelme, path, None), 60),
     "context": Reader("merged.json", lambda: [SAMPLE.read_bytes()], damage_json, read_context),
-    "mat": Reader("x.mat", mat_files, damage_mat, read_mat),
+    "mat": Reader("x.mat", mat_files, damage_mat, read_mat, 20),
 }
 
 
-# ------------------------------------------------------------------------------------------------------------ the attack
+# ----------------------------------------------------------------------------------------------------------- the attack
 @cache
 def samples_of(name: str) -> list[bytes]:
     return READERS[name].samples()
@@ -344,7 +352,8 @@ def verdict(name: str, number: int, folder: Path) -> str:
         READERS[name].read(path)
     except UserError as error:
         text = str(error)
-        if len(text) > LONGEST or not text.isprintable() or not (path.name in text or str(path.parent) in text):
+        named = any(name in text for name in (path.name, str(path.parent), path.stem + ",", "one image"))
+        if len(text) > LONGEST or not text.isprintable() or not named:
             return f"a message of {len(text)} characters: {text[:200]}"
     except Exception as error:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent in
@@ -355,8 +364,9 @@ def verdict(name: str, number: int, folder: Path) -> str:
 
 
 def peak_memory() -> int:
-    """Bytes, of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """Bytes, of this process and of its children so far."""
+    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return max(peaks) * (1 if sys.platform == "darwin" else 1024)
 
 
 def work(name: str, numbers: Sequence[int], folder: Path, answers) -> None:
@@ -398,14 +408,14 @@ def told(name: str, escapes: dict[int, str]) -> str:
 
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_files_are_read_or_refused(name: str, tmp_path: Path) -> None:
-    escapes = attack(name, range(40 if name == "mat" else 200), tmp_path)
+    escapes = attack(name, range(READERS[name].fast), tmp_path)
     assert not escapes, told(name, escapes)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_files_by_the_thousand(name: str, tmp_path: Path) -> None:
-    escapes = attack(name, range(200, 2200), tmp_path)
+    escapes = attack(name, range(2000), tmp_path)
     assert not escapes, told(name, escapes)
 
 

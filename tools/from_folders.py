@@ -279,8 +279,8 @@ def split_names(names: Iterable[str], val_fraction: float = 0.2, group_by: str |
     names = sorted(names)
     groups = group_names(names, group_by) if group_by else find_videos(names) or {name: [name] for name in names}
     if len(groups) < 2:
-        raise UserError("one image, or one group of images, cannot be split into training and validation: give more, "
-                        "or other groups with --group-by")
+        raise UserError("one image, or one group of images, cannot be split into training and validation "
+                        f"({', '.join(names[:1])} ...): give more, or other groups with --group-by")
     rank = {group: int(hashlib.sha256(group.encode()).hexdigest(), 16) % 1000 / 1000 for group in groups}
     ordered, wanted, val = sorted(groups, key=lambda group: (rank[group], group)), val_fraction * len(names), []
     for group in ordered if len(groups) < len(names) else ():  # large groups: those that fit

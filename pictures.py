@@ -33,8 +33,8 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: I
          8: Image.Transpose.ROTATE_90}  # by EXIF orientation: what makes a picture upright
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF")  # that are opened, in Pillow's words
 LARGE, PIXELS_A_BYTE = 1 << 26, 2000  # more pixels than LARGE take a byte for so many; a blank 8-bit PNG has 1030
-DAMAGE = (OSError, SyntaxError, ValueError, TypeError, EOFError, MemoryError, struct.error,
-          Image.DecompressionBombError)  # which Pillow raises for a damaged file
+DAMAGE = (ArithmeticError, EOFError, LookupError, MemoryError, OSError, SyntaxError, TypeError, ValueError,
+          struct.error, Image.DecompressionBombError)  # which Pillow raises for damaged files
 PLAIN_ALPHA = {"La": "LA", "RGBa": "RGBA", "PA": "RGBA"}  # modes that Pillow converts to RGB by way of another
 LOSSY = {"JPEG", "MPO"}  # formats that change values, and lossy WebP beside them
 

@@ -67,13 +67,13 @@ class Library:
     def find(self, name: str, near: Path, split: str) -> Path | None:
         """The picture that a JSON file in the folder `near` calls `name`: a path of any system, or an address.
 
+        None that leads out of the root is read: the file may come from a stranger, and pictures are copied.
         The longer path must end with the shorter: `cam1/7.jpg` is not `cam2/7.jpg`. Raises UserError if several do.
         """
         name = unquote(urlsplit(name).path) if "://" in name else name.replace("\\", "/")
-        path = os.path.normpath(near / name)
-        inside = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(self.root))
-        if inside and os.path.isfile(path):  # of a name that leads out, as of other machines' paths, the end counts
-            return Path(path)
+        inside = Path(os.path.relpath(near / name, self.root))
+        if ".." not in inside.parts and os.path.isfile(self.root / inside):  # else the name may be of another machine
+            return self.root / inside
         parts = [part for part in unicodedata.normalize("NFC", name).split("/") if part not in ("", ".", "..")]
         found = [file for file, own in self.by_name[parts[-1]]
                  if all(a == b for a, b in zip(own[::-1], parts[::-1], strict=False))]
@@ -92,9 +92,8 @@ def check_name(name: object, where: Path) -> None:
 
 
 def picture_name(path: Path, root: Path) -> str:
-    """The path below the root, or the name of a file elsewhere, without its extension."""
-    name = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
-    return unicodedata.normalize("NFC", name.with_suffix("").as_posix())
+    """The path below the root, without its extension."""
+    return unicodedata.normalize("NFC", path.relative_to(root).with_suffix("").as_posix())
 
 
 def find_split(path: Path) -> str:

@@ -7,6 +7,7 @@ Shapes: H, W height and width.
 
 import json
 import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -71,7 +72,7 @@ def prepare_context(voc: Path, json_file: Path | None, mat_folder: Path | None, 
 def _write_context_labels(voc: Path, make_labels: Callable[[Annotated], np.ndarray], image: Annotated) -> bool:
     """Write one label image, unless it is there; returns whether it was."""
     path = voc / PASCAL_CONTEXT.labels / f"{image.name}.png"
-    if path.is_file():
+    if os.path.isfile(path):
         return True
     labels = make_labels(image)
     pictures.check_size(voc / PASCAL_CONTEXT.images / f"{image.name}.jpg", "its label map", labels.shape)

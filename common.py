@@ -55,8 +55,7 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def reading(fault: str, remedy: str) -> Iterator[None]:
-    """Inside, whatever a file with unexpected content raises becomes a UserError: the fault, what was raised, remedy.
-    """
+    """Inside, what a file with unexpected content raises becomes a UserError: the fault, the reason, the remedy."""
     try:
         yield
     except UserError:

@@ -209,7 +209,7 @@ def read_text(path: Path, remedy: str) -> str:
     try:
         content = path.read_bytes()
         text = content.decode("utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({reason(error)}): {remedy}") from None
     if not text.strip():
         raise UserError(f"{path} is empty: {remedy}")

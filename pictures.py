@@ -31,8 +31,8 @@ EXPECTED = ("a picture is a file name, the bytes of a file, a Pillow image, or a
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}  # by EXIF orientation: what makes a picture upright
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF")  # that are opened, in Pillow's words
-LARGE, PIXELS_A_BYTE = 1 << 26, 2000  # more pixels than LARGE take a byte for so many; a blank 8-bit PNG has 1030
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF")  # in Pillow's words; its readers of others are less tried
+LARGE, PIXELS_A_BYTE = 1 << 26, 1100  # more pixels than LARGE take a byte for so many; a blank 8-bit PNG has 1030
 DAMAGE = (ArithmeticError, EOFError, LookupError, MemoryError, OSError, SyntaxError, TypeError, ValueError,
           struct.error, Image.DecompressionBombError)  # which Pillow raises for damaged files
 PLAIN_ALPHA = {"La": "LA", "RGBa": "RGBA", "PA": "RGBA"}  # modes that Pillow converts to RGB by way of another
@@ -106,15 +106,15 @@ def read_image(path: Path) -> np.ndarray:
 
 @contextlib.contextmanager
 def open_picture(source: str | Path | bytes, name: str = "") -> Iterator[Image.Image]:
-    """The Pillow image of a file or of its bytes in one of FORMATS; the readers of others are less tried.
+    """The Pillow image of a file, or of its bytes and their name, in one of FORMATS.
 
-    Raises UserError, with the name for bytes, if it, or later its pixels, cannot be read.
+    Raises UserError if it, or later its pixels, cannot be read, or if so small a file cannot hold so many pixels.
     """
     try:
+        size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as picture:
-            size, (width, height) = len(source) if isinstance(source, bytes) else os.path.getsize(source), picture.size
-            if width * height > max(LARGE, PIXELS_A_BYTE * size):
-                raise Image.DecompressionBombError(f"{width}x{height} pixels in {size} bytes")
+            if picture.width * picture.height > max(LARGE, PIXELS_A_BYTE * size):
+                raise Image.DecompressionBombError(f"{picture.width}x{picture.height} pixels in {size} bytes")
             yield picture
     except UserError:
         raise

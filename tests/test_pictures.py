@@ -170,6 +170,7 @@ def test_a_small_file_of_a_huge_picture_is_not_opened(tmp_path: Path) -> None:
     assert pictures.picture_size(tmp_path / "blank.png") == (9000, 9000)  # the smallest PNG of labels
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow's own remarks on the damage
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "PNG"])
 def test_a_file_of_two_pages_cut_anywhere_is_read_or_refused(kind: str) -> None:
     first, second = Image.fromarray(LABELS), Image.fromarray(LABELS + 1)

@@ -132,7 +132,7 @@ def decode_runs(code: str, size: tuple[int, int]) -> np.ndarray:
     """
     groups = [character - ord("0") for character in code.encode()]
     runs, run, shift = [], 0, 0
-    for group in groups if max(groups, default=0) < 64 else ():
+    for group in groups:
         run |= (group & 31) << shift
         shift += 5
         if not group & 32:  # the last group of the run
@@ -142,7 +142,7 @@ def decode_runs(code: str, size: tuple[int, int]) -> np.ndarray:
             run, shift = 0, 0
         elif shift > 60:  # no run is so long
             break
-    if shift or min(groups, default=-1) < 0:
+    if shift or not 0 <= min(groups, default=-1) <= max(groups) <= 63:
         raise ValueError(f"{code[:20]!r}... is no compressed run-length code")
     return fill_runs(runs, size)
 

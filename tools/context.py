@@ -1,6 +1,6 @@
 """Pascal Context: the label images and split lists of VOC2010, from trainval_merged.json or from LabelMap files.
 
-Reading order: prepare_context -> read_annotations, labels_from_json -> decode_runs; labels_from_mat.
+Reading order: prepare_context -> read_annotations, labels_from_json -> decode_runs -> fill_runs; labels_from_mat.
 
 Shapes: H, W height and width.
 """

@@ -1,7 +1,7 @@
 """The common parts of the command lines: one line for a user's fault, whole files, worker processes, devices.
 
-Reading order: UserError -> run -> complain -> Parser; make_folder, check_file -> write_whole, new_folder; in_parallel;
-choose_device.
+Reading order: UserError, reading -> run -> complain -> Parser; make_folder, check_file -> write_whole, new_folder;
+in_parallel; choose_device.
 """
 
 import sys
@@ -22,6 +22,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -37,10 +39,14 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class UserError(ValueError):
-    """A fault that the user can mend. The message is one line: what is wrong, where, and how to mend it."""
+    """A fault that the user can mend. The message is one line: what is wrong, where, and how to mend it.
+
+    What a damaged file holds may be quoted in it: of more than 500 characters the middle is left out.
+    """
 
     def __init__(self, message: str):
-        super().__init__(printable(message))
+        text = printable(message)
+        super().__init__(text if len(text) <= 500 else f"{text[:350]} ... {text[-145:]}")
 
 
 def printable(text: str) -> str:
@@ -51,6 +57,19 @@ def printable(text: str) -> str:
 def reason(error: BaseException) -> str:
     """The first line of an exception's message, without the system's "[Errno 17]"."""
     return getattr(error, "strerror", None) or str(error).partition("\n")[0]
+
+
+@contextlib.contextmanager
+def reading(fault: str, remedy: str) -> Iterator[None]:
+    """Inside, what a file with unexpected content raises becomes a UserError: the fault, the reason, the remedy."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, OSError, RecursionError, TypeError,
+            ValueError) as error:
+        why = reason(error) if isinstance(error, OSError) else f"{type(error).__name__}: {reason(error)}"
+        raise UserError(f"{fault} ({why}): {remedy}") from None
 
 
 def run(work: Callable[[], int | None]) -> int:
@@ -147,10 +166,28 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def in_parallel(function: Callable, jobs: Sequence, workers: int, title: str) -> Iterator:
-    """The function's results in the order of the jobs, from worker processes, under a progress bar."""
-    with ProcessPoolExecutor(workers, initializer=leave_interrupt_to_parent) as pool:
-        results = pool.map(function, jobs, chunksize=max(1, min(32, len(jobs) // (4 * workers))))
-        yield from tqdm(results, desc=title, total=len(jobs), unit="image", disable=None)  # None: on a terminal only
+    """The function's results in the order of the jobs, from worker processes, under a progress bar.
+
+    If a worker dies, all jobs without a result are done once more, one by one: the library that reads a damaged file
+    may crash, or memory be short for several. Raises UserError with str(job) for the job that kills its process alone.
+    """
+    processes, done = partial(ProcessPoolExecutor, initializer=leave_interrupt_to_parent), 0
+    with tqdm(desc=title, total=len(jobs), unit="image", disable=None) as bar:  # None: on a terminal only
+        with contextlib.suppress(BrokenProcessPool), processes(workers) as pool:
+            chunk = max(1, min(32, len(jobs) // (4 * workers)))
+            for result in pool.map(function, jobs, chunksize=chunk):
+                done += 1
+                yield result
+                bar.update()
+        with processes(1) as alone:  # whose processes start with its first job
+            for job in jobs[done:]:
+                try:
+                    result = alone.submit(function, job).result()
+                except BrokenProcessPool:
+                    raise UserError(f"{job}: the process that reads it dies, of a damaged file or for want of memory: "
+                                    "replace the file or take it out") from None
+                yield result
+                bar.update()
 
 
 def leave_interrupt_to_parent() -> None:

@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import unicodedata
@@ -143,6 +144,7 @@ def context_info() -> DatasetInfo:
     return DatasetInfo("Pascal Context 59", tuple(c["name"] for c in classes), palette)
 
 
+ODD_CHARACTERS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # controls, line ends, half characters
 KEYS = {"classes": ("class_names", "names", "labels", "categories"), "palette": ("colors", "colours", "color_map"),
         "ignore_index": ("ignore_label", "ignore_value", "ignore", "void"),
         "name": (), "note": (), "made_by": (), "source": ()}
@@ -153,10 +155,8 @@ def read_info(path: Path) -> DatasetInfo:
 
     Only the classes must be there. Raises UserError with the line or the field that is wrong.
     """
-    try:
-        fields = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no readable JSON ({reason(error)}): mend it") from None
+    with common.reading(f"{path} is no readable JSON", "mend it"):
+        fields = read_json(path)
     for key in fields if isinstance(fields, dict) else ():
         if key == "reduce_zero_label":
             raise UserError(f'{path}: "{key}" is not known here: 0 stands for no class in such labels; make the data '
@@ -178,15 +178,28 @@ def read_info(path: Path) -> DatasetInfo:
         palette = np.empty(0)
     if palette.shape != (len(classes), 3) or palette.dtype.kind not in "iu" or ((palette < 0) | (palette > 255)).any():
         raise UserError(f'{path}: "palette" must hold {len(classes)} colours [red, green, blue], whole numbers 0..255')
-    name = str(fields.get("name", path.parent.name))
+    name = common.printable(str(fields.get("name", path.parent.name)))
     return DatasetInfo(name, tuple(classes), palette.astype(np.uint8), ignore_index)
 
 
 def check_names(names: list[str], source: str) -> None:
-    """Raises UserError unless there are 1 to 255 class names, all different."""
+    """Raises UserError unless there are 1 to 255 class names, all different, without control characters."""
+    if odd := [name for name in names if ODD_CHARACTERS.search(name)]:
+        raise UserError(f"{source}: {odd[0]!r} is no name of a class: take out what is no character")
     repeated = len(names) - len(set(names))
     if repeated or not 1 <= len(names) <= IGNORE:
         raise UserError(f"{source}: {len(names)} names, {repeated} repeated: give 1 to {IGNORE} different ones")
+
+
+def read_json(path: Path) -> object:
+    """The content of a JSON file; inside `common.reading`. Raises ValueError, OSError or RecursionError."""
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):  # a second value would replace the first unseen
+            raise ValueError(f"a key is there twice in {', '.join(key for key, _ in pairs)}")
+        return fields
+
+    return json.loads(path.read_bytes(), object_pairs_hook=unique)
 
 
 def read_text(path: Path, remedy: str) -> str:
@@ -194,7 +207,7 @@ def read_text(path: Path, remedy: str) -> str:
     try:
         content = path.read_bytes()
         text = content.decode("utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({reason(error)}): {remedy}") from None
     if not text.strip():
         raise UserError(f"{path} is empty: {remedy}")

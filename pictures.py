@@ -8,6 +8,7 @@ Shapes: H, W height and width of a picture; K classes.
 
 import contextlib
 import io
+import os
 import re
 import struct
 import sys
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 import common
@@ -30,8 +31,12 @@ EXPECTED = ("a picture is a file name, the bytes of a file, a Pillow image, or a
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}  # by EXIF orientation: what makes a picture upright
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF")  # in Pillow's words; its readers of others are less tried
+LARGE, PIXELS_A_BYTE = 1 << 26, 1100  # more pixels than LARGE take a byte for so many; a blank 8-bit PNG has 1030
+DAMAGE = (ArithmeticError, EOFError, LookupError, MemoryError, OSError, SyntaxError, TypeError, ValueError,
+          struct.error, Image.DecompressionBombError)  # which Pillow raises for damaged files
 PLAIN_ALPHA = {"La": "LA", "RGBa": "RGBA", "PA": "RGBA"}  # modes that Pillow converts to RGB by way of another
-LOSSY = {"JPEG", "MPO", "JPEG2000", "AVIF", "HEIF"}  # formats that change values, and lossy WebP beside them
+LOSSY = {"JPEG", "MPO"}  # formats that change values, and lossy WebP beside them
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -84,7 +89,7 @@ def lower_bytes(picture: Image.Image) -> np.ndarray | None:
         return None
     place = picture.fp.tell()
     picture.fp.seek(0)
-    again = Image.open(picture.fp)
+    again = Image.open(picture.fp, formats=FORMATS)
     order = kind[1] + {"B": "L", "L": "B", "N": "B"}[kind[2]]  # N is the machine's order, little-endian
     for i, (*place_of_tile, options) in enumerate(tiles := again.tile):
         make = getattr(tiles[i], "_make", tuple)  # a tile is a plain tuple in older versions of Pillow
@@ -100,16 +105,23 @@ def read_image(path: Path) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def open_picture(source: str | Path | bytes) -> Iterator[Image.Image]:
-    """The Pillow image of a file or of its bytes. Raises UserError if it, or later its pixels, cannot be read."""
+def open_picture(source: str | Path | bytes, name: str = "") -> Iterator[Image.Image]:
+    """The Pillow image of a file, or of its bytes and their name, in one of FORMATS.
+
+    Raises UserError if it, or later its pixels, cannot be read, or if so small a file cannot hold so many pixels.
+    """
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+        size = len(source) if isinstance(source, bytes) else os.path.getsize(source)
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as picture:
+            if picture.width * picture.height > max(LARGE, PIXELS_A_BYTE * size):
+                raise Image.DecompressionBombError(f"{picture.width}x{picture.height} pixels in {size} bytes")
             yield picture
     except UserError:
         raise
-    except (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        name = "these bytes" if isinstance(source, bytes) else source
-        why = reason(error).partition(" <")[0]  # without "<_io.BytesIO object at ...>"
+    except DAMAGE as error:
+        unknown = f"cannot identify it as one of {', '.join(FORMATS)}"
+        why = unknown if isinstance(error, UnidentifiedImageError) else reason(error)
+        name = name or ("these bytes" if isinstance(source, bytes) else source)
         raise UserError(f"{name}: not a readable image ({why}): replace it or take it out") from None
 
 
@@ -123,7 +135,7 @@ def orientation(picture: Image.Image) -> int:
     """EXIF's orientation 1..8 of a picture that is not loaded yet; 1 where the tag or all of EXIF makes no sense."""
     try:
         value = picture.getexif().get(0x0112, 1)
-    except (OSError, SyntaxError, ValueError, TypeError, struct.error):
+    except DAMAGE:
         return 1
     return next((number for number in TURNS if value == number), 1)
 
@@ -239,7 +251,11 @@ def read_label_image(path: Path) -> LabelImage:
     if mode in ("RGB", "RGBA", "RGBX"):
         if ";16" in stored:  # Pillow would cut them to 8 bits
             raise UserError(f"{path} has 16-bit colours: save it with 8 bits a colour, as PNG")
-        return LabelImage(values[..., :3] @ np.int32([1 << 16, 1 << 8, 1]), True)
+        colours = values[..., 0].astype(np.int32)
+        for channel in (1, 2):  # in place: as one product this takes three times the memory
+            colours <<= 8
+            colours |= values[..., channel]
+        return LabelImage(colours, True)
     values = values[..., 0] if values.ndim == 3 else values
     if mode not in ("1", "L", "LA", "P", "PA", "F") and not mode.startswith("I") or mode == "F" and (values % 1).any():
         raise UserError(f"{path} has mode {mode}, not one whole number or colour a pixel: save it as PNG of indices")

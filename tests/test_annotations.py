@@ -328,3 +328,56 @@ def test_labelme_refuses_files_of_other_tools(tmp_path: Path, content: str | byt
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="holds no .json files"):
         annotations.from_labelme(tmp_path / "q", None, False, tmp_path / "out", workers=1)
+
+
+@pytest.mark.parametrize("name", ["../outside/a.png", "{tmp}/outside/a.png", "file://{tmp}/outside/a.png",
+                                  "x/../../outside/a.png"])
+def test_no_name_in_a_file_leads_out_of_the_folder(tmp_path: Path, name: str) -> None:
+    write_pictures(tmp_path, "outside/a.png", "p/b.png")
+    (tmp_path / "p/x").mkdir()
+    name = name.format(tmp=tmp_path)
+    write_coco(tmp_path / "p/c.json", [name, "b.png"], [(0, 3, SQUARE), (1, 3, SQUARE)], CATEGORIES)
+    library = annotations.Library(tmp_path / "p")
+    assert [found.path for found in annotations.read_coco(tmp_path / "p/c.json", "", library, {})] == [
+        tmp_path / "p/b.png"]
+    write_labelme(tmp_path / "p/a.json", name, shape("b", "rectangle", (2, 3), (7, 9)))
+    assert annotations.read_labelme(tmp_path / "p/a.json", "", library, tmp_path) == []
+    assert library.left_out[f"images absent from {tmp_path}/p"] == 2
+
+
+def test_a_file_elsewhere_names_pictures_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pictures(tmp_path, "p/sub/a.png", "p/..b.png")
+    monkeypatch.chdir(tmp_path)
+    library = annotations.Library(Path("p"))
+    for name, found in ((f"{tmp_path}/p/sub/a.png", "p/sub/a.png"), ("../p/sub/a.png", "p/sub/a.png"),
+                        ("../p/..b.png", "p/..b.png"), ("C:\\data\\sub\\a.png", "p/sub/a.png")):
+        assert library.find(name, tmp_path / "json", "") == Path(found)
+    for name in ("x" * 300, "a/" * 3000, "\0", "\ud800"):
+        assert library.find(name, Path("p"), "") is None
+
+
+@pytest.mark.parametrize("label", ["a\nb", "\x1b[31mred", "\ud800", "", 3, ["a"]])
+def test_names_that_a_terminal_or_a_file_cannot_hold_are_refused(tmp_path: Path, label: object) -> None:
+    write_pictures(tmp_path, "a.png")
+    write_labelme(tmp_path / "a.json", "a.png", shape(label, "rectangle", (2, 3), (7, 9)))
+    write_coco(tmp_path / "c.json", ["a.png"], [(0, 3, SQUARE)], {3: label})
+    library = annotations.Library(tmp_path)
+    with pytest.raises(UserError, match="a.json: a class has the name .*: give it one of letters"):
+        annotations.read_labelme(tmp_path / "a.json", "", library, tmp_path)
+    with pytest.raises(UserError, match="c.json: a class has the name"):
+        annotations.read_coco(tmp_path / "c.json", "", library, {})
+
+
+@pytest.mark.parametrize(("code", "message"), [
+    ([[1e300, 2, 3, 4, 5, 6]], "a coordinate is no number below 1e.07"),
+    ([[10 ** 400, 2, 3, 4, 5, 6]], "OverflowError"),
+    ({"size": [10, 12], "counts": [60, 10 ** 12]}, "its runs do not fill 10 x 12 pixels"),
+    ({"size": [10, 12], "counts": [120.5]}, "its runs do not fill"),
+    ({"size": [10, 12], "counts": "o" * 9999}, "its runs do not fill"),
+    ({"size": [10 ** 6, 10 ** 6], "counts": [10 ** 12]}, "a mask of size .1000000, 1000000. for an image of .10, 12."),
+])
+def test_claims_are_checked_before_they_take_memory(tmp_path: Path, code: object, message: str) -> None:
+    write_pictures(tmp_path, "a.png", "b.png")
+    write_coco(tmp_path / "c.json", ["a.png", "b.png"], [(0, 3, code), (1, 3, SQUARE)], CATEGORIES)
+    with pytest.raises(UserError, match=f"c.json, annotation 1: .*{message}"):
+        annotations.from_coco(tmp_path, None, False, tmp_path / "out", workers=1)

@@ -1,6 +1,8 @@
 """check.py: what spoils a training is found before it."""
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import pytest
 from PIL import Image
 
 import data
+import pictures
+from common import UserError
 from tools import check, prepare
 
 
@@ -183,3 +187,14 @@ def test_names_twice_and_the_test_split(tmp_path: Path, capsys: pytest.CaptureFi
         file.write("b\n")
     with pytest.raises(data.UserError, match="train.txt names 'b' more than once"):
         checked(own, capsys)
+
+
+def test_a_pair_that_crashes_its_reader_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_set(tmp_path / "d", {"train/0": half(0, 1), "val/1": half(0, 1)}, ["a", "b"])
+    monkeypatch.setattr(pictures, "read_labels", die)
+    with pytest.raises(UserError, match=r"images/0.png and .*labels/0.png: the process that reads it dies"):
+        check.check(root, tmp_path / "sheet.png", workers=1)
+
+
+def die(path: Path) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

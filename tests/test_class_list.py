@@ -1,5 +1,7 @@
 """class_list.py: what labelling tools write is read; what cannot be understood is refused with its line."""
 
+import contextlib
+import time
 from pathlib import Path
 
 import numpy as np
@@ -140,7 +142,7 @@ def test_a_number_and_the_palette_of_several_colours(tmp_path: Path) -> None:
     ("id,name\n0,a, b\n", "line 2: '0,a, b' has not the columns of the header"),
     ("label,name,r,g,b\n0,sky,1,2,3\n", "line 2: '0' is no name of a class"),
     ("sky\na\0b\n", "line 2: .* is no name of a class"),
-    ('{"sky": [1, 2, 3], "sky": [4, 5, 6]}', "JSON .a key is there twice in sky, sky; write a list"),
+    ('{"sky": [1, 2, 3], "sky": [4, 5, 6]}', "JSON .ValueError: a key is there twice in sky, sky.: give --classes"),
     *((f"sky\n{line}\n", "line 2: .* cannot be understood") for line in (
         "road-128-64-128", "road @ 1 2 3", "\u8def\uff0c128\uff0c64", "; road", "% road", "--", "label: road")),
     ("0 70 130 180 sky\n", "line 1: .* cannot be understood"),
@@ -156,6 +158,12 @@ def test_a_number_and_the_palette_of_several_colours(tmp_path: Path) -> None:
     ('{"classes": ["a"], "palette": [[0.5, 0, 0]]}', "class 1: .* is no colour"),
     ('{"classes": [', "not a list of classes in JSON"),
     ("sky\xe9".encode("latin-1"), "cannot be read .*utf-8"),
+    ("sky 1 2 " + "3" * 5000, "line 1: 'sky 1 2 3.* cannot be understood"),
+    ("sky\n" + "x" * 1001, "line 2: 'x.* cannot be understood"),
+    ("name,id\nsky," + "9" * 5000, "line 2: 9.* is no value of a label file"),
+    ("\n".join(map("n{}".format, range(30_000))), "30000 names, 0 repeated"),
+    ('{"classes": ' * 5000 + "0" + "}" * 5000, "not a list of classes in JSON .RecursionError"),
+    ('[{"name": "a", "id": "' + "9" * 5000 + '"}]', "not a list of classes in JSON .ValueError"),
 ])
 def test_what_cannot_be_understood_is_refused(tmp_path: Path, text: str | bytes, message: str) -> None:
     with pytest.raises(UserError, match=message) as raised:
@@ -171,3 +179,20 @@ def test_an_absent_file_is_named(tmp_path: Path) -> None:
 def test_a_header_of_one_word_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert read(tmp_path, "label\nsky\nroad\n").names == ["sky", "road"]
     assert "line 1: 'label' is taken for a header, not for a class\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", ["a{0}1{0}b", "a{0}b", "1 2 3 a{0}b", "a{0}1,1", "{0}a{0}1{0}2{0}x"])
+@pytest.mark.parametrize("gap", [" ", "\t", " \t", " ,"])
+def test_no_line_takes_long(tmp_path: Path, line: str, gap: str) -> None:
+    """Patterns that match blanks in many ways took minutes for such a line."""
+    (tmp_path / "list.txt").write_text("sky\n" + line.format(gap * 100) + "\n")
+    start = time.process_time()
+    with contextlib.suppress(UserError):
+        class_list.read_classes(str(tmp_path / "list.txt"))
+    assert time.process_time() - start < 1
+
+
+def test_a_number_of_classes_with_many_digits(tmp_path: Path) -> None:
+    for number in ("256", "9999", "9" * 12, "9" * 5000):
+        with pytest.raises(UserError, match="names, 0 repeated: give 1 to 255 different ones"):
+            class_list.read_classes(number)

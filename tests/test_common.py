@@ -4,6 +4,7 @@ import importlib
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -41,6 +42,24 @@ def test_faults_of_the_program_are_no_users_faults():
 
 def test_a_users_fault_is_printable():
     assert str(UserError("two\nlines of \x1b[31mred")) == "two?lines of ?[31mred"
+    fault = UserError("x.json: 'a" + 9999 * "b" + "c': mend it")
+    assert len(str(fault)) == 500 and str(fault).startswith("x.json: 'ab") and str(fault).endswith("bc': mend it")
+    assert str(UserError(str(fault))) == str(fault)  # as one from another process is
+
+
+@pytest.mark.parametrize(("error", "why"), [
+    (KeyError("a"), "KeyError: 'a'"), (OverflowError("too\nlarge"), "OverflowError: too"), (OSError(2, "gone"), "gone"),
+    (RecursionError("deep"), "RecursionError: deep"), (UnicodeDecodeError("utf-8", b"a", 0, 1, "odd"), ".*odd"),
+])
+def test_what_odd_content_raises_is_one_line(error, why):
+    with pytest.raises(UserError, match=rf"^no list \({why}\): mend it$"), common.reading("no list", "mend it"):
+        raise error
+
+
+@pytest.mark.parametrize("error", [UserError("mine"), AssertionError("a bug")])
+def test_a_known_fault_and_a_bug_are_no_odd_content(error):
+    with pytest.raises(type(error), match=f"^{error}$"), common.reading("no list", "mend it"):
+        raise error
 
 
 def test_other_processes_complain_after_the_first(monkeypatch, capsys):
@@ -110,6 +129,25 @@ def test_destinations_are_looked_at_before_the_work(tmp_path):
 
 def test_parallel_results_come_in_order():
     assert list(common.in_parallel(abs, [-3, 2, -1], 2, "title")) == [3, 2, 1]
+
+
+def die_at(number: int, once: Path | None, job: int) -> int:
+    """The job's number doubled; at one number the process dies, if `once` is given the first time only."""
+    if job == number and not (once and once.exists()):
+        if once:
+            once.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 2 * job
+
+
+@pytest.mark.parametrize("number", [0, 7, 39])
+def test_a_job_that_kills_its_process_is_named(tmp_path, capsys, number):
+    done = []
+    with pytest.raises(UserError, match=f"^{number}: the process that reads it dies, .*: replace the file or take it"):
+        done += common.in_parallel(partial(die_at, number, None), range(40), 2, "title")
+    assert list(common.in_parallel(partial(die_at, number, tmp_path / "once"), range(40), 2, "title")) == [
+        2 * job for job in range(40)]  # memory was short for two at once, say
+    assert capsys.readouterr().err == ""
 
 
 def test_jobs_reach_workers_that_share_no_memory_with_this_process(monkeypatch, tmp_path, capsys):

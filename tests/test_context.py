@@ -2,8 +2,11 @@
 
 import itertools
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +99,45 @@ def test_a_file_without_a_label_map_is_named(tmp_path: Path, name: str, labels: 
         context.labels_from_mat(tmp_path, context.Annotated("a"))
 
 
+@pytest.mark.parametrize(("labels", "message"), [
+    (np.zeros((8, 8, 2), np.uint8), "it is uint8 of shape .8, 8, 2."), (np.array([[-1, 3]]), "it holds -1"),
+    (np.array([["a", [1]]], object), "it is cell of shape"), ({"a": 1}, "it is struct of shape"),
+])
+def test_a_label_map_of_another_kind_is_refused(tmp_path: Path, labels: object, message: str) -> None:
+    savemat(tmp_path / "a.mat", {"LabelMap": labels})
+    with pytest.raises(UserError, match=f"a.mat holds no LabelMap .*{message}"):
+        context.labels_from_mat(tmp_path, context.Annotated("a"))
+
+
+def test_the_size_of_a_label_map_is_checked_before_it_is_read(tmp_path: Path) -> None:
+    savemat(tmp_path / "a.mat", {"LabelMap": np.zeros((3, 5), np.uint8)})
+    content, claim = (tmp_path / "a.mat").read_bytes(), np.int32([1 << 20, 1 << 20]).tobytes()
+    (tmp_path / "a.mat").write_bytes(content.replace(np.int32([3, 5]).tobytes(), claim))
+    with pytest.raises(UserError, match="a.mat holds no LabelMap .*it is uint8 of shape .1048576, 1048576."):
+        context.labels_from_mat(tmp_path, context.Annotated("a"))
+
+
+def crash_at(name: str, voc: Path, folder: Path, image: context.Annotated) -> np.ndarray:
+    """labels_from_mat, whose reader crashes with one file."""
+    if image.name == name:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return LABELS_FROM_MAT(folder, image)
+
+
+LABELS_FROM_MAT = context.labels_from_mat
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_file_that_crashes_its_reader_is_named(voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                 place: int) -> None:
+    write_mats(voc, tmp_path / "trainval")
+    name = sum(NAMES.values(), [])[place]
+    monkeypatch.setattr(context, "labels_from_mat", partial(crash_at, name, voc))
+    with pytest.raises(UserError, match=f"^{name}, its picture or its labels: the process that reads it dies"):
+        context.prepare_context(voc, None, tmp_path / "trainval", workers=2)
+    assert not (voc / "ImageSets" / "SegmentationContext").exists()
+
+
 @pytest.mark.parametrize(("damage", "message"), [
     (Path.unlink, "not a readable image .No such file"),
     (lambda path: Image.new("RGB", (80, 60)).save(path), "is 80x60 pixels but its label map is 48x64"),  # other release
@@ -144,7 +186,7 @@ def test_run_lengths_are_the_inverse_of_an_encoder(height: int, width: int, dens
 
 @pytest.mark.parametrize("code", ["", "0", "e0W", "\x10", "zzz"])
 def test_broken_run_lengths_are_refused(code: str) -> None:
-    with pytest.raises(UserError, match="run-length code"):
+    with pytest.raises(ValueError, match="run-length code|do not fill 60 x 81 pixels"):
         context.decode_runs(code, (60, 81))
 
 
@@ -158,19 +200,24 @@ def test_a_cut_off_download_is_named(cut: int, voc: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("change", "message"), [
     (lambda images, mark: images[0].pop("height"), "is no trainval_merged.json, .*'height'"),
+    (lambda images, mark: images[0].update(height=10 ** 6, width=10 ** 6), "an image of .1000000, 1000000."),
+    (lambda images, mark: images[0].update(height=float("inf")), "OverflowError"),
+    (lambda images, mark: images[0].update(file_name="x" * 300), "File name too long"),
+    (lambda images, mark: mark["segmentation"].update(counts="o" * 99_999), "is no compressed run-length code"),
+    (lambda images, mark: mark.update(category_id=[3]), "TypeError"),
     (lambda images, mark: images.clear(), "names no images for training .*: get the file again"),
-    (lambda images, mark: mark.update(category_id=3), "category_id 3 is none of the 59 classes: get the file again"),
+    (lambda images, mark: mark.update(category_id=3), "category_id 3 is none of the 59 classes.: get the file again"),
     (lambda images, mark: mark.pop("category_id"), "category_id None is none"),
-    (lambda images, mark: mark.pop("segmentation"), "1001 of 2008_000002: "),
-    (lambda images, mark: mark["segmentation"].pop("counts"), "1001 of 2008_000002: 'counts'"),
+    (lambda images, mark: mark.pop("segmentation"), "1001 of 2008_000002 "),
+    (lambda images, mark: mark["segmentation"].pop("counts"), "1001 of 2008_000002 .*'counts'"),
     (lambda images, mark: mark["segmentation"].update(size=[60, 80]), r"size \[60, 80\] for an image of \(60, 81\)"),
-    (lambda images, mark: mark["segmentation"].update(counts="zz0"), "1001 of 2008_000002: .*run-length code"),
+    (lambda images, mark: mark["segmentation"].update(counts="zz0"), "1001 of 2008_000002 .*run-length code"),
 ])
 def test_a_broken_annotation_is_named(voc: Path, tmp_path: Path, change: Callable, message: str) -> None:
     content = json.loads(SAMPLE.read_text())
     change(content["images"], content["annos_segmentation"][0])
     (tmp_path / "changed.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=f"changed.json.*{message}"):
+    with pytest.raises(UserError, match=message if "File" in message else f"changed.json.*{message}"):
         context.prepare_context(voc, tmp_path / "changed.json", None, workers=1)
 
 

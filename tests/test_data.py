@@ -250,10 +250,19 @@ def spoil(path: Path, content: np.ndarray | str | int | None) -> None:
     ("train.txt", "a\x0cb\n", r"images has no 'a\?b', which"),  # a form feed ends no line
     ("train.txt", "\n \n", "train.txt is empty"),
     ("train.txt", "../../secret\n", "train.txt names '../../secret', which leads out"),
+    ("train.txt", "/etc/passwd\n", "train.txt names '/etc/passwd', which leads out"),
+    ("train.txt", "a\n" + "x" * 5000, "^.{500}$"),
     ("dataset.json", '{"classes": [\n"a",\n"b"\n"c"]}', "dataset.json .*Expecting ',' delimiter: line 4 column 1"),
     ("dataset.json", '{"name": "x"}', '"classes" must be a list'),
     ("dataset.json", '{"classes": ["a", "a", "b"]}', 'dataset.json: "classes": 3 names, 1 repeated'),
     ("dataset.json", '{"classes": []}', '"classes": 0 names'),
+    ("dataset.json", '{"classes": ["a", "\\u001b[31m"]}', '"classes": .* is no name of a class'),
+    ("dataset.json", '{"classes": ["a", "b\\nc"]}', '"classes": .* is no name of a class'),
+    ("dataset.json", '{"classes": ["a", "\\ud800"]}', '"classes": .* is no name of a class'),
+    ("dataset.json", '{"classes": ["a"], "classes": ["b"]}', "a key is there twice in classes, classes"),
+    ("dataset.json", '{"note": ' + "[" * 100_000, "dataset.json is no readable JSON .RecursionError"),
+    ("dataset.json", '{"classes": ["a"], "ignore_index": 1' + "0" * 5000 + "}", "dataset.json is no readable JSON"),
+    ("dataset.json", '{"classes": ["a"], "palette": [[1e999, 0, 0]]}', '"palette" must hold 1 colours'),
     ("dataset.json", '{"classes": ["a", "b"], "palette": [[0, 0, 256], [1, 1, 1]]}', '"palette" must hold 2 colours'),
     ("dataset.json", '{"classes": ["a", "b"], "palette": [[0, 0, 25]]}', '"palette" must hold 2 colours'),
     ("dataset.json", '{"classes": ["a", "b"], "palette": "red"}', '"palette" must hold 2 colours'),
@@ -462,3 +471,10 @@ def test_workers_outlive_a_signal_to_the_group_however_they_start(tmp_path: Path
     done = subprocess.run(command, cwd=data.CONTEXT_CLASSES.parent, capture_output=True, text=True,
                           start_new_session=True, check=True)
     assert done.stdout.splitlines() == ["True True", "signalled", "2"]
+
+
+def test_a_name_from_a_file_does_not_write_on_the_terminal(tmp_path: Path) -> None:
+    joined = "\u0645\u06cc\u200c\u062e"  # a Persian word with its joiner, which is no printable character
+    (tmp_path / "dataset.json").write_text(json.dumps({"classes": ["a", joined], "name": "x\x1b[2J\n"}))
+    info = data.read_info(tmp_path / "dataset.json")
+    assert info.name == "x?[2J?" and info.classes == ("a", joined)

@@ -13,7 +13,7 @@ import common
 from tools.fetch import sources
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MAINS = {"data.py": "tools.prepare", "weights.py": "tools.convert"}  # where a program's main() is, if not in the file itself
+MAINS = {"data.py": "tools.prepare", "weights.py": "tools.convert"}  # where their main() is
 
 
 def commands(text: str) -> list[list[str]]:

@@ -1,6 +1,7 @@
 """from_folders.py: exports of labelling tools become a plain folder with the right labels, or are refused."""
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -409,3 +410,19 @@ def test_a_number_of_classes_is_enough_and_images_are_copied_or_linked(tmp_path:
     assert copied.info.classes == ("class 0", "class 1", "class 2")
     assert copied.image_paths[0].read_bytes() == linked.image_paths[0].read_bytes()
     assert linked.image_paths[0].is_symlink() and not copied.image_paths[0].is_symlink()
+
+
+def test_a_huge_value_in_the_list_takes_no_memory(make_own: Callable, tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text(json.dumps([{"name": "a", "id": 0}, {"name": "b", "id": 1},
+                                                    {"name": "c", "id": 10 ** 15}]))
+    train = data.open_dataset(make_own(str(tmp_path / "list.json")), "train")
+    assert {*np.unique([train.labels(i) for i in range(len(train))]).tolist()} == {0, 1, 255}
+
+
+def test_an_image_may_be_brought_in_again(tmp_path: Path) -> None:
+    """As after the death of the worker that did it."""
+    (tmp_path / "a.png").write_bytes(b"content")
+    for link in (True, True, False):
+        from_folders.add_image(tmp_path, tmp_path / "a.png", "x", link)
+        assert (tmp_path / "images" / "x.png").is_symlink() == link
+    assert (tmp_path / "images" / "x.png").read_bytes() == (tmp_path / "a.png").read_bytes() == b"content"

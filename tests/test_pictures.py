@@ -152,6 +152,44 @@ def test_the_tags_of_a_tiff_count(tags: dict, expected: np.ndarray) -> None:
     np.testing.assert_array_equal(pictures.as_rgb(content), np.dstack([expected] * 3))
 
 
+@pytest.mark.parametrize("kind", ["PPM", "EPS", "DDS", "ICO", "TGA", "PCX", "JPEG2000"])
+def test_formats_that_nobody_asked_for_are_not_opened(tmp_path: Path, kind: str) -> None:
+    Image.fromarray(RGB).save(tmp_path / "x.png", kind)
+    for source in (tmp_path / "x.png", (tmp_path / "x.png").read_bytes()):
+        for read in (pictures.as_rgb, pictures.picture_size, pictures.read_label_image):
+            with pytest.raises(UserError, match="not a readable image .cannot identify it as one of JPEG, PNG"):
+                read(source)
+
+
+def test_a_small_file_of_a_huge_picture_is_not_opened(tmp_path: Path) -> None:
+    blank = np.zeros((9000, 1125), np.uint8)
+    (tmp_path / "one_bit.png").write_bytes(png(blank, (9000, 9000), 1, 0))  # 81 million pixels in 10 kB
+    with pytest.raises(UserError, match="one_bit.png: not a readable image .9000x9000 pixels in 9... bytes.: replace"):
+        pictures.picture_size(tmp_path / "one_bit.png")
+    (tmp_path / "blank.png").write_bytes(png(blank.repeat(8, axis=1), (9000, 9000), 8, 0))
+    assert pictures.picture_size(tmp_path / "blank.png") == (9000, 9000)  # the smallest PNG of labels
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow's own remarks on the damage
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "PNG"])
+def test_a_file_of_two_pages_cut_anywhere_is_read_or_refused(kind: str) -> None:
+    first, second = Image.fromarray(LABELS), Image.fromarray(LABELS + 1)
+    file = io.BytesIO()
+    first.save(file, kind, save_all=True, append_images=[second])
+    for size in range(len(file.getvalue())):
+        try:
+            assert pictures.as_rgb(file.getvalue()[:size]).shape == (12, 16, 3)
+        except UserError as fault:
+            assert str(fault).startswith("these bytes: not a readable image")
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".png", "a/" * 3000, "a\0b.png", "a\nb.png", "\ud800.png"])
+def test_names_that_no_file_can_have_are_one_line(tmp_path: Path, name: str) -> None:
+    for read in (pictures.read_image, pictures.picture_size, pictures.read_label_image):
+        with pytest.raises(UserError, match="not a readable image"):
+            read(tmp_path / name)
+
+
 def test_16_bit_files_that_pillow_misreads_are_refused(tmp_path: Path) -> None:
     dark = png(np.dstack([GRAY.astype(">u2"), GRAY.astype(">u2")]).astype(">u2").reshape(10, -1), (10, 20), 16, 4)
     planes = tiff(RGB.astype(np.uint16), {284: 2})  # PlanarConfiguration: plane after plane

@@ -12,15 +12,12 @@ that of drawing, and a small object must not vanish under a large one that was d
 """
 
 import base64
-import contextlib
-import io
-import json
 import os
 import re
 import tempfile
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -31,13 +28,16 @@ from PIL import Image
 
 import data
 import pictures
-from common import IGNORE, UserError, reason
+from common import IGNORE, UserError, printable, reading
 from tools import from_folders
 from tools.class_list import NO_CLASS, read_classes
-from tools.context import decode_runs
+from tools.context import decode_runs, fill_runs
 
 Outline = Callable[[tuple[int, int]], np.ndarray]
 BACKGROUND_NAMES = ("background", "bg")
+COCO, LABELME = "not what COCO writes", "not what labelme writes"
+REMEDY = "export it again, or take it out of the folder"
+FARTHEST = 1e7  # pixels: a point farther from the picture is a mistake
 
 
 class Annotated(NamedTuple):
@@ -48,6 +48,9 @@ class Annotated(NamedTuple):
     size: tuple[int | None, int | None]  # (H, W) of the picture that was labelled, if the tool tells
     source: str  # the JSON file
     objects: list[tuple[str, Outline]]
+
+    def __str__(self) -> str:
+        return f"{self.path} and {self.source}"
 
 
 class Library:
@@ -64,11 +67,13 @@ class Library:
     def find(self, name: str, near: Path, split: str) -> Path | None:
         """The picture that a JSON file in the folder `near` calls `name`: a path of any system, or an address.
 
+        None that leads out of the root is read: the file may come from a stranger, and pictures are copied.
         The longer path must end with the shorter: `cam1/7.jpg` is not `cam2/7.jpg`. Raises UserError if several do.
         """
         name = unquote(urlsplit(name).path) if "://" in name else name.replace("\\", "/")
-        if (near / name).is_file():
-            return Path(os.path.normpath(near / name))
+        inside = Path(os.path.relpath(near / name, self.root))
+        if ".." not in inside.parts and os.path.isfile(self.root / inside):  # else the name may be of another machine
+            return self.root / inside
         parts = [part for part in unicodedata.normalize("NFC", name).split("/") if part not in ("", ".", "..")]
         found = [file for file, own in self.by_name[parts[-1]]
                  if all(a == b for a, b in zip(own[::-1], parts[::-1], strict=False))]
@@ -80,28 +85,21 @@ class Library:
         return found[0] if found else None
 
 
+def check_name(name: object, where: Path) -> None:
+    """Raises UserError unless this can be the name of a class: a text without control characters."""
+    if not isinstance(name, str) or not name.strip() or data.ODD_CHARACTERS.search(name):
+        raise UserError(f"{where}: a class has the name {name!r}: give it one of letters")
+
+
 def picture_name(path: Path, root: Path) -> str:
-    """The path below the root, or the name of a file elsewhere, without its extension."""
-    name = path.relative_to(root) if path.is_relative_to(root) else Path(path.name)
-    return unicodedata.normalize("NFC", name.with_suffix("").as_posix())
+    """The path below the root, without its extension."""
+    return unicodedata.normalize("NFC", path.relative_to(root).with_suffix("").as_posix())
 
 
 def find_split(path: Path) -> str:
     """The last of train, val and test in a path such as `valid/x.json` or `instances_train2017.json`; "" if none."""
     words = re.findall(r"(?<![a-z])(train|val|test)(?:ing|id|idation)?(?![a-z])", path.as_posix().lower())
     return words[-1] if words else ""
-
-
-@contextlib.contextmanager
-def reading(where: str | Path, tool: str) -> Iterator[None]:
-    """Inside, the error that a JSON file with unexpected fields causes becomes a UserError with its place."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
-        raise UserError(f"{where}: not what {tool} writes ({type(error).__name__}: {reason(error)}): export it again, "
-                        "or take it out of the folder") from None
 
 
 def from_coco(images: Path, json_path: Path | None, no_background: bool, out: Path, workers: int) -> None:
@@ -116,7 +114,7 @@ def from_coco(images: Path, json_path: Path | None, no_background: bool, out: Pa
                         "name the file with --json")
     library, annotated, categories = Library(images), [], {}
     for file, split in zip(files, splits, strict=True):
-        with reading(file, "COCO"):
+        with reading(f"{file}: {COCO}", REMEDY):
             annotated += read_coco(file, split, library, categories)
     used = {label for picture in annotated for label, _ in picture.objects}
     if not no_background:  # drawn or not, it is the class of the pixels outside of all objects
@@ -129,17 +127,18 @@ def from_coco(images: Path, json_path: Path | None, no_background: bool, out: Pa
 
 def read_coco(path: Path, split: str, library: Library, categories: dict[str, None]) -> list[Annotated]:
     """The pictures of a COCO file; adds its category names, in the order of their ids, to `categories`."""
-    content, objects, numbers, result = json.loads(path.read_bytes()), defaultdict(list), set(), []
+    content, objects, numbers, result = data.read_json(path), defaultdict(list), set(), []
     names = {str(entry["id"]): entry["name"] for entry in sorted(content["categories"], key=lambda e: e["id"])}
-    named = all(isinstance(name, str) and name.strip() for name in names.values())
-    if len(names) < len(content["categories"]) or not named:
-        raise UserError(f"{path}: two categories have one id, or a category has no name: export the file again")
+    if len(names) < len(content["categories"]):
+        raise UserError(f"{path}: two categories have one id: export the file again")
+    for name in names.values():
+        check_name(name, path)
     categories.update(dict.fromkeys(names.values()))
     for annotation in content["annotations"]:
         where, category = f"{path}, annotation {annotation.get('id')}", str(annotation["category_id"])
         if category not in names:
             raise UserError(f"{where}: category_id {category} is none of the categories: export the file again")
-        with reading(where, "COCO"):
+        with reading(f"{where}: {COCO}", REMEDY):
             if outline := coco_outline(annotation.get("segmentation"), where, library.left_out):
                 objects[str(annotation["image_id"])].append((names[category], outline))
     for entry in content["images"]:
@@ -163,13 +162,19 @@ def coco_outline(code: dict | list | None, where: str, left_out: Counter) -> Out
         left_out["annotations with a box only"] += 1
         return None
     polygons = [code] if np.isscalar(code[0]) else code  # some tools leave the outer list out
-    return polygon_outline([np.array(polygon, float).reshape(-1, 2) for polygon in polygons], left_out)
+    return polygon_outline([as_points(polygon) for polygon in polygons], left_out)
+
+
+def as_points(values: list) -> np.ndarray:
+    """Points (N, 2) of x and y, from lists of numbers. Raises ValueError, or what NumPy raises, for others."""
+    points = np.array(values, float).reshape(-1, 2)
+    if not (abs(points) < FARTHEST).all():  # also where there is a NaN
+        raise ValueError(f"a coordinate is no number below {FARTHEST:g}")
+    return points
 
 
 def polygon_outline(polygons: list[np.ndarray], left_out: Counter) -> Outline | None:
     """The outline of the polygons, (N, 2) of x and y, with 3 points or more; the others are counted."""
-    if not all(np.isfinite(polygon).all() for polygon in polygons):
-        raise ValueError("a coordinate is no number")
     whole = [polygon for polygon in polygons if len(polygon) >= 3]
     left_out["polygons of fewer than 3 points"] += len(polygons) - len(whole)
     return partial(polygon_pixels, whole) if whole else None
@@ -185,7 +190,7 @@ def from_labelme(images: Path, classes: str | None, no_background: bool, out: Pa
     splits = splits if all(splits) else [""] * len(files)
     with tempfile.TemporaryDirectory() as embedded:
         for file, split in zip(files, splits, strict=True):
-            with reading(file, "labelme"):
+            with reading(f"{file}: {LABELME}", REMEDY):
                 annotated += read_labelme(file, split, library, Path(embedded))
         found = {label: picture.source for picture in annotated for label, _ in picture.objects}
         order = sorted(found, key=lambda name: (bare(name) not in BACKGROUND_NAMES, bare(name), name))
@@ -194,29 +199,29 @@ def from_labelme(images: Path, classes: str | None, no_background: bool, out: Pa
 
 def read_labelme(path: Path, split: str, library: Library, embedded: Path) -> list[Annotated]:
     """The picture of one of labelme's files, or none; a picture that is only inside the file goes to `embedded`."""
-    content, root = json.loads(path.read_bytes()), library.root
+    content, root = data.read_json(path), library.root
     size, objects = (content.get("imageHeight"), content.get("imageWidth")), []
     for shape in content["shapes"]:
-        if not isinstance(shape["label"], str) or not shape["label"].strip():
-            raise UserError(f"{path}: a shape's label is {shape['label']!r}: give it a name")
-        if outline := labelme_outline(shape, library.left_out):
+        check_name(shape["label"], path)
+        if outline := labelme_outline(shape, str(path), library.left_out):
             objects.append((shape["label"], outline))
     found = library.find(content["imagePath"], path.parent, split)
     if not found and content.get("imageData"):
         library.left_out[f"images absent from {root}"] -= 1
         root, found = embedded, embedded / path.relative_to(root).with_suffix(".png")
         found.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pictures.as_rgb(base64.b64decode(content["imageData"]))).save(found)
+        with pictures.open_picture(base64.b64decode(content["imageData"]), f"{path}, imageData") as picture:
+            Image.fromarray(pictures.image_as_rgb(picture)).save(found)
     return [Annotated(found, picture_name(found, root), split, size, str(path), objects)] if found else []
 
 
-def labelme_outline(shape: dict, left_out: Counter) -> Outline | None:
+def labelme_outline(shape: dict, where: str, left_out: Counter) -> Outline | None:
     """The outline of a polygon, rectangle, circle or mask; None, and counted, for lines and points."""
-    kind, points = shape.get("shape_type") or "polygon", np.array(shape["points"], float).reshape(-1, 2)
+    kind, points = shape.get("shape_type") or "polygon", as_points(shape["points"])
     if kind == "mask":
-        return partial(bitmap_pixels, shape["mask"], tuple(np.rint(points[0]).astype(int).tolist()))
+        return partial(bitmap_pixels, shape["mask"], tuple(np.rint(points[0]).astype(int).tolist()), where)
     if kind not in ("polygon", "rectangle", "circle", "rotation"):
-        left_out[f"shapes of the kind {kind}"] += 1
+        left_out[printable(f"shapes of the kind {kind}")] += 1
         return None
     if kind == "rectangle" and len(points) == 2:  # two opposite corners
         (x0, y0), (x1, y1) = points
@@ -255,7 +260,7 @@ def make_classes(found: dict[str, str], classes: str | None, no_background: bool
     if background is None and not no_background:
         names, background = ["background", *names], 0
         palette = palette if palette is None else np.vstack([np.zeros((1, 3), np.uint8), palette])
-    data.check_names(names, f"--classes {classes}" if classes else "the annotations")
+    data.check_names(names, f"--classes {classes}" if classes else next(iter(found.values()), ""))
     background = IGNORE if background is None else background
     # From the weakest rule to the strongest: a list may hold `void`, and may hold `A` and `a`.
     table = {**dict.fromkeys(NO_CLASS, IGNORE), **dict.fromkeys(BACKGROUND_NAMES, background),
@@ -309,7 +314,7 @@ def add_picture(classes: Classes, draft: Path, picture: Annotated) -> int:
     size = pictures.picture_size(picture.path)
     if all(picture.size):
         pictures.check_size(picture.path, f"the one in {picture.source}", picture.size)
-    with reading(picture.source, "labelme"):  # its masks are decoded here
+    with reading(f"{picture.source}: {LABELME}", REMEDY):  # its masks are decoded here
         labels, empty = draw_labels(picture.objects, classes, size)
     pictures.save_labels(labels, draft / "labels" / f"{picture.name}.png", classes.palette)
     from_folders.add_image(draft, picture.path, picture.name)
@@ -352,17 +357,16 @@ def run_pixels(counts: str | list[int], coded_size: tuple[int, int], where: str,
     """The pixels of COCO's run lengths: a list down the columns, the first outside the object; or their short code."""
     if coded_size != size:
         raise UserError(f"{where}: a mask of size {coded_size} for an image of {size}: export the file again")
-    try:
+    with reading(f"{where}: its runs do not fill {size[0]} x {size[1]} pixels", "export the file again"):
         if isinstance(counts, str):
             return np.flatnonzero(decode_runs(counts, size))
-        return np.flatnonzero(np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(size[::-1]).T)
-    except ValueError:  # a run below 0, or a sum that is not H * W; UserError is one of these
-        raise UserError(f"{where}: its runs do not fill {size[0]} x {size[1]} pixels: export the file again") from None
+        return np.flatnonzero(fill_runs(counts, size))
 
 
-def bitmap_pixels(code: str, corner: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+def bitmap_pixels(code: str, corner: tuple[int, int], where: str, size: tuple[int, int]) -> np.ndarray:
     """The pixels of a PNG in base64 with its left upper corner at (x, y)."""
     canvas = Image.new("1", size[::-1])
-    mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(code)))) != 0  # labelme writes 0 and 1
+    with pictures.open_picture(base64.b64decode(code), f"{where}, a mask") as picture:
+        mask = np.asarray(picture) != 0  # labelme writes 0 and 1
     canvas.paste(Image.fromarray(mask if mask.ndim == 2 else mask[..., 0]), corner)
     return np.flatnonzero(canvas)

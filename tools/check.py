@@ -29,6 +29,15 @@ SMALL_SIDE, LONG_SHAPE = 32, 8  # pixels, and long side / short side: of such im
 BACKGROUND_NAMES = ("background", "bg", "other", "others", "unlabelled", "unlabeled", "void", "none", "ignore")
 
 
+class Item(NamedTuple):
+    """A pair of a data set."""
+    dataset: SegmentationDataset
+    i: int
+
+    def __str__(self) -> str:
+        return f"{self.dataset.image_paths[self.i]} and {self.dataset.label_paths[self.i]}"
+
+
 class Finding(NamedTuple):
     """The result of reading one pair of a data set."""
     split: str
@@ -52,7 +61,7 @@ def check(root: Path, sheet: Path | None, workers: int) -> int:
     datasets = [data.open_dataset(root, split) for split in ("train", "val")]
     if (root / datasets[0].layout.splits / "test.txt").is_file():
         datasets.append(data.open_dataset(root, "test"))
-    pairs = [(dataset, i) for dataset in datasets for i in range(len(dataset))]
+    pairs = [Item(dataset, i) for dataset in datasets for i in range(len(dataset))]
     findings = list(in_parallel(inspect_pair, pairs, workers, f"reading {root}"))
     info = datasets[0].info
     print(f"{info.name} at {root}: {len(info.classes)} classes, "
@@ -79,7 +88,7 @@ def some(names: Sequence, most: int = 3) -> str:
     return f"{len(names)} ({', '.join(map(str, names[:most]))}{', ...' if len(names) > most else ''})"
 
 
-def inspect_pair(pair: tuple[SegmentationDataset, int]) -> Finding:
+def inspect_pair(pair: Item) -> Finding:
     """Read item i of a data set in full."""
     dataset, i = pair
     path, label_path, first = dataset.image_paths[i], dataset.label_paths[i], dataset.layout.first_class
@@ -203,7 +212,7 @@ def frequency_table(info: DatasetInfo, findings: list[Finding]) -> str:
     return "\n".join(lines)
 
 
-def draw_sheet(pairs: list[tuple[SegmentationDataset, int]], info: DatasetInfo, path: Path) -> None:
+def draw_sheet(pairs: list[Item], info: DatasetInfo, path: Path) -> None:
     """A contact sheet: six of the sound pairs of each split, the image and its labels over it; then the legend."""
     cells = []
     for split in dict.fromkeys(dataset.split for dataset, _ in pairs):

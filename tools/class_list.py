@@ -6,7 +6,6 @@ Shapes: K classes.
 """
 
 import csv
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,9 +15,10 @@ import numpy as np
 
 import data
 import pictures
-from common import IGNORE, UserError, reason
+from common import IGNORE, UserError, reading
 
 REMEDY = "give --classes a file with one class name a line, or a number"
+LONGEST_LINE = 1000  # characters
 KNOWN = "known are `name`, `name R G B`, `R G B name`, `name #hex`, `id,name`, tables with a header, labelmap.txt, JSON"
 NO_CLASS = {"ignore", "ignored", "void", "unlabelled", "unlabeled", "dont care", "don't care"}  # names of no class
 COLUMNS = {  # the words of a header, by what they stand for
@@ -29,15 +29,15 @@ COLUMNS = {  # the words of a header, by what they stand for
     "colour": {"color", "colour", "rgb", "color_rgb", "hex", "color_hex", "hexcolor"},
 }
 HEX, NUMBER = r"#(?:[0-9a-fA-F]{8}|[0-9a-fA-F]{6}|[0-9a-fA-F]{3})\b", r"\d+"
-TRIPLE = rf"{NUMBER}(?:\s*[,;\s]\s*{NUMBER}){{2}}"
+TRIPLE = rf"{NUMBER}(?:(?>\s*[,;]\s*|\s+){NUMBER}){{2}}"
 COLOUR = rf"(?P<colour>{HEX}|(?:[rR][gG][bB]\s*)?[(\[]\s*{TRIPLE}(?:\s*,\s*{NUMBER})?\s*[)\]]|{TRIPLE})"
-GAP = r"\s*[\s,;:=]\s*"
-FORMS = [re.compile(form) for form in (  # of a line; a name begins and ends with what is no number or separator
+GAP = r"(?>\s*[,;:=]\s*|\s+)"  # (?>...) and *+ never match a second time in another way: no line takes minutes
+FORMS = [re.compile(form) for form in (  # of a line; a name holds what is no number or separator
     r"(?P<name>[^:]+):(?P<colour>\d+,\d+,\d+)?:[^:]*:[^:]*",  # labelmap.txt
-    rf"(?:(?P<id>{NUMBER}){GAP})?(?P<name>.*?[^\s\d,;:=(\[].*?){GAP}{COLOUR}(?:[,;\s]+(?P<alpha>{NUMBER}))?",
+    rf"(?:(?P<id>{NUMBER}){GAP})?(?P<name>[\s\d,;:=(\[]*+[^\s\d,;:=(\[].*?){GAP}{COLOUR}(?:[,;\s]+(?P<alpha>{NUMBER}))?",
     rf"{COLOUR}{GAP}(?P<name>[^\s\d,;:=].*)",
     rf"(?P<id>{NUMBER})[.)]?{GAP}(?P<name>[^\s\d,;:=].*)",
-    rf"(?P<name>.*[^\s\d,;:=].*?)\s*[,;:=\t]\s*(?P<id>{NUMBER})",
+    rf"(?P<name>[\s\d,;:=]*+[^\s\d,;:=].*?)(?>\s*[,;:=]\s*|[^\S\t]*\t\s*)(?P<id>{NUMBER})",
     r"(?P<name>.*[^\s\d,;:=.].*)",
 )]
 OTHER_SYNTAX = re.compile(  # YAML, XML, Markdown, other comments and separators, colours without their #
@@ -70,14 +70,12 @@ def read_classes(classes: str) -> ClassList:
     Raises UserError, with the line, for what cannot be understood.
     """
     if classes.isdecimal():
-        return collect([Entry(classes, f"class {k}") for k in range(int(classes))], classes)
+        number = int(classes[:4])  # more digits are too many classes in any case
+        return collect([Entry(classes, f"class {k}") for k in range(number)], classes)
     text = data.read_text(Path(classes), REMEDY)
     if re.match(r'\s*(\{|\[\s*[{"])', text) or classes.lower().endswith(".json"):
-        try:
-            entries = list(entries_of_json(json.loads(text, object_pairs_hook=without_repeated_keys), classes))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise error if isinstance(error, UserError) else UserError(
-                f"{classes}: not a list of classes in JSON ({reason(error)}): {REMEDY}") from None
+        with reading(f"{classes}: not a list of classes in JSON", REMEDY):
+            entries = list(entries_of_json(data.read_json(Path(classes)), classes))
     else:
         entries = list(entries_of_text(text, classes))
     return collect(entries, classes)
@@ -85,7 +83,7 @@ def read_classes(classes: str) -> ClassList:
 
 def entries_of_text(text: str, source: str) -> Iterator[Entry]:
     """The entries of a text, one a line; blank lines and comments (# and //) are skipped."""
-    lines = [(f"{source}, line {number}", re.sub(rf"\s+((?!{HEX})#|//).*", "", line).strip())
+    lines = [(f"{source}, line {number}", re.sub(rf"\s((?!{HEX})#|//).*", "", line).strip())
              for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1)]
     lines = [(where, line) for where, line in lines
              if line and not line.startswith("//") and (not line.startswith("#") or re.match(HEX + r"\s*\S", line))]
@@ -149,7 +147,7 @@ def read_table(lines: Sequence[tuple[str, str]], separator: str, columns: dict[s
 def read_line(where: str, line: str) -> Entry:
     """The entry of a line without a header."""
     line = re.sub(r'"(\d+)"', r"\1", line)
-    found = next((match for form in FORMS if (match := form.fullmatch(line))), None)
+    found = next((match for form in FORMS if len(line) <= LONGEST_LINE and (match := form.fullmatch(line))), None)
     name = found["name"].strip(" \t\"'") if found else ""
     if not found or gaps_differ(found) or NUMBERS_LEFT.search(name) or OTHER_SYNTAX.search(name):
         raise UserError(f"{where}: {line!r} cannot be understood: {KNOWN}")
@@ -164,13 +162,6 @@ def gaps_differ(line: re.Match) -> bool:
         return False
     first, *gaps = [gap.replace(" ", "") for gap in re.findall(r"[\s,;:=]+", line.string[line.end("name"):])]
     return len({*gaps}) > 1 or first == "" != gaps[0] and (line["alpha"] is not None or gaps[0] == "\t")
-
-
-def without_repeated_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object as a dict, in which a second value would replace the first unseen. Raises ValueError."""
-    if len({key for key, _ in pairs}) < len(pairs):
-        raise ValueError(f"a key is there twice in {', '.join(key for key, _ in pairs)}; write a list of objects")
-    return dict(pairs)
 
 
 def entries_of_json(content: object, source: str) -> Iterator[Entry]:
@@ -205,14 +196,14 @@ def as_colour(text: str, where: str) -> int:
         if re.fullmatch("[0-9a-fA-F]{6}", digits[:6]) and len(digits) in (6, 8):
             return int(digits[:6], 16)
     numbers = re.findall(r"-?[\d.]+", text)
-    if len(numbers) not in (3, 4) or not all(number.isdecimal() and int(number) <= 255 for number in numbers):
+    if len(numbers) not in (3, 4) or not all(re.fullmatch(r"\d{1,9}", n) and int(n) <= 255 for n in numbers):
         raise UserError(f"{where}: {text} is no colour: give red, green and blue, whole numbers of 0..255")
     return int.from_bytes(map(int, numbers[:3]))
 
 
 def as_id(text: str, where: str) -> int:
     """A value of label files. Raises UserError."""
-    if not text.isdecimal() or int(text) > 65535:
+    if not re.fullmatch(r"\d{1,9}", text) or int(text) > 65535:
         raise UserError(f"{where}: {text} is no value of a label file: give whole numbers from 0 to 65535")
     return int(text)
 
@@ -221,8 +212,10 @@ def collect(entries: Sequence[Entry], source: str) -> ClassList:
     """The classes of the entries. Raises UserError for entries that contradict one another."""
     if entries and entries[0].name == "__ignore__" and entries[0].colour is entries[0].id is None:
         entries = entries[1:]  # labelme counts it as -1: the next one is 0
-    names, colours, ids = [], {}, {}
-    several = len({entry.name for entry in entries}) < len(entries)  # colours or values of one class
+    names, colours, ids, different = [], {}, {}, {entry.name for entry in entries}
+    if len(different) > 2 * IGNORE:  # with those of no class too many: what follows takes time as their square
+        data.check_names([*different], f"--classes {source}")
+    several = len(different) < len(entries)  # colours or values of one class
     has_colours, has_ids = (any(getattr(entry, field) is not None for entry in entries) for field in ("colour", "id"))
     for place, (where, name, colour, value, _) in enumerate(entries):
         if not name.isprintable() or not any(map(str.isalpha, name)):

@@ -1,11 +1,15 @@
 """Pascal Context: the label images and split lists of VOC2010, from trainval_merged.json or from LabelMap files.
 
-Reading order: prepare_context, why_no_data -> read_annotations, labels_from_json -> decode_runs; labels_from_mat.
+Reading order: prepare_context, why_no_data -> read_annotations, labels_from_json -> decode_runs -> fill_runs;
+labels_from_mat.
 
 Shapes: H, W height and width.
 """
 
 import json
+import math
+import os
+import re
 import shlex
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -17,10 +21,11 @@ import numpy as np
 
 import data
 import pictures
-from common import UserError, in_parallel, reason
+from common import UserError, in_parallel, reading, reason
 from data import CONTEXT_CLASSES, PASCAL_CONTEXT
 from tools.fetch import sources
 
+LARGEST = 1 << 24  # pixels of an image: more are not read; VOC2010 has 500 x 500 at most
 EXPECTED_COUNTS = {"json": {"train": 4996, "val": 5104}, "mat": {"train": 4998, "val": 5105}}
 
 
@@ -29,6 +34,9 @@ class Annotated(NamedTuple):
     name: str
     size: tuple[int, int] = (0, 0)
     annotations: Sequence[dict] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name}, its picture or its labels"
 
 
 def prepare_context(voc: Path, json_file: Path | None, mat_folder: Path | None, workers: int) -> None:
@@ -77,7 +85,7 @@ def prepare_context(voc: Path, json_file: Path | None, mat_folder: Path | None, 
 def _write_context_labels(voc: Path, make_labels: Callable[[Annotated], np.ndarray], image: Annotated) -> bool:
     """Write one label image, unless it is there; returns whether it was."""
     path = voc / PASCAL_CONTEXT.labels / f"{image.name}.png"
-    if path.is_file():
+    if os.path.isfile(path):
         return True
     labels = make_labels(image)
     pictures.check_size(voc / PASCAL_CONTEXT.images / f"{image.name}.jpg", "its label map", labels.shape)
@@ -115,18 +123,18 @@ def read_annotations(path: Path) -> dict[str, list[Annotated]]:
     """
     annotations: dict[int, list[dict]] = defaultdict(list)
     splits: dict[str, list[Annotated]] = {"train": [], "val": []}
-    try:
-        content = json.loads(path.read_bytes())
+    with reading(f"{path} is no trainval_merged.json, or broken or cut off",
+                 "remove it and run `python data.py fetch context`"):
+        content = data.read_json(path)
         for annotation in content["annos_segmentation"]:
             used = {key: annotation.get(key) for key in ("id", "category_id", "segmentation")}
             annotations[annotation["image_id"]].append(used)
         for image in content["images"]:
             size = (int(image["height"]), int(image["width"]))
             entry = Annotated(Path(image["file_name"]).stem, size, annotations[image["image_id"]])
+            if min(size) < 1 or size[0] * size[1] > LARGEST:
+                raise ValueError(f"an image of {size}")
             splits.get(image["phase"], []).append(entry)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no trainval_merged.json, or broken or cut off ({reason(error)}): "
-                        "remove it and run `python data.py fetch context`") from None
     if not splits["train"] or not splits["val"]:
         raise UserError(f"{path} names no images for training or for validation: get the file again")
     return splits
@@ -136,16 +144,13 @@ def labels_from_json(path: Path, image: Annotated) -> np.ndarray:
     """Labels 0..59, uint8 (H, W): the image's annotations written one over the other in the order of the file."""
     ids, labels = context_ids(), np.zeros(image.size, np.uint8)
     for annotation in image.annotations:
-        try:
+        with reading(f"{path}, annotation {annotation['id']} of {image.name}", "get the file again"):
             category, code = annotation["category_id"], annotation["segmentation"]
             if category not in ids:
-                raise UserError(f"category_id {category} is none of the 59 classes")
+                raise ValueError(f"category_id {category} is none of the 59 classes")
             if tuple(code["size"]) != image.size:
-                raise UserError(f"a mask of size {code['size']} for an image of {image.size}")
+                raise ValueError(f"a mask of size {code['size']} for an image of {image.size}")
             labels[decode_runs(code["counts"], image.size)] = ids[category]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            where = f"{path}, annotation {annotation['id']} of {image.name}"
-            raise UserError(f"{where}: {reason(error)}: get the file again") from None
     return labels
 
 
@@ -153,8 +158,8 @@ def decode_runs(code: str, size: tuple[int, int]) -> np.ndarray:
     """COCO's compressed run-length code -> bool (H, W).
 
     A run is written in groups of 5 bits, low ones first, one to a character (from '0'); a sixth bit says that more
-    follow, the fifth of the last is the sign. From the fourth on, a run is the difference to the run before last. Runs
-    go down the columns and begin with one outside the mask. Raises UserError if they do not fill the mask.
+    follow, the fifth of the last is the sign. From the fourth on, a run is the difference to the run before last.
+    Raises ValueError if the runs do not fill the mask.
     """
     groups = [character - ord("0") for character in code.encode()]
     runs, run, shift = [], 0, 0
@@ -166,20 +171,35 @@ def decode_runs(code: str, size: tuple[int, int]) -> np.ndarray:
                 run -= 1 << shift
             runs.append(run + runs[-2] if len(runs) > 2 else run)
             run, shift = 0, 0
+        elif shift > 60:  # no run is so long
+            break
+    if shift or not 0 <= min(groups, default=-1) <= max(groups) <= 63:
+        raise ValueError(f"{code[:20]!r}... is no compressed run-length code")
+    return fill_runs(runs, size)
+
+
+def fill_runs(runs: list[int], size: tuple[int, int]) -> np.ndarray:
+    """Runs down the columns, the first one outside the mask -> bool (H, W). ValueError if they do not fill it."""
     height, width = size
-    if shift or min(groups + runs, default=-1) < 0 or max(groups) > 63 or sum(runs) != height * width:
-        raise UserError(f"{code[:20]!r}... is no compressed run-length code of {height} x {width} pixels")
+    if min(runs, default=-1) < 0 or sum(runs) != height * width:
+        raise ValueError(f"the runs do not fill {height} x {width} pixels")
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
 def labels_from_mat(folder: Path, image: Annotated) -> np.ndarray:
     """Labels 0..59, uint8 (H, W), from the LabelMap of 459 classes in NAME.mat."""
-    from scipy.io import loadmat
+    from scipy.io import loadmat, whosmat
 
     path, ids, table = folder / f"{image.name}.mat", context_ids(), np.zeros(460, np.uint8)
     table[list(ids)] = list(ids.values())
     try:
-        return table[np.asarray(loadmat(path)["LabelMap"]).astype(np.int64)]
-    except Exception as error:  # SciPy raises many kinds for a broken file
-        raise UserError(f"{path} holds no LabelMap ({reason(error)}): remove {folder} and run "
-                        "`python data.py fetch context-mat`") from None
+        shape, kind = {name: rest for name, *rest in whosmat(path)}["LabelMap"]
+        if len(shape) != 2 or not 0 < math.prod(shape) <= LARGEST or not re.fullmatch(r"u?int\d+|single|double", kind):
+            raise ValueError(f"it is {kind} of shape {shape}")
+        labels = loadmat(path, variable_names="LabelMap")["LabelMap"].astype(np.int64)
+        if labels.min() < 0:
+            raise ValueError(f"it holds {labels.min()}")
+        return table[labels]
+    except Exception as error:  # SciPy raises many kinds for a broken file, or crashes: `in_parallel` survives that
+        raise UserError(f"{path} holds no LabelMap ({type(error).__name__}: {reason(error)}): unpack trainval.tar.gz "
+                        "again") from None

@@ -30,7 +30,7 @@ from common import UserError
 from data import open_dataset, preflight
 from layout import choose_layout, share_batch
 from model import ModelConfig, Segmenter, build_model
-from msda_cuda import build
+from msda_cuda import build, cache
 from tools.checkpoints import find_pretrained
 from tools.toy import make_toy
 from weights import KINDS, read_weights
@@ -149,7 +149,8 @@ def devices(name: str | None) -> str:
 def operator(name: str | None) -> str | Finding:
     """How deformable attention will be computed: what msda_cuda.build will do at the first step, without doing it."""
     plan, choice = build.plan(), os.environ.get("MSDA", "auto")
-    built, failed = ([*(build.cache() / "msda").glob(f"{plan.name}*{suffix}")] for suffix in (".so", ".failed"))
+    built, failed = ([file for place in (cache.extensions() / "msda", cache.temporary())
+                      for file in place.glob(f"{plan.name}*{suffix}")] for suffix in (".so", ".failed"))
     # As in a build: pip puts ninja beside this Python.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     if choice not in ("auto", "native", "torch"):
@@ -159,8 +160,8 @@ def operator(name: str | None) -> str | Finding:
             raise build.BuildError("MSDA=torch asks for it")
         if on_gpu(name) and plan.no_cuda:
             raise build.BuildError(plan.no_cuda)
-        if built:
-            return f"native, built: {built[0]}"
+        if whole := next(filter(cache.is_whole, built), None):
+            return f"native, built: {whole}"
         with patch.dict(os.environ, PATH=path):
             build.find_tools()
             for reason, _, compilers in (note.read_text(errors="replace").partition("\n") for note in failed):

@@ -68,6 +68,9 @@ class Pair(NamedTuple):
     label: Path
     name: str
 
+    def __str__(self) -> str:
+        return f"{self.image} and {self.label}"
+
 
 Stems = dict[Path, str]  # files and their names: the path below a folder, without the extension
 
@@ -276,8 +279,8 @@ def split_names(names: Iterable[str], val_fraction: float = 0.2, group_by: str |
     names = sorted(names)
     groups = group_names(names, group_by) if group_by else find_videos(names) or {name: [name] for name in names}
     if len(groups) < 2:
-        raise UserError("one image, or one group of images, cannot be split into training and validation: give more, "
-                        "or other groups with --group-by")
+        raise UserError("one image, or one group of images, cannot be split into training and validation "
+                        f"({', '.join(names[:1])} ...): give more, or other groups with --group-by")
     rank = {group: int(hashlib.sha256(group.encode()).hexdigest(), 16) % 1000 / 1000 for group in groups}
     ordered, wanted, val = sorted(groups, key=lambda group: (rank[group], group)), val_fraction * len(names), []
     for group in ordered if len(groups) < len(names) else ():  # large groups: those that fit
@@ -485,8 +488,9 @@ def convert_labels(path: Path, rule: Rule) -> np.ndarray:
         values = values * GRAY if image.palette is None else as_numbers(image.palette)[values]
     elif image.coloured and not rule.colours:
         values = values & 255
-    table = np.zeros(max(rule.labels) + 1, np.uint8)
-    table[[*rule.labels]] = [*rule.labels.values()]
+    table = np.zeros(values.max() + 1, np.uint8)
+    labels = {value: label for value, label in rule.labels.items() if value < len(table)}
+    table[[*labels]] = [*labels.values()]
     return table[values]
 
 
@@ -501,6 +505,7 @@ def add_image(draft: Path, image: Path, name: str, link: bool = False) -> None:
     """Copy or link an image into the data set under construction."""
     place = draft / "images" / f"{name}{image.suffix.lower()}"
     place.parent.mkdir(parents=True, exist_ok=True)
+    place.unlink(missing_ok=True)  # of a worker that died behind this line
     (os.symlink if link else shutil.copyfile)(image.resolve(), place)
 
 

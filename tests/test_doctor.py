@@ -300,6 +300,8 @@ def test_the_operators_path_without_building_it(place, monkeypatch, case, state,
         cache.mkdir(parents=True)
         (cache / f"{plan.name}.{'so' if case == 'built' else 'failed'}").write_text(
             "compiling failed: no space\nthese" + " compilers" * (case != "failed with another compiler"))
+    if case == "built":
+        (cache / f"{plan.name}.sha256").write_text(common.sha256(cache / f"{plan.name}.so"))
     found = doctor.look("operator", lambda: doctor.operator("cpu"))
     assert found.state == state and re.search(text, found.text)
     assert cache.exists() == (case == "built" or case.startswith("failed"))  # nothing is written

@@ -201,5 +201,5 @@ def labels_from_mat(folder: Path, image: Annotated) -> np.ndarray:
             raise ValueError(f"it holds {labels.min()}")
         return table[labels]
     except Exception as error:  # SciPy raises many kinds for a broken file, or crashes: `in_parallel` survives that
-        raise UserError(f"{path} holds no LabelMap ({type(error).__name__}: {reason(error)}): unpack trainval.tar.gz "
-                        "again") from None
+        raise UserError(f"{path} holds no LabelMap ({type(error).__name__}: {reason(error)}): remove "
+                        f"{folder} and run `python data.py fetch context-mat`") from None

@@ -489,7 +489,8 @@ class _Crops(Dataset):
 def start_worker(_: int) -> None:
     """A worker of the loader leaves the process group: a signal to the group is for the main process, which finishes an
     iteration and cannot do so without its workers."""
-    os.setpgid(0, 0)
+    if hasattr(os, "setpgid"):  # Windows has no process groups
+        os.setpgid(0, 0)
     common.leave_interrupt_to_parent()
 
 

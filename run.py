@@ -12,7 +12,6 @@ import json
 import math
 import os
 import platform
-import resource
 import shlex
 import signal
 import subprocess
@@ -471,7 +470,11 @@ def peak_memory(device: torch.device) -> float:
     """Gigabytes at most: of the device's memory since the last reset, on a CPU of this process since its start."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    with contextlib.suppress(ImportError):  # Windows
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return 0.0
 
 
 def read_log(path: Path) -> list[dict]:

@@ -429,11 +429,11 @@ def test_an_attack_finds_what_escapes(tmp_path: Path, monkeypatch: pytest.Monkey
         raise UserError(message)
 
     acts = [lambda: None, lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: refuse("x.bin is wrong: mend it"),
-            lambda: {}["x"], lambda: refuse("something is wrong: mend it"), lambda: bytearray(1 << 29)]
+            lambda: {}["x"], lambda: refuse("something is wrong: mend it"), lambda: bytearray(1 << 30)]
     monkeypatch.setitem(READERS, "bad", Reader(
         "x.bin", lambda: [bytes([number]) for number in range(6)], lambda content, rng: content,
         lambda path: acts[path.read_bytes()[0]]()))
-    monkeypatch.setattr(sys.modules[__name__], "MEMORY", 1 << 28)
+    monkeypatch.setattr(sys.modules[__name__], "MEMORY", 1 << 26)  # the system may take back what the child began with
     escapes = attack("bad", range(6), tmp_path)
     assert escapes.pop(5).endswith(" MB")
     assert escapes == {1: "died or hung, exit code -9", 3: "KeyError in <lambda>: 'x'",

@@ -119,8 +119,13 @@ def test_eight_processes_at_once_build_once_and_load_only_what_is_whole(builds, 
     path = build.library()
     path.write_bytes(before) if before else path.unlink()
     context = multiprocessing.get_context("fork")
-    with context.Manager() as manager, context.Pool(8) as pool:
-        assert pool.map(use, [manager.Barrier(8)] * 8, chunksize=1) == [True] * 8
+    barrier, answers = context.Barrier(8), context.Queue()
+    children = [context.Process(target=lambda: answers.put(use(barrier))) for _ in range(8)]
+    for child in children:
+        child.start()
+    assert [answers.get(timeout=60) for _ in children] == [True] * 8
+    for child in children:
+        child.join()
     assert count(builds) == 2
 
 

@@ -303,7 +303,13 @@ def test_labels_are_written_before_all_else_and_a_fault_stops_no_other_picture(r
 def test_an_interrupt_keeps_what_is_written_and_tells_where(run, monkeypatch, capsys):
     place("in", "1.png", "2.png")
     read = predict.as_rgb
-    monkeypatch.setattr(predict, "as_rgb", lambda path: read(path) if path.stem == "1" else signal.raise_signal(2))
+
+    def interrupted(path):
+        if path.stem == "2":
+            signal.raise_signal(2)  # it reaches the main thread a little later
+        return read(path)
+
+    monkeypatch.setattr(predict, "as_rgb", interrupted)
     assert run("in", "--out", "out") == 130
     output = capsys.readouterr()
     assert "1 of 2 pictures: overlays and labels in out/" in output.out and output.err == "error: interrupted\n"

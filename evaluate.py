@@ -403,7 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=common.positive, metavar="N", help="only the first N images")
     parser.add_argument("--table", choices=tables.FORMATS, help="print the per-class table so, alone on stdout")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there; default: evaluation.json "
-                        "(-SPLIT, -ms) beside the checkpoint, unless there is a --limit")
+                        "(-last, -DATA, -SPLIT, -ms) beside the checkpoint, unless there is a --limit")
     parser.add_argument("--save-labels", type=Path, metavar="DIR", help="write each prediction as a palette PNG")
     parser.add_argument("--original-ids", action="store_true", help="in those, Pascal Context's ids of 459 classes")
     add_device_options(parser)

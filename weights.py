@@ -120,7 +120,7 @@ def read_weights(path: str | Path, mapped: bool = False) -> Weights:
     if kind is None:
         raise UserError(f"{path}: no ViT-Adapter, BEiT or own checkpoint: it holds {listing(list(state)) or 'nothing'}")
     if wrong := [name for name in names.values() if not is_plain(state[name])]:
-        raise UserError(f"{path}: {listing(wrong)} should be dense tensors of float or int64 numbers")
+        raise UserError(f"{path}: {listing(wrong)} should be dense tensors of finite float or int64 numbers")
     if "backbone.pos_embed" in names:
         raise UserError(f"{path}: a BEiT with position embeddings, and the backbone has relative positions alone")
     if prefixes:
@@ -145,10 +145,11 @@ def unpack(content: Any) -> tuple[Any, list[str]]:
 
 
 def is_plain(value: Any) -> bool:
-    """A dense tensor of numbers whose storage is as large as its shape claims: a stride of 0 can claim any size."""
+    """A dense tensor of finite numbers whose storage is as large as its shape claims: a stride of 0 can claim any."""
     return (isinstance(value, Tensor) and value.dtype in NUMBERS and value.device.type == "cpu"
             and value.layout is torch.strided and not value.is_nested
-            and value.untyped_storage().nbytes() >= value.numel() * value.element_size())
+            and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
+            and bool(value.sum().isfinite() or value.isfinite().all()))  # a sum is sooner, and may overflow
 
 
 def size_of(config: ModelConfig) -> str:

@@ -12,17 +12,24 @@ import data
 from tools import record
 
 
-def place(folder: Path, **changes) -> Path | None:
-    options = Namespace(**{"json": None, "limit": None, "split": "val", "ms": False, **changes})
-    return record.place(options, folder / "best.pt")
+def place(folder: Path, checkpoint: str = "best.pt", **changes) -> Path | None:
+    options = Namespace(**{"json": None, "limit": None, "data": None, "split": "val", "ms": False, **changes})
+    return record.place(options, folder / checkpoint)
 
 
 @pytest.mark.parametrize(("changes", "name"), [
     ({}, "evaluation.json"), ({"ms": True}, "evaluation-ms.json"), ({"split": "test"}, "evaluation-test.json"),
     ({"split": "held out/1", "ms": True}, "evaluation-held out-1-ms.json"),
+    ({"checkpoint": "last.pt", "ms": True}, "evaluation-last-ms.json"), ({"data": "a/../street/"}, "evaluation.json"),
+    ({"data": "winter/street", "split": "test"}, "evaluation-street-test.json"),
 ])
 def test_the_numbers_go_beside_the_checkpoint_under_a_name_of_their_own(tmp_path, changes, name):
+    (tmp_path / "config.json").write_text('{"data": "street"}')
     assert place(tmp_path, **changes) == tmp_path / name
+
+
+def test_a_model_without_a_run_has_no_usual_data(tmp_path):
+    assert place(tmp_path, data="street") == tmp_path / "evaluation.json"
 
 
 def test_numbers_of_some_images_are_written_where_json_says_only(tmp_path):

@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -418,6 +419,7 @@ NO_CHECKPOINTS = [
         torch.zeros(32, dtype=torch.bool), torch.zeros(32, dtype=torch.uint8), torch.zeros(32, dtype=torch.long),
         torch.zeros(32).to(torch.float8_e4m3fn), torch.zeros(32).to_sparse(), torch.zeros(1).expand(32),
         torch.zeros(()), torch.zeros(0), torch.empty(32, device="meta"), *OUTDATED,
+        torch.full((32,), math.nan), torch.full((32,), -math.inf).half(),  # of a training that failed
     )),
 ]
 

@@ -18,20 +18,25 @@ import run
 from common import UserError
 from data import SegmentationDataset
 from model import Segmenter
+from tools.checkpoints import run_config
 from weights import size_of
 
 
 def place(options: argparse.Namespace, checkpoint: Path) -> Path | None:
-    """The JSON file to write: that of --json, else evaluation.json beside the checkpoint, with -SPLIT and -ms added.
+    """The JSON file to write: that of --json, else evaluation.json beside the checkpoint.
 
-    Without --json it is None for a --limit, for numbers of some images must not replace those of all, and where the
-    folder takes no file: a line says so.
+    Its name has -last for last.pt, -DATA for other data than the run's, -SPLIT and -ms: numbers replace no others.
+    Without --json it is None for a --limit, and where the folder takes no file: a line says so.
     """
     if options.json or options.limit:
         return options.json
-    name = "evaluation" + f"-{options.split.replace('/', '-')}" * (options.split != "val") + "-ms" * options.ms
+    here, trained = (Path(str(root or options.data)).resolve()
+                     for root in (options.data, run_config(checkpoint).get("data")))
+    parts = ("evaluation", checkpoint.name == "last.pt" and "last", options.data and here != trained and here.name,
+             options.split != "val" and options.split.replace("/", "-"), options.ms and "ms")
     try:
-        common.check_file(path := checkpoint.with_name(f"{name}.json"), "the numbers are not written:")
+        path = checkpoint.with_name("-".join(filter(None, parts)) + ".json")
+        common.check_file(path, "the numbers are not written:")
         return path
     except UserError as error:
         print(f"warning: {error} with --json")

@@ -127,8 +127,8 @@ def make_folder(path: Path, option: str) -> None:
 
 def check_file(path: Path, option: str) -> None:
     """Make the folder of the file that an option names; raises UserError if the file cannot be put there."""
-    if path.is_dir():
-        raise UserError(f"{option} {path} is a folder: name a file, in it or elsewhere")
+    if path.exists() and not path.is_file():  # root would put a file in the place of /dev/null
+        raise UserError(f"{option} {path} is a folder or a device: name a file, in it or elsewhere")
     make_folder(path.parent, option)
 
 

@@ -364,8 +364,9 @@ def evaluate_checkpoint(options: argparse.Namespace, stdout: TextIO) -> None:
     common.allow_tf32(options.tf32)
     if process.rank == 0:
         path, about = record.place(options, checkpoint), record.provenance(options, checkpoint, dataset, model, process)
-        for line in checkpoints.differences(checkpoints.run_config(checkpoint), dataset, about["environment"]):
-            print(line)
+        now = {"data_fingerprint": {dataset.split: about["data_fingerprint"]}, "environment": about["environment"]}
+        for change in run.changes(checkpoints.run_config(checkpoint), now):
+            print(f"note: {change}")
     model.to(process.device)
     start = time.monotonic()
     confusion = evaluate(model, dataset, multi_scale=options.ms, device=process.device, limit=options.limit, save=save,

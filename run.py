@@ -215,9 +215,9 @@ def changes(before: dict, now: dict) -> list[str]:
 
 def identity(config: dict) -> dict[str, str]:
     """Data, weights and versions of a run, as texts, from its config.json."""
-    environment, weights = config.get("environment", {}), config.get("weights")
+    environment, weights = config.get("environment") or {}, config.get("weights")
     found = {f"{split} split": "{images} images, {classes} classes, list {sha256:.8}".format(**fingerprint)
-             for split, fingerprint in config.get("data_fingerprint", {}).items()}
+             for split, fingerprint in (config.get("data_fingerprint") or {}).items()}
     found |= {"pre-trained weights": f"sha256 {weights['sha256'][:8]}"} if weights else {}
     return found | {name: environment[name] for name in ("commit", "python", *PACKAGES, "cuda") if name in environment}
 

@@ -25,7 +25,7 @@ class BuildError(UserError):
 def cache() -> Path:
     """A folder where compiled code lies for later processes. Raises OSError if this user has none."""
     with contextlib.suppress(OSError):
-        tempfile.TemporaryFile(dir=private_folder(extensions())).close()
+        tempfile.TemporaryFile(dir=private_folder(extensions() / "msda")).close()  # where the operator lies
         return extensions()
     return private_folder(temporary())
 

@@ -176,25 +176,6 @@ def test_a_config_that_cannot_be_read_tells_nothing(tmp_path, text):
     assert checkpoints.run_config(tmp_path / "best.pt") == {}
 
 
-def test_data_and_versions_that_differ_from_the_runs_are_a_line_each(tmp_path):
-    dataset = context_tree(tmp_path, "val")
-    now = dataset.fingerprint()
-    other = {"images": 5104, "classes": 59, "sha256": "0123456789"}
-    versions = {name: "1.0" for name in checkpoints.run.PACKAGES}
-    old = {"torch": "0.9.1+cu130", "numpy": "1.0", "python": "2.7"}  # of a run that had not recorded the others
-    for config, lines in [
-        ({}, []), ({"data_fingerprint": None, "environment": None}, []),
-        ({"data_fingerprint": {"val": now, "train": other}, "environment": versions}, []),
-        ({"environment": versions | {"torch": "1.0+cu130"}}, []),  # the same version, another build
-        ({"data_fingerprint": {"val": other}}, ["val was 5104 images of 59 classes (names 01234567) in training, is 1 "
-                                                f"images of 59 classes (names {now['sha256'][:8]}) here"]),
-        ({"environment": old}, ["trained with torch 0.9.1+cu130, evaluated with torch 1.0"]),
-        ({"environment": old | {"scipy": "0.5"}},
-         ["trained with torch 0.9.1+cu130, scipy 0.5, evaluated with torch 1.0, scipy 1.0"]),
-    ]:
-        assert checkpoints.differences(config, dataset, versions) == lines
-
-
 @pytest.mark.parametrize(("name", "size", "file", "found"), [
     ("none", "large", None, None), (None, "tiny", None, None),
     (None, "base", "pretrained/beit_base_patch16_224_pt22k_ft22k.pth", ""),

@@ -123,8 +123,9 @@ def test_destinations_are_looked_at_before_the_work(tmp_path):
     for path, reason in [("file", "File exists"), ("file/x", "Not a directory")]:
         with pytest.raises(UserError, match=f"--out .*{path} cannot be used as a folder .{reason}.: mend it"):
             common.make_folder(tmp_path / path, "--out")
-    with pytest.raises(UserError, match="--json .*a is a folder: name a file, in it or elsewhere"):
-        common.check_file(tmp_path / "a", "--json")
+    for place in (tmp_path / "a", Path("/dev/null")):
+        with pytest.raises(UserError, match=f"--json {place} is a folder or a device: name a file, in it or elsewhere"):
+            common.check_file(place, "--json")
 
 
 def test_parallel_results_come_in_order():

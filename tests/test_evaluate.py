@@ -446,7 +446,7 @@ def test_a_table_to_be_pasted_is_alone_on_stdout_and_the_rest_on_stderr(command,
         output = capsys.readouterr()
         assert output.out == tables.class_table(result, "abcde", form)
         note, title, means, without = output.err.splitlines()
-        assert note.startswith("trained with torch 0.1, evaluated with torch ")
+        assert note == f"note: torch: {torch.__version__}, but 0.1 when the run began"
         assert title == "runs/new/best.pt on " + dataset.info.name + " val, single-scale"
         assert means == tables.summary(result) and without.endswith("without b")
     assert command("--table html") == 2

@@ -196,6 +196,10 @@ def test_code_of_other_users_is_not_loaded(builds, tmp_path):
         os.chown(place, 12345, -1)
         assert build.library().is_relative_to(tmp_path / "temporary")
         os.chown(place, 0, -1)
+    os.chown(path.parents[2], -1, 12345)
+    path.parents[2].chmod(0o775)  # as ~/.cache under the umask 002: compiled graphs stay beside the operator
+    assert build.library() == path and cache.cache() == path.parents[1]
+    path.parents[2].chmod(0o755)
     os.chown(path.parents[2], 12345, -1)  # as a user's folder in a container where this process is root
     assert build.library() == path
 

@@ -1,7 +1,7 @@
-"""Checkpoints by name and by run: where they are, what was published of them, how their training differs from here.
+"""Checkpoints by name and by run: where they are, and what was published of them.
 
 Reading order: add_checkpoint_options, find_checkpoint, find_pretrained -> released_source, fetch_checkpoint;
-published_score -> comparison; run_config -> differences.
+published_score -> comparison; run_config.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def find_pretrained(name: str | None, size: str) -> Path | None:
     if name == "none" or name is None and size == "tiny":
         return None
     if name is None:
-        original, timm = (fetch.sources()[f"{kind}:{size}"] for kind in ("beit-original", "beit"))
+        original, timm = fetch.choose([f"beit-original:{size}", f"beit:{size}"])
         usual, command = [original.path, timm.path], timm.command
         fault = f"no pre-trained BEiT weights at {original.path} or {timm.path}"
     elif Path(name).is_file():
@@ -103,7 +103,8 @@ def find_pretrained(name: str | None, size: str) -> Path | None:
     for path in usual:
         if path.is_file():
             return path
-    raise UserError(f"{fault}: `{command}` gets it; --pretrained FILE|none or --size tiny does without")
+    other = "--pretrained none" if name else "--pretrained FILE|none or --size tiny"
+    raise UserError(f"{fault}: `{command}` gets it; {other} does without")
 
 
 def published_score(config: ModelConfig, dataset: SegmentationDataset, multi_scale: bool) -> float | None:
@@ -137,22 +138,3 @@ def run_config(checkpoint: Path) -> dict:
         config = json.loads((checkpoint.parent / "config.json").read_text())
         return config if isinstance(config, dict) else {}
     return {}
-
-
-def differences(config: dict, dataset: SegmentationDataset, environment: dict) -> list[str]:
-    """A line where the images are not those that the run had for this split, and one where package versions differ.
-
-    `config` is the run's, `environment` is run.environment() of now; what an old run does not tell counts as equal.
-    """
-    lines, now = [], dataset.fingerprint()
-    before = (config.get("data_fingerprint") or {}).get(dataset.split) or now
-    if before != now:
-        text = "{images} images of {classes} classes (names {sha256:.8})"
-        lines.append(f"{dataset.split} was {text.format(**before)} in training, is {text.format(**now)} here")
-    then = config.get("environment") or {}
-    changed = [name for name in run.PACKAGES if name in then
-               and str(then[name]).partition("+")[0] != environment[name].partition("+")[0]]  # 2.14.1+cu130: the build
-    if changed:
-        trained, here = (", ".join(f"{name} {each[name]}" for name in changed) for each in (then, environment))
-        lines.append(f"trained with {trained}, evaluated with {here}")
-    return lines

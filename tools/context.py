@@ -23,7 +23,7 @@ import data
 import pictures
 from common import UserError, in_parallel, reading, reason
 from data import CONTEXT_CLASSES, PASCAL_CONTEXT
-from tools.fetch import sources
+from tools.fetch import choose
 
 LARGEST = 1 << 24  # pixels of an image: more are not read; VOC2010 has 500 x 500 at most
 EXPECTED_COUNTS = {"json": {"train": 4996, "val": 5104}, "mat": {"train": 4998, "val": 5105}}
@@ -95,7 +95,7 @@ def _write_context_labels(voc: Path, make_labels: Callable[[Annotated], np.ndarr
 
 def why_no_data(root: Path) -> str:
     """Why there is no data set at `root`, and how to get one: for Pascal Context the commands, in their order."""
-    archive, merged = (sources()[name] for name in ("voc2010", "context"))
+    archive, merged = choose(["voc2010", "context"])
     usual, has_images = merged.path.parent, (root / PASCAL_CONTEXT.images).is_dir()
     if not has_images and root != usual:
         fault = "which has no dataset.json and no JPEGImages/" if root.is_dir() else "which is no folder"

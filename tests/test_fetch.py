@@ -347,13 +347,22 @@ def test_a_file_without_a_length_is_taken_only_where_its_end_is_known(server, en
     assert_fetched()
 
 
-def test_ctrl_c_leaves_the_draft_and_says_how_to_go_on(server, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(answer):
-        yield answer.read(1000)
-        raise KeyboardInterrupt
+def test_a_file_of_another_size_than_is_known_is_refused(server) -> None:
+    body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(FILE), FILE)
+    server.pages["/x"] = Page(body, {"Transfer-Encoding": "chunked"}, length=False)  # which tells no size before
+    server.table(size=1000)
+    with pytest.raises(UserError, match="/x: the file has 300000 bytes, not 1000.: try again"):
+        fetch.fetch(["x"])
+    assert not files()
+    Path("in/x.bin").write_bytes(FILE)
+    with pytest.raises(UserError, match="in/x.bin: the file has 300000 bytes, not 1000: remove it"):
+        fetch.fetch(["x"])
 
+
+def test_ctrl_c_leaves_the_draft_and_says_how_to_go_on(server, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as leaving:
-        patch.setattr(fetch, "chunks", interrupted)
+        patch.setattr(fetch, "CHUNK", 1000)
+        patch.setattr(fetch.tqdm, "update", Mock(side_effect=KeyboardInterrupt))
         prepare.main(["fetch", "x"])
     assert leaving.value.code == 130
     assert capsys.readouterr().err == "error: interrupted: `python data.py fetch x` goes on\n"
@@ -422,7 +431,7 @@ def test_room_is_looked_for_before_and_during_the_download(server, monkeypatch: 
     server.table()
     message = "x.bin cannot be written .No space left on device.: make room .*`python data.py fetch x` goes on"
     with monkeypatch.context() as patch, pytest.raises(UserError, match=message):
-        patch.setattr(fetch.Draft, "write", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+        patch.setattr(fetch.tqdm, "update", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
         fetch.fetch(["x"])
     fetch.fetch(["x"])
     assert_fetched()
@@ -477,6 +486,13 @@ def test_archives_are_unpacked_into_a_tree_that_is_there(server, capsys, make: C
     assert "x: unpacked; in/x.archive is removed\nx: in/VOC/images is here\n" in capsys.readouterr().out
     fetch.fetch(["x"])
     assert capsys.readouterr().out == "x: in/VOC/images is here\n"
+
+
+def test_an_empty_folder_is_not_taken_for_what_is_unpacked(server) -> None:
+    Path("in/VOC/images").mkdir(parents=True)
+    serve_archive(server, tar(TREE))
+    fetch.fetch(["x"])
+    assert {name: Path("in", name).read_bytes() for name in TREE} == TREE
 
 
 def test_a_tar_of_a_point_is_unpacked(server) -> None:
@@ -600,8 +616,8 @@ def test_unknown_names_list_the_known_ones(server, capsys) -> None:
     Path("in/voc2010").write_text("")
     prepare.main(["fetch", "--list"])
     assert [line.split() for line in capsys.readouterr().out.splitlines()][:6] == [
-        ["voc2010", "2.5", "MB", "here", "about", "voc2010"], ["from", "http://127.0.0.1:9/"], ["to", "in/voc2010"],
-        ["beit:large", "2.5", "MB", "absent", "about", "beit:large"], ["from", "http://127.0.0.1:9/"],
+        ["voc2010", "here", "about", "voc2010,", "2.5", "MB"], ["from", "http://127.0.0.1:9/"], ["to", "in/voc2010"],
+        ["beit:large", "absent", "about", "beit:large,", "2.5", "MB"], ["from", "http://127.0.0.1:9/"],
         ["to", "in/beit:large"]]
 
 

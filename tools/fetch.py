@@ -1,7 +1,7 @@
 """Everything that the published numbers need and this repository does not hold: where it is, and how it gets here.
 
-Reading order: Source -> sources -> choose -> show; fetch -> fetch_one -> locked, download -> Draft; receive_all ->
-receive -> ask, accept; digests -> approve; unpack -> extract, merge.
+Reading order: Source -> sources -> choose -> show; fetch -> fetch_one -> locked, download -> Draft, receive_all ->
+receive -> ask, accept; approve. archives.py unpacks.
 """
 
 import contextlib
@@ -13,16 +13,11 @@ import os
 import re
 import shlex
 import shutil
-import stat
-import tarfile
 import time
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
-from functools import partial
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
@@ -30,19 +25,21 @@ from tqdm import tqdm
 
 import common
 from common import UserError, reason
+from tools import archives
 
 TABLE = Path(__file__).with_name("sources.json")
 TIMEOUT = 30  # seconds without an answer or a byte, after which a connection counts as cut
 PAUSES = (1, 5, 20)  # seconds before the next tries after a cut; from the first again when a try has brought more
 CHUNK = 1 << 18  # bytes
 DIGITS = {"sha256": 64, "sha1": 40, "md5": 32}  # hexadecimal ones of each checksum
+TYPES = {"path": Path, "unpack": Path, "published": tuple}  # of those fields that JSON holds as another type
 
 
 class Source(NamedTuple):
     """A line of sources.json."""
     name: str
     what: str  # for people
-    addresses: tuple[str, ...]  # the same file at each; tried in this order
+    addresses: Sequence[str]  # the same file at each; tried in this order
     path: Path  # where the file goes
     size: int | None = None  # bytes; None: unknown
     checksum: str | None = None  # "sha256:...", "md5:..." or "sha1:..."; None: unknown
@@ -56,8 +53,9 @@ class Source(NamedTuple):
 
     @property
     def here(self) -> bool:
-        """Whether it is in its place, whole: files get their names when they are complete."""
-        return (self.unpack or self.path).exists()
+        """Whether it is in its place, whole: what is fetched gets its name when it is complete. No empty folder is."""
+        place = self.unpack or self.path
+        return any(place.iterdir()) if place.is_dir() else place.exists()
 
     def beside(self, suffix: str) -> Path:
         """The file's companions: .partial is its draft, .partial.tag the draft's version, .sha256 its record."""
@@ -81,9 +79,8 @@ def sources() -> dict[str, Source]:
 
 def read_entry(name: str, entry: dict) -> Source:
     """A line of the table. Raises ValueError, KeyError, TypeError or AttributeError for a field that is wrong."""
-    source = Source(name, **{
-        **entry, "path": Path(entry["path"]), "unpack": Path(entry["unpack"]) if entry.get("unpack") else None,
-        "published": tuple(entry["published"]) if entry.get("published") else None})
+    typed = {key: kind(entry[key]) for key, kind in TYPES.items() if entry.get(key) is not None}
+    source = Source(name, **entry | typed)
     algorithm, _, digits = (source.checksum or f"md5:{'0' * 32}").partition(":")
     sound = {
         "addresses": isinstance(source.addresses, list) and source.addresses
@@ -93,28 +90,26 @@ def read_entry(name: str, entry: dict) -> Source:
         "checksum": re.fullmatch(f"[0-9a-f]{{{DIGITS.get(algorithm)}}}", digits),
         "unpack": source.unpack is None or source.path.parent in source.unpack.parents and source.unpack != source.path,
     }
-    for field in sound:
-        if not sound[field]:
-            raise ValueError(f"{field} cannot be {entry[field]!r}")
-    return source._replace(addresses=tuple(source.addresses))
+    for field in (field for field in sound if not sound[field]):
+        raise ValueError(f"{field} cannot be {entry[field]!r}")
+    return source
 
 
 def choose(names: Sequence[str]) -> list[Source]:
     """The sources of these names. Raises UserError with the names that there are, similar ones first."""
     table = sources()
-    for name in names:
-        if name not in table:
-            similar = difflib.get_close_matches(name, table, len(table) or 1, cutoff=0)
-            raise UserError(f"there is no '{name}' to fetch: choose of {', '.join(similar)}")
+    for name in (name for name in names if name not in table):
+        similar = difflib.get_close_matches(name, table, len(table) or 1, cutoff=0)
+        raise UserError(f"there is no '{name}' to fetch: choose of {', '.join(similar)}")
     return [table[name] for name in names]
 
 
 def show(names: Sequence[str]) -> None:
-    """Print these sources, or all: name, size, whether it is here, what; below it the addresses and the place."""
+    """Print these sources, or all: name, whether it is here, what, size; below it the addresses and the place."""
     for source in choose(names or list(sources())):
         draft = source.beside(".partial")
         state = "here" if source.here else f"{megabytes(draft.stat().st_size)} here" if draft.exists() else "absent"
-        print(f"{source.name:28}{megabytes(source.size):>14}  {state:16}{source.what}",
+        print(f"{source.name:30}{state:16}{source.what}" + (f", {megabytes(source.size)}" if source.size else ""),
               *(f"    from {address}" for address in source.addresses), f"    to   {source.unpack or source.path}",
               sep="\n")
 
@@ -142,8 +137,8 @@ def fetch(names: Sequence[str]) -> None:
     for source in choose(names):
         try:
             fetch_one(source)
-        except Failed as failure:
-            raise UserError(f"{source.path}: {failure}: remove it and run `{source.command}`") from None
+        except (Failed, archives.Refused) as failure:
+            raise UserError(f"{failure}: remove it and run `{source.command}`") from None
         except OSError as error:  # of the disk; those of the network are Failed
             raise UserError(f"{error.filename or source.path} cannot be written ({reason(error)}): make room or mend "
                             f"the folder, then `{source.command}` goes on") from None
@@ -157,13 +152,14 @@ def fetch_one(source: Source) -> None:
         common.make_folder(source.path.parent, f"{source.name}:")
         with locked(source) as tag:
             if source.unpack and source.path.exists():  # put there by the user, or a kill left it packed
-                approve_present(source)
+                approve(source, source.path)
             elif not source.here:  # another process may have been quicker
                 download(source, tag)
             if not source.here:
-                unpack(source)
+                archives.unpack(source.path, source.unpack)
+                print(f"{source.name}: unpacked; {source.path} is removed", flush=True)
     elif not source.unpack and not source.beside(".sha256").exists():  # put there by the user
-        approve_present(source)
+        approve(source, source.path)
     print(f"{source.name}: {source.unpack or source.path} is here", flush=True)
 
 
@@ -180,14 +176,13 @@ def locked(source: Source) -> Iterator[TextIO]:
                 fcntl.flock(tag, fcntl.LOCK_EX)
             except OSError as error:  # some network file systems have no locks
                 print(f"{path} cannot be locked ({reason(error)}): let one process fetch at a time", flush=True)
-            if not (path.exists() and os.path.samefile(path, tag.fileno())):
-                continue  # the other process is done and has removed the tag: the next one would lock a new file
-            try:
-                yield tag
-            finally:
-                if not source.beside(".partial").exists():
-                    path.unlink(missing_ok=True)
-            return
+            if path.exists() and os.path.samefile(path, tag.fileno()):
+                try:
+                    return (yield tag)
+                finally:
+                    if not source.beside(".partial").exists():
+                        path.unlink(missing_ok=True)
+            # The other process is done and has removed the tag: the next one would lock a new file.
 
 
 def download(source: Source, tag: TextIO) -> None:
@@ -207,7 +202,7 @@ def download(source: Source, tag: TextIO) -> None:
 
 
 class Draft:
-    """PLACE.partial: what has come so far, with its digests. It stays when a connection is cut or the process ends.
+    """PLACE.partial: what has come so far. It stays when a connection is cut or the process ends.
 
     Its tag is the ETag or Last-Modified of the file on the server, kept beside it: what is missing comes from the very
     same file, or all is begun again.
@@ -215,70 +210,69 @@ class Draft:
 
     def __init__(self, source: Source, tag_file: TextIO) -> None:
         self.source, self.tag_file, self.path = source, tag_file, source.beside(".partial")
-        self.file = self.path.open("a+b")
+        self.file = self.path.open("ab")
         tag_file.seek(0)
         self.tag = tag_file.read()
-        self.size = self.size_before = os.fstat(self.file.fileno()).st_size
-        self.digests = digests(source, self.file)
 
     def begin(self, tag: str) -> None:
         """Drop what is there; a file with this tag comes."""
-        self.file.truncate(0)
+        self.file.seek(self.file.truncate(0))
         self.tag_file.truncate(0)
         self.tag_file.write(tag)
         self.tag_file.flush()
-        self.tag, self.size, self.digests = tag, 0, digests(self.source, self.file)
+        self.tag = tag
 
-    def write(self, chunk: bytes) -> None:
-        self.file.write(chunk)
-        self.size += len(chunk)
-        for digest in self.digests.values():
-            digest.update(chunk)
+    @property
+    def size(self) -> int:
+        return self.file.tell()
 
     def finish(self) -> None:
         """Check and record the file, give it its name. Raises Failed."""
+        self.file.flush()
+        os.fsync(self.file.fileno())  # the bytes must be on the disk before the name points to them
         try:
-            approve(self.source, self.digests)
+            approve(self.source, self.path)
         except Failed:
             self.begin("")
             raise
-        self.file.flush()
-        os.fsync(self.file.fileno())  # the bytes must be on the disk before the name points to them
         self.path.replace(self.source.path)
 
     def close(self) -> None:
-        self.file.close()
         if not self.size:
             self.path.unlink(missing_ok=True)
+        self.file.close()
 
 
 def receive_all(draft: Draft, address: str) -> None:
     """Fill the draft from an address, again after a pause where the connection is cut. Raises Failed."""
-    pauses, most = iter(PAUSES), draft.size
+    pauses, most = list(PAUSES), draft.size
     while True:
         try:
             return receive(draft, address)
         except Cut as cut:
             if draft.size > most:
-                pauses, most = iter(PAUSES), draft.size
-            pause = next(pauses, None)
-            if pause is None:
+                pauses, most = list(PAUSES), draft.size
+            if not pauses:
                 raise
-            print(f"{draft.source.name}: {cut}; next try in {pause} s", flush=True)
-        time.sleep(pause)
+            print(f"{draft.source.name}: {cut}; next try in {pauses[0]} s", flush=True)
+        time.sleep(pauses.pop(0))
 
 
 def receive(draft: Draft, address: str) -> None:
     """Fill the draft over one connection. Raises Failed, Cut; UserError if the disk has too little room."""
+    source, folder = draft.source, draft.path.parent
     with ask(draft, address) as answer:
         total = accept(draft, answer)
         if draft.size == total:
             return
-        print(f"{draft.source.name}: {address}, {megabytes(total)}, from byte {draft.size}", flush=True)
-        check_room(draft, total or 0)
+        print(f"{source.name}: {address}, {megabytes(total)}, from byte {draft.size}", flush=True)
+        need, free = (total or 0) * (2 if source.unpack else 1) - draft.size, shutil.disk_usage(folder).free
+        if need > free:
+            raise UserError(f"{source.name} needs {megabytes(need)}, but {folder} has {megabytes(free)} free: make "
+                            f"room, then run `{source.command}`")
         with tqdm(total=total, initial=draft.size, unit="B", unit_scale=True, disable=None) as bar:
-            for chunk in chunks(answer):
-                draft.write(chunk)
+            while chunk := next_chunk(answer):
+                draft.file.write(chunk)
                 bar.update(len(chunk))
     if draft.size < (total or 0):
         raise Cut(f"cut after {megabytes(draft.size)}")
@@ -310,15 +304,6 @@ def accept(draft: Draft, answer: HTTPResponse | HTTPError) -> int | None:
     return total or known
 
 
-def check_room(draft: Draft, total: int) -> None:
-    """Raises UserError if the disk cannot take the rest of the file, and what is unpacked from it."""
-    source, folder = draft.source, draft.path.parent
-    need, free = total * (2 if source.unpack else 1) - draft.size, shutil.disk_usage(folder).free
-    if need > free:
-        raise UserError(f"{source.name} needs {megabytes(need)}, but {folder} has {megabytes(free)} free: make room, "
-                        f"then run `{source.command}`")
-
-
 def ask(draft: Draft, address: str) -> HTTPResponse | HTTPError:
     """The server's answer to the request for what the draft lacks. Raises Failed, Cut."""
     headers = {"User-Agent": "vit-adapter-fetch"}
@@ -330,18 +315,17 @@ def ask(draft: Draft, address: str) -> HTTPResponse | HTTPError:
         if error.code == 416:
             return error
         error.close()
-        passing = error.code >= 500 or error.code in (408, 429)
-        raise (Cut if passing else Failed)(f"{error.code} {reason(error.reason)}") from None
+        kind = Cut if error.code >= 500 or error.code in (408, 429) else Failed
+        raise kind(f"{error.code} {reason(error.reason)}") from None
     except (OSError, HTTPException, ValueError) as error:
-        answered = isinstance(error, OSError) and not isinstance(error, URLError)
-        raise (Cut if answered or draft.size > draft.size_before else Failed)(network_reason(error)) from None
+        refused = isinstance(error, URLError) or not isinstance(error, OSError)
+        raise (Failed if refused and not draft.size else Cut)(network_reason(error)) from None
 
 
-def chunks(answer: HTTPResponse) -> Iterator[bytes]:
-    """What the server sends. Raises Cut."""
+def next_chunk(answer: HTTPResponse) -> bytes:
+    """What the server sends next; empty at the end. Raises Cut."""
     try:
-        while chunk := answer.read1(CHUNK):
-            yield chunk
+        return answer.read1(CHUNK)
     except (OSError, HTTPException) as error:
         raise Cut(network_reason(error)) from None
 
@@ -350,84 +334,17 @@ def network_reason(error: BaseException) -> str:
     return reason(getattr(error, "reason", error)) or type(error).__name__
 
 
-# ------------------------------------------------------------------------------------------------------------ checksums
-def digests(source: Source, file: BinaryIO) -> dict:
-    """The digests of what the file holds, by algorithm: SHA-256, and that of the known checksum."""
-    found = {}
-    for algorithm in {"sha256", (source.checksum or "sha256").partition(":")[0]}:
-        file.seek(0)
-        found[algorithm] = hashlib.file_digest(file, partial(hashlib.new, algorithm, usedforsecurity=False))
-    return found
-
-
-def approve(source: Source, found: dict) -> None:
-    """Compare with the known checksum, and write PLACE.sha256, which `sha256sum -c` reads. Raises Failed if it differs.
-    """
-    algorithm, _, known = (source.checksum or "").partition(":")
-    if known and found[algorithm].hexdigest() != known:
-        raise Failed(f"the file has {algorithm} {found[algorithm].hexdigest()}, but {known} is published")
-    line = f"{found['sha256'].hexdigest()}  {source.path.name}"
-    print(f"{source.name}: sha256 {line} ({algorithm} as published)" if known else
-          f"{source.name}: sha256 {line} (no checksum is published)", flush=True)
-    common.write_whole(source.beside(".sha256"), lambda file: file.write(f"{line}\n".encode()))
-
-
-def approve_present(source: Source) -> None:
-    """The same for a file that is in its place."""
-    with source.path.open("rb") as file:
-        found = digests(source, file)
+def approve(source: Source, path: Path) -> None:
+    """Compare the file with what is known of it, and write PLACE.sha256, which `sha256sum -c` reads. Raises Failed."""
+    algorithm, _, known = (source.checksum or "sha256:").partition(":")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
+    size, name = path.stat().st_size, f"{path}: the file" if path == source.path else "the file"
+    if source.size not in (None, size):
+        raise Failed(f"{name} has {size} bytes, not {source.size}")
+    if known not in ("", found):
+        raise Failed(f"{name} has {algorithm} {found}, but {known} is published")
+    line, note = f"{common.sha256(path)}  {source.path.name}", f"{algorithm} as" if known else "no checksum is"
+    print(f"{source.name}: sha256 {line} ({note} published)", flush=True)
     with contextlib.suppress(UserError):  # a shared folder may be read-only
-        approve(source, found)
-
-
-# ------------------------------------------------------------------------------------------------------------- archives
-def unpack(source: Source) -> None:
-    """Unpack an archive into its folder, then remove it. What is there already is kept; `source.unpack` comes last.
-
-    Raises UserError for an archive that is broken, unsafe or another one; then the folder is as before.
-    """
-    drafts = [folder / f".{source.path.name}.draft" for folder in source.unpack.parents if folder.is_dir()]
-    for draft in drafts:  # what a kill has left
-        shutil.rmtree(draft, ignore_errors=True)
-    draft = drafts[0]  # on the disk where it will be
-    again = f"remove it and run `{source.command}`"
-    try:
-        extract(source, draft)
-        if not (draft / source.unpack.relative_to(source.path.parent)).exists():
-            raise UserError(f"{source.path} does not hold {source.unpack}: {again}")
-        merge(draft, source.path.parent, source.unpack)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, OSError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise  # of the disk
-        raise UserError(f"{source.path} is a broken archive ({reason(error)}): {again}") from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    source.path.unlink()
-    print(f"{source.name}: unpacked; {source.path} is removed", flush=True)
-
-
-def extract(source: Source, draft: Path) -> None:
-    """Unpack a tar archive, plain or compressed, or a zip archive. Raises UserError for a link or a path outside."""
-    is_tar, size = tarfile.is_tarfile(source.path), source.path.stat().st_size
-    options = {"filter": "data"} if is_tar and hasattr(tarfile, "data_filter") else {}  # from Python 3.11.4 on
-    with (source.path.open("rb") as file,
-          tqdm.wrapattr(file, "read", total=size, desc="unpacking", disable=None) as read,
-          tarfile.open(fileobj=read) if is_tar else zipfile.ZipFile(read) as archive):
-        for member in archive if is_tar else archive.infolist():
-            name = Path(member.name if is_tar else member.filename)
-            link = not member.isreg() and not member.isdir() if is_tar else stat.S_ISLNK(member.external_attr >> 16)
-            if link or name.is_absolute() or ".." in name.parts:
-                raise UserError(f"{source.path} holds '{name}', a link or a path out of its folder: do not trust it")
-            archive.extract(member, draft, **options)
-
-
-def merge(draft: Path, folder: Path, last: Path) -> None:
-    """Move what the folder lacks from the draft into it. The path `last` is moved when all others are there."""
-    for entry in sorted(draft.iterdir(), key=lambda entry: folder / entry.name in (last, *last.parents)):
-        target = folder / entry.name
-        if target in last.parents:
-            target.mkdir(exist_ok=True)
-        if target.is_dir() and entry.is_dir():
-            merge(entry, target, last)
-        elif not target.exists():
-            entry.rename(target)
+        common.write_whole(source.beside(".sha256"), lambda file: file.write(f"{line}\n".encode()))

@@ -189,7 +189,10 @@ def newest_run_of(command: Sequence[str]) -> Path | None:
 def read_config(folder: Path) -> dict:
     """config.json: the options that start the same run, and what it ran on. Raises UserError if it is damaged."""
     try:
-        return json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text())
+        if not isinstance(config, dict):
+            raise ValueError("it holds no options of a run")
+        return config
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'} cannot be read ({error}): restore it or start a new run") from None
 

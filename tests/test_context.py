@@ -221,3 +221,11 @@ def test_a_broken_annotation_is_named(voc: Path, tmp_path: Path, change: Callabl
         context.prepare_context(voc, tmp_path / "changed.json", None, workers=1)
 
 
+
+
+def test_an_absent_folder_of_label_maps_leaves_no_trace(voc: Path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        prepare.main(["prepare-context", "--voc", str(voc), "--mat", str(voc / "nowhere")])
+    assert capsys.readouterr().err == (f"error: --mat {voc}/nowhere: no such folder; "
+                                       "`python data.py fetch context-mat` gets the LabelMaps\n")
+    assert not (voc / "SegmentationClassContext").exists()

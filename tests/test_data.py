@@ -374,6 +374,7 @@ VOC, PREPARE = "data/VOCdevkit/VOC2010", "python data.py prepare-context"
     ("my VOC", ["my VOC/JPEGImages/"], "VOC images",
      ["python data.py fetch context", f"{PREPARE} --voc 'my VOC' --json {VOC}/trainval_merged.json"]),
     ("v", ["v/JPEGImages/", "v/trainval_merged.json"], "VOC images", [f"{PREPARE} --voc v"]),
+    ("v", ["v/JPEGImages/", "v/trainval/a.mat"], "VOC images", [f"{PREPARE} --voc v"]),
 ])
 def test_a_root_without_data_says_what_is_still_to_be_done(tmp_path, monkeypatch, root, made, fault, commands) -> None:
     monkeypatch.chdir(tmp_path)

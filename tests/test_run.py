@@ -280,3 +280,10 @@ def test_damaged_lines_of_a_log_are_dropped(tmp_path):
     path.write_bytes(b'{"iteration": 1}\nga\xffrbage\n{"iteration": 2}\n{"itera')
     assert run.read_log(path) == [{"iteration": 1}, {"iteration": 2}]
     assert run.read_log(tmp_path / "absent") == []
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{", "3"])
+def test_a_config_without_options_is_damaged(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="config.json cannot be read .*: restore it or start a new run"):
+        run.read_config(tmp_path)

@@ -1,7 +1,7 @@
 """Pascal Context: the label images and split lists of VOC2010, from trainval_merged.json or from LabelMap files.
 
-Reading order: prepare_context, why_no_data -> read_annotations, labels_from_json -> decode_runs -> fill_runs;
-labels_from_mat.
+Reading order: prepare_context, source_in, why_no_data -> read_annotations, labels_from_json -> decode_runs ->
+fill_runs; labels_from_mat.
 
 Shapes: H, W height and width.
 """
@@ -50,13 +50,12 @@ def prepare_context(voc: Path, json_file: Path | None, mat_folder: Path | None, 
         raise UserError(f"{voc} has no {PASCAL_CONTEXT.images}/: run `python data.py fetch voc2010`, or name your "
                         "folder VOCdevkit/VOC2010 with --voc")
     if not json_file and not mat_folder:
-        if (voc / "trainval_merged.json").is_file():
-            json_file = voc / "trainval_merged.json"
-        elif any((voc / "trainval").glob("*.mat")):
-            mat_folder = voc / "trainval"
-        else:
-            raise UserError(f"{voc} has no trainval_merged.json and no LabelMap files in trainval/: run "
-                            "`python data.py fetch context`, or name your own with --json or --mat")
+        json_file, mat_folder = source_in(voc)
+    if not json_file and not mat_folder:
+        raise UserError(f"{voc} has no trainval_merged.json and no LabelMap files in trainval/: run "
+                        "`python data.py fetch context`, or name your own with --json or --mat")
+    if mat_folder and not mat_folder.is_dir():
+        raise UserError(f"--mat {mat_folder}: no such folder; `python data.py fetch context-mat` gets the LabelMaps")
     kind = "json" if json_file else "mat"
     if json_file:
         splits, make_labels = read_annotations(json_file), partial(labels_from_json, json_file)
@@ -66,7 +65,7 @@ def prepare_context(voc: Path, json_file: Path | None, mat_folder: Path | None, 
         make_labels = partial(labels_from_mat, mat_folder)
     folder = voc / PASCAL_CONTEXT.labels
     note = folder / ".source"  # the labels of the two sources differ, and must not be mixed
-    if note.is_file() and note.read_text() != kind:
+    if note.is_file() and note.read_text() != kind and any(folder.glob("*.png")):
         raise UserError(f"{folder} holds labels from the {note.read_text()} source, not from {kind}: remove it first")
     folder.mkdir(parents=True, exist_ok=True)
     note.write_text(kind)
@@ -93,21 +92,27 @@ def _write_context_labels(voc: Path, make_labels: Callable[[Annotated], np.ndarr
     return False
 
 
+def source_in(voc: Path) -> tuple[Path | None, Path | None]:
+    """The trainval_merged.json of a VOC2010 folder, else its folder of LabelMap files; None for what is not there."""
+    if (voc / "trainval_merged.json").is_file():
+        return voc / "trainval_merged.json", None
+    return None, voc / "trainval" if any((voc / "trainval").glob("*.mat")) else None
+
+
 def why_no_data(root: Path) -> str:
     """Why there is no data set at `root`, and how to get one: for Pascal Context the commands, in their order."""
     archive, merged = choose(["voc2010", "context"])
-    usual, has_images = merged.path.parent, (root / PASCAL_CONTEXT.images).is_dir()
+    usual, has_images, has_source = merged.path.parent, (root / PASCAL_CONTEXT.images).is_dir(), any(source_in(root))
     if not has_images and root != usual:
         fault = "which has no dataset.json and no JPEGImages/" if root.is_dir() else "which is no folder"
         return (f"no data at {root}, {fault}: mend the name, or make a data set of your images and labels "
                 f"(`python data.py from-folders --help`), or draw one (`--data toy`); Pascal Context goes to {usual}")
-    json_file = next((file for file in (root / merged.path.name, merged.path) if file.is_file()), None)
-    wanted = [archive.name] * (not has_images) + [merged.name] * (json_file is None)
-    commands = [["fetch", *wanted]] if wanted else []
-    commands += [["prepare-context", *(["--voc", str(root)] if root != usual else []),
-                  *(["--json", str(merged.path)] if (json_file or merged.path).parent != root else [])]]
+    wanted = [archive.name] * (not has_images) + [merged.name] * (not has_source and not merged.path.is_file())
+    fetch = [["fetch", *wanted]] if wanted else []
+    prepare = ["prepare-context", *(["--voc", str(root)] if root != usual else []),
+               *(["--json", str(merged.path)] if root != usual and not has_source else [])]
     fault = f"{root} has VOC images but no Pascal Context labels" if has_images else f"no data at {root}"
-    steps = ", then ".join(f"`{shlex.join(['python', 'data.py', *command])}`" for command in commands)
+    steps = ", then ".join(f"`{shlex.join(['python', 'data.py', *command])}`" for command in [*fetch, prepare])
     return f"{fault}: {steps}; for a first try `--data toy`"
 
 

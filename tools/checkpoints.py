@@ -77,8 +77,7 @@ def fetch_checkpoint(source: fetch.Source, yes: bool) -> None:
     if not yes:
         if not all(stream and stream.isatty() for stream in (sys.stdin, sys.stderr)):
             raise UserError(absent)
-        size = f"{source.size / 1e9:.1f} GB" if source.size else "a file of unknown size"
-        print(f"fetch {size} from {source.addresses[0]}? [y/N]", end=" ", file=sys.stderr, flush=True)
+        print(f"fetch {source.what}, from {source.addresses[0]}? [y/N]", end=" ", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             raise UserError(absent)
     fetch.fetch([source.name])

@@ -310,7 +310,9 @@ def test_an_interrupt_keeps_what_is_written_and_tells_where(run, monkeypatch, ca
         return read(path)
 
     monkeypatch.setattr(predict, "as_rgb", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores Ctrl-C
     assert run("in", "--out", "out") == 130
+    signal.signal(signal.SIGINT, before)
     output = capsys.readouterr()
     assert "1 of 2 pictures: overlays and labels in out/" in output.out and output.err == "error: interrupted\n"
     assert names("out") == ["1_labels.png", "1_overlay.jpg"]

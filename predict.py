@@ -49,8 +49,8 @@ class Predictor:
     """A trained model that takes pictures: `Predictor("best.pt")(picture) -> labels`.
 
     Args:
-        checkpoint: a file, our own or a released one, or the name of a released one: "mask2former-base". UserError if
-            it is not here, or no checkpoint of a segmenter.
+        checkpoint: a file, our own or a released one, or the name of a released one: "mask2former-base", which a
+            terminal is asked whether to fetch. UserError if it is not here, or no checkpoint of a segmenter.
         device: "cpu", "cuda", "mps"; None takes CUDA if there is one.
         multi_scale: average over six scales and their mirror images: slower, a little better.
         window_batch: windows that go through the model at once; None chooses by free memory.

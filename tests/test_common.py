@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -231,3 +232,9 @@ def test_the_remedy_for_an_older_driver_names_the_versions_that_are_tested():
     pins = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if line.startswith("torch")]
     assert len(pins) == 2 and all(f" {pin} " in common.OLDER_CUDA for pin in pins)
     assert common.OLDER_CUDA.partition("`")[2].partition("`")[0] in " ".join((ROOT / "README.md").read_text().split())
+
+
+def test_the_commands_start_without_what_windows_lacks():
+    code = ("import sys; sys.modules.update(fcntl=None, resource=None); "
+            "import evaluate, predict, train, tools.prepare, tools.report")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env={**os.environ, "MSDA": "torch"})

@@ -49,7 +49,8 @@ def find_checkpoint(name: str | Path | None, yes: bool = False, root: str | Path
     source = released_source(str(name))
     if not source.here:
         try:
-            root and open_dataset(root, split)
+            if root:
+                open_dataset(root, split)
         except UserError as error:
             raise UserError(f"{error}; the checkpoint is absent too: `{source.command}`") from None
         fetch_checkpoint(source, yes)

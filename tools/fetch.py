@@ -6,7 +6,6 @@ receive -> ask, accept; approve. archives.py unpacks.
 
 import contextlib
 import difflib
-import fcntl
 import hashlib
 import json
 import os
@@ -115,6 +114,7 @@ def show(names: Sequence[str]) -> None:
 
 
 def megabytes(size: int | None) -> str:
+    """A number of bytes as people read it."""
     return "unknown size" if size is None else f"{size / 1e6:,.1f} MB"
 
 
@@ -170,11 +170,13 @@ def locked(source: Source) -> Iterator[TextIO]:
     while True:
         with path.open("a+", encoding="latin-1") as tag:  # the encoding of HTTP headers
             try:
+                import fcntl
+
                 fcntl.flock(tag, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 print(f"{source.name}: another process fetches it; waiting", flush=True)
                 fcntl.flock(tag, fcntl.LOCK_EX)
-            except OSError as error:  # some network file systems have no locks
+            except (ImportError, OSError) as error:  # Windows and some network file systems have no such locks
                 print(f"{path} cannot be locked ({reason(error)}): let one process fetch at a time", flush=True)
             if path.exists() and os.path.samefile(path, tag.fileno()):
                 try:
@@ -331,20 +333,25 @@ def next_chunk(answer: HTTPResponse) -> bytes:
 
 
 def network_reason(error: BaseException) -> str:
+    """Why the network failed: the system's words, which urllib wraps, else the kind of the error."""
     return reason(getattr(error, "reason", error)) or type(error).__name__
 
 
 def approve(source: Source, path: Path) -> None:
     """Compare the file with what is known of it, and write PLACE.sha256, which `sha256sum -c` reads. Raises Failed."""
     algorithm, _, known = (source.checksum or "sha256:").partition(":")
+    found = {name: hashlib.new(name, usedforsecurity=False) for name in (algorithm, "sha256")}
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
+        while chunk := file.read(CHUNK):
+            for digest in found.values():
+                digest.update(chunk)
+    found = {name: digest.hexdigest() for name, digest in found.items()}
     size, name = path.stat().st_size, f"{path}: the file" if path == source.path else "the file"
     if source.size not in (None, size):
         raise Failed(f"{name} has {size} bytes, not {source.size}")
-    if known not in ("", found):
-        raise Failed(f"{name} has {algorithm} {found}, but {known} is published")
-    line, note = f"{common.sha256(path)}  {source.path.name}", f"{algorithm} as" if known else "no checksum is"
+    if known not in ("", found[algorithm]):
+        raise Failed(f"{name} has {algorithm} {found[algorithm]}, but {known} is published")
+    line, note = f"{found['sha256']}  {source.path.name}", f"{algorithm} as" if known else "no checksum is"
     print(f"{source.name}: sha256 {line} ({note} published)", flush=True)
     with contextlib.suppress(UserError):  # a shared folder may be read-only
         common.write_whole(source.beside(".sha256"), lambda file: file.write(f"{line}\n".encode()))

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import common
+from data import CONTEXT
 from tools import fetch
 from tools.annotations import from_coco, from_labelme
 from tools.check import check
@@ -26,7 +27,27 @@ def build_parser() -> argparse.ArgumentParser:
     workers = argparse.ArgumentParser(add_help=False)
     workers.add_argument("--workers", type=common.positive, default=os.cpu_count() or 1, metavar="N",
                          help="processes (default: %(default)s)")
+    add_context(commands, workers)
+    add_folders(commands, workers)
+    add_annotations(commands, workers)
 
+    p = commands.add_parser("check", parents=[workers], help="read every pair of a data set, report what is wrong")
+    p.set_defaults(command=check)
+    p.add_argument("root", type=Path, metavar="DIR", help="plain folder or VOC2010 tree")
+    p.add_argument("--sheet", type=Path, metavar="PNG", help="contact sheet (default: check_NAME.png)")
+
+    p = commands.add_parser("toy", help="draw the built-in toy data")
+    p.set_defaults(command=lambda out, **options: print(f"toy data at {make_toy(out, **options)}"))
+    p.add_argument("--out", type=Path, default="data/toy", metavar="DIR", help="(default: %(default)s)")
+    p.add_argument("--train", type=int, default=400, metavar="N", help="training images (default: %(default)s)")
+    p.add_argument("--val", type=int, default=60, metavar="N", help="validation images (default: %(default)s)")
+    p.add_argument("--size", type=int, nargs=2, default=(192, 256), metavar=("H", "W"), help="(default: 192 256)")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
+    return parser
+
+
+def add_context(commands: argparse._SubParsersAction, workers: argparse.ArgumentParser) -> None:
+    """What the published numbers need: `fetch` and `prepare-context`."""
     p = commands.add_parser("fetch", help="get released models, BEiT weights, VOC2010, Pascal Context")
     p.set_defaults(command=lambda names, listed: fetch.show(names) if listed else fetch.fetch(names))
     p.add_argument("names", nargs="*", metavar="WHAT", help="names of the list; what is here is skipped, what was cut "
@@ -35,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("prepare-context", parents=[workers], help="Pascal Context: labels and splits for VOC2010")
     p.set_defaults(command=prepare_context)
-    p.add_argument("--voc", type=Path, default="data/VOCdevkit/VOC2010", metavar="DIR",
+    p.add_argument("--voc", type=Path, default=CONTEXT, metavar="DIR",
                    help="VOC2010 folder (default: %(default)s)")
     source = p.add_mutually_exclusive_group()
     source.add_argument("--json", type=Path, metavar="FILE", dest="json_file", help="trainval_merged.json: 4996 + 5104 "
@@ -43,11 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--mat", type=Path, metavar="DIR", dest="mat_folder", help="folder of LabelMap files: 4998 + "
                         "5105 images, as papers have them (default: trainval/ there, without trainval_merged.json)")
 
-    p = commands.add_parser("check", parents=[workers], help="read every pair of a data set, report what is wrong")
-    p.set_defaults(command=check)
-    p.add_argument("root", type=Path, metavar="DIR", help="plain folder or VOC2010 tree")
-    p.add_argument("--sheet", type=Path, metavar="PNG", help="contact sheet (default: check_NAME.png)")
 
+def add_folders(commands: argparse._SubParsersAction, workers: argparse.ArgumentParser) -> None:
+    """A data set of images and label images: `from-folders`."""
     p = commands.add_parser("from-folders", parents=[workers], help="a data set of your own images and label images")
     p.set_defaults(command=from_folders)
     p.add_argument("--images", type=Path, required=True, metavar="DIR", help="images; sub-folders are searched too")
@@ -69,6 +88,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--zero-is-unlabelled", action="store_true", help="0 is no class and 1 the first one")
     p.add_argument("--link", action="store_true", help="link the images instead of copying them")
 
+
+def add_annotations(commands: argparse._SubParsersAction, workers: argparse.ArgumentParser) -> None:
+    """A data set of outlines: `from-coco` and `from-labelme`."""
     outlines = argparse.ArgumentParser(add_help=False, parents=[workers])
     outlines.add_argument("--images", type=Path, required=True, metavar="DIR", help="images, in sub-folders or not")
     outlines.add_argument("--no-background", action="store_true",
@@ -85,15 +107,6 @@ def build_parser() -> argparse.ArgumentParser:
                             help="a data set of labelme's .json files, which lie beside or among the images")
     p.set_defaults(command=from_labelme)
     p.add_argument("--classes", metavar="LIST", help="as for from-folders (default: the labels in use, by name)")
-
-    p = commands.add_parser("toy", help="draw the built-in toy data")
-    p.set_defaults(command=lambda out, **options: print(f"toy data at {make_toy(out, **options)}"))
-    p.add_argument("--out", type=Path, default="data/toy", metavar="DIR", help="(default: %(default)s)")
-    p.add_argument("--train", type=int, default=400, metavar="N", help="training images (default: %(default)s)")
-    p.add_argument("--val", type=int, default=60, metavar="N", help="validation images (default: %(default)s)")
-    p.add_argument("--size", type=int, nargs=2, default=(192, 256), metavar=("H", "W"), help="(default: 192 256)")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="(default: %(default)s)")
-    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
